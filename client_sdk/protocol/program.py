@@ -1,0 +1,231 @@
+"""What an exported program is: the manifest's schema and the ``Program`` protocol. No I/O, no runtime.
+
+A bundle is a folder with ``program.pte``, ``manifest.json`` and ``weights.safetensors`` (the initial weights).
+Every method is functional: all tensors in, all tensors out. Roles and signatures (B = batch size, d = number of
+parameters, ``x`` has the manifest's ``feature_shape`` after the batch axis):
+
+=========  ====================================  =========================================
+role       inputs                                outputs
+=========  ====================================  =========================================
+grad       w[d], x[B, ...], y[B], mask[B]        grad_sum[d], loss_sum[1], count[1]
+train      w[d], lr[1], x[B, ...], y[B], mask    w[d], loss_sum[1]
+evaluate   w[d], x[B, ...], y[B], mask[B]        loss_sum[1], correct[1], count[1]
+infer      w[d], x[B, ...]                       logits[B, ...]
+=========  ====================================  =========================================
+
+``grad`` returns *sums* over the unmasked examples, so that accumulation over slices equals one big batch;
+``train`` is the fused step ``w - lr * grad_sum / count``. ``y`` is int64, everything else float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from enum import StrEnum
+from typing import Literal, Protocol, Self, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from client_sdk.protocol.errors import ManifestError, ProgramInputError, UnknownMethod
+
+MANIFEST_FORMAT = 1
+PROGRAM_FILE = "program.pte"
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+Float32Array = npt.NDArray[np.float32]
+
+
+class Role(StrEnum):
+    """What a method does; its signature follows from it."""
+
+    GRAD = "grad"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    INFER = "infer"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Frozen):
+    """Name, dtype and fixed shape of one input or output."""
+
+    name: str
+    dtype: Literal["float32", "float64", "int32", "int64", "bool", "uint8", "int8"]
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the dense tensor in bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class MethodSpec(_Frozen):
+    """One method of the program."""
+
+    name: str
+    role: Role
+    batch_size: int = Field(ge=1)
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    planned_memory_bytes: int = Field(ge=0, description="what ExecuTorch's memory plan reserves for one call")
+
+    def check_inputs(self, inputs: tuple[npt.NDArray[np.generic], ...]) -> None:
+        """Compare arrays with the signature.
+
+        Raises:
+            ProgramInputError: Wrong number, dtype or shape, or an array that is not C-contiguous.
+        """
+        if len(inputs) != len(self.inputs):
+            raise ProgramInputError(f"{self.name} takes {len(self.inputs)} inputs, got {len(inputs)}")
+        for spec, array in zip(self.inputs, inputs, strict=True):
+            if array.dtype != spec.dtype or array.shape != spec.shape:
+                raise ProgramInputError(
+                    f"{self.name}: input {spec.name!r} must be {spec.dtype}{list(spec.shape)}, "
+                    f"got {array.dtype}{list(array.shape)}"
+                )
+            if not array.flags.c_contiguous:
+                raise ProgramInputError(f"{self.name}: input {spec.name!r} must be C-contiguous")
+
+
+class ParameterSpec(_Frozen):
+    """One named parameter inside the flat weight vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int = Field(ge=0, description="first element in the flat vector")
+
+    @property
+    def num_elements(self) -> int:
+        """Number of scalars."""
+        return math.prod(self.shape)
+
+
+def parameter_table_hash(parameters: tuple[ParameterSpec, ...]) -> str:
+    """SHA-256 (hex) of the canonical JSON of the parameter table; both ends compare it, never the table."""
+    table = [[p.name, list(p.shape), p.offset] for p in parameters]
+    return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
+
+
+class Manifest(_Frozen):
+    """Everything about a program that can be known without running it."""
+
+    format: Literal[1] = MANIFEST_FORMAT
+    model_name: str
+    program_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    program_bytes: int = Field(gt=0)
+    initial_weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    executorch_version: str
+    torch_version: str
+    content_key: str = Field(
+        description="hash of everything the export depends on; the key of the export cache"
+    )
+    operators: tuple[str, ...]
+    parameters: tuple[ParameterSpec, ...]
+    parameter_table_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    feature_shape: tuple[int, ...] = Field(description="shape of one example, without the batch axis")
+    num_classes: int = Field(ge=1)
+    methods: tuple[MethodSpec, ...]
+    constants: dict[str, int | float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        offset = 0
+        for p in self.parameters:
+            if p.offset != offset:
+                raise ValueError(f"parameter {p.name!r} starts at {p.offset}, expected {offset}")
+            offset += p.num_elements
+        if offset == 0:
+            raise ValueError("the model has no parameters")
+        if parameter_table_hash(self.parameters) != self.parameter_table_sha256:
+            raise ValueError("parameter_table_sha256 does not match the parameter table")
+        names = [m.name for m in self.methods]
+        if len(set(names)) != len(names):
+            raise ValueError("two methods share a name")
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        """Length d of the flat weight vector."""
+        last = self.parameters[-1]
+        return last.offset + last.num_elements
+
+    def batch_sizes(self, role: Role) -> tuple[int, ...]:
+        """Batch sizes exported for a role, ascending."""
+        return tuple(sorted(m.batch_size for m in self.methods if m.role is role))
+
+    def method(self, role: Role, batch_size: int | None = None) -> MethodSpec:
+        """The method of a role; the largest batch size unless one is named.
+
+        Raises:
+            UnknownMethod: No such role or batch size in this program.
+        """
+        found = [m for m in self.methods if m.role is role and batch_size in (None, m.batch_size)]
+        if not found:
+            raise UnknownMethod(
+                f"{self.model_name} has no {role.value} method for batch size {batch_size}; "
+                f"it has {list(self.batch_sizes(role))}"
+            )
+        return max(found, key=lambda m: m.batch_size)
+
+    def named(self, name: str) -> MethodSpec:
+        """The method called ``name``.
+
+        Raises:
+            UnknownMethod: No such method.
+        """
+        for m in self.methods:
+            if m.name == name:
+                return m
+        raise UnknownMethod(
+            f"{self.model_name} has no method {name!r}; it has {[m.name for m in self.methods]}"
+        )
+
+    def to_json(self) -> str:
+        """Indented, key-ordered JSON, as written to ``manifest.json``."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Parse ``manifest.json``.
+
+        Raises:
+            ManifestError: Not JSON, or not this schema.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValueError as e:
+            raise ManifestError(f"unreadable manifest: {e}") from e
+
+
+@runtime_checkable
+class Program(Protocol):
+    """A program that can be run: the native shim, the official bindings, or eager PyTorch as the oracle.
+
+    An instance is used by one thread at a time. Outputs are fresh arrays that the caller owns; inputs are not
+    changed and not kept.
+    """
+
+    @property
+    def manifest(self) -> Manifest:
+        """Signatures, parameter table and hashes."""
+        ...
+
+    def run(self, method: str, *inputs: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.generic], ...]:
+        """Run one method by name.
+
+        Raises:
+            UnknownMethod: No such method.
+            ProgramInputError: Inputs that do not fit its signature.
+            ProgramExecutionError: The runtime failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the runtime's memory. The program cannot be used afterwards."""
+        ...
