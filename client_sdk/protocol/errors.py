@@ -214,9 +214,7 @@ def from_problem(type_uri: str, detail: str = "", *, http_status: int = 400) -> 
     for cls in _walk(ProtocolError):
         if cls.slug == slug:
             return cls(detail)
-    return (
-        ServerBusy(detail) if http_status >= 500 else ProtocolError(detail or f"{type_uri} ({http_status})")
-    )
+    return ServerBusy(detail) if http_status >= 500 else ProtocolError(detail or f"{type_uri} ({http_status})")
 
 
 # --- values and bounds ---------------------------------------------------------------------------------------

@@ -79,9 +79,7 @@ def _header(entries: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[s
     return raw + b" " * (-len(raw) % _ALIGNMENT)
 
 
-def encode_frame(
-    tensors: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str] | None = None
-) -> bytes:
+def encode_frame(tensors: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Encode named tensors in the given order.
 
     Args:
@@ -121,9 +119,7 @@ def decode_frame(data: bytes | bytearray | memoryview, limits: FrameLimits = DEF
         raise TruncatedFrame(f"{len(view)} bytes cannot hold a frame's header length")
     header_len = int.from_bytes(view[:_LENGTH_BYTES], "little")
     if header_len > limits.max_header_bytes:
-        raise OversizedBody(
-            f"the frame's header declares {header_len} bytes; at most {limits.max_header_bytes}"
-        )
+        raise OversizedBody(f"the frame's header declares {header_len} bytes; at most {limits.max_header_bytes}")
     start = _LENGTH_BYTES + header_len
     if len(view) < start:
         raise TruncatedFrame(f"the header declares {header_len} bytes, {len(view) - _LENGTH_BYTES} are there")
@@ -149,9 +145,7 @@ def decode_frame(data: bytes | bytearray | memoryview, limits: FrameLimits = DEF
     return Frame(tensors, metadata, payload)
 
 
-def _parse_header(
-    raw: bytes, limits: FrameLimits
-) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str]]:
+def _parse_header(raw: bytes, limits: FrameLimits) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str]]:
     try:
         header = json.loads(raw.decode("ascii"))
     except (ValueError, RecursionError) as e:
@@ -166,9 +160,7 @@ def _parse_header(
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     for name, entry in header.items():
         if len(name) > limits.max_name_chars:
-            raise OversizedBody(
-                f"a tensor's name has {len(name)} characters; at most {limits.max_name_chars}"
-            )
+            raise OversizedBody(f"a tensor's name has {len(name)} characters; at most {limits.max_name_chars}")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise MalformedFrame(f"tensor {name!r} is not described by dtype, shape and data_offsets")
         dtype, shape = entry["dtype"], entry["shape"]

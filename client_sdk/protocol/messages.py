@@ -5,7 +5,7 @@ Tensors never travel in them: see ``frames``. Sizes, times and ranges are bounde
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,7 +13,7 @@ from client_sdk.protocol.profile import DeviceTier
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Final = 1
 MAX_JSON_BYTES = 64 * 1024
 REPORT_TENSOR = "update"
 """Name of the one tensor in a report's frame: the flat update in parameter-table order."""
@@ -73,9 +73,7 @@ class Assignment(Message):
     """Work for one device: what to train on, how, and until when. The report repeats the facts it names."""
 
     assignment_id: Id128
-    assignment_number: int = Field(
-        ge=0, description="position in the task's order of assignments; breaks ties"
-    )
+    assignment_number: int = Field(ge=0, description="position in the task's order of assignments; breaks ties")
     task_id: Id128
     round_id: int = Field(ge=0)
     model_version: int = Field(ge=0)

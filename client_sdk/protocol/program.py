@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 from enum import StrEnum
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Final, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from client_sdk.protocol.errors import ManifestError, ProgramInputError, UnknownMethod
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT: Final = 1
 PROGRAM_FILE = "program.pte"
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -122,9 +122,7 @@ class Manifest(_Frozen):
     initial_weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     executorch_version: str
     torch_version: str
-    content_key: str = Field(
-        description="hash of everything the export depends on; the key of the export cache"
-    )
+    content_key: str = Field(description="hash of everything the export depends on; the key of the export cache")
     operators: tuple[str, ...]
     parameters: tuple[ParameterSpec, ...]
     parameter_table_sha256: str = Field(pattern="^[0-9a-f]{64}$")
@@ -182,9 +180,7 @@ class Manifest(_Frozen):
         for m in self.methods:
             if m.name == name:
                 return m
-        raise UnknownMethod(
-            f"{self.model_name} has no method {name!r}; it has {[m.name for m in self.methods]}"
-        )
+        raise UnknownMethod(f"{self.model_name} has no method {name!r}; it has {[m.name for m in self.methods]}")
 
     def to_json(self) -> str:
         """Indented, key-ordered JSON, as written to ``manifest.json``."""

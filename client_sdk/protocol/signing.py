@@ -19,9 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from client_sdk.protocol.errors import AuthenticationFailed
 
 _PARAMS = '("@method" "@path" "content-digest");keyid="{key_id}";alg="ed25519"'
-_INPUT = re.compile(
-    r'^sig1=\("@method" "@path" "content-digest"\);keyid="(?P<key_id>[0-9a-f]{32})";alg="ed25519"$'
-)
+_INPUT = re.compile(r'^sig1=\("@method" "@path" "content-digest"\);keyid="(?P<key_id>[0-9a-f]{32})";alg="ed25519"$')
 
 
 def device_id_of(public_key: bytes) -> str:
