@@ -1,0 +1,220 @@
+"""The ``pocketfed`` command: a dispatcher, and the ``device`` command.
+
+Each package registers its commands in the entry-point group ``pocketfed.commands``; a command is a function that
+fills an ``argparse`` parser and returns the function that runs it. The dispatcher looks a command up by name and
+loads that one alone, so that a device never loads the server's code, and imports no sibling package itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+
+from client_sdk.protocol.errors import ConfigurationError, PocketfedError
+
+Run = Callable[[argparse.Namespace], int]
+
+GROUP = "pocketfed.commands"
+DEBUG_VARIABLE = "POCKETFED_DEBUG"
+# The extra that brings what a package's commands need; client_sdk needs none.
+EXTRA_OF_PACKAGE: Mapping[str, str] = {"server_ref": "server", "mobile_export": "export", "simulator": "simulator"}
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+EXIT_BROKEN_PIPE = 141  # likewise for SIGPIPE
+
+EXAMPLES = """\
+examples:
+  train a digit classifier on a simulated fleet, and write runs/first/report.html:
+    pocketfed simulate --dataset digits --devices 20 --rounds 5 --model mlp --out runs/first
+
+  run one device as a process of its own against a server:
+    pocketfed device --server http://127.0.0.1:8080 --data shard.npz --state-dir state/device-1
+
+`pocketfed COMMAND --help` explains a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: the command's own; 2 for a usage error or a ``PocketfedError`` (printed as one line, with
+        a traceback only where ``POCKETFED_DEBUG=1``); 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
+    try:
+        return _dispatch(arguments, commands)
+    except PocketfedError as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left (`| head`); flushing at exit must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _dispatch(arguments: list[str], commands: Mapping[str, EntryPoint]) -> int:
+    if not arguments:
+        print(_overview(commands), file=sys.stderr)
+        return EXIT_USAGE
+    name, *rest = arguments
+    if name in {"-h", "--help"}:
+        print(_overview(commands))
+        return 0
+    if name == "--version":
+        print(f"pocketfed {version('pocketfed')}")
+        return 0
+    if name not in commands:
+        return _fail(_unknown(name, commands))
+    return _run_command(commands[name], rest)
+
+
+def _run_command(entry: EntryPoint, arguments: list[str]) -> int:
+    try:
+        parser = _parser(entry)
+        run: Run = entry.load()(parser)
+        return run(parser.parse_args(arguments))
+    except SystemExit as stop:  # argparse ends a process after --help and after a usage error
+        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    except ImportError as error:
+        hint = _missing_extra(entry, error)
+        if hint is None or os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        return _fail(f"`pocketfed {entry.name}` {hint}")
+
+
+def _parser(entry: EntryPoint) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"pocketfed {entry.name}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def _overview(commands: Mapping[str, EntryPoint]) -> str:
+    width = max(map(len, commands), default=0)
+    lines = [
+        "usage: pocketfed COMMAND [ARGUMENT ...]",
+        "       pocketfed --help | --version",
+        "",
+        "Federated learning for phones: devices that run exported ExecuTorch programs, a server, and a simulated fleet.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {_summary(entry)}" for name, entry in commands.items()),
+        "",
+        EXAMPLES,
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def _summary(entry: EntryPoint) -> str:
+    """First line of the command's own description; a command that cannot be loaded says what it lacks."""
+    parser = _parser(entry)
+    try:
+        entry.load()(parser)
+    except ImportError as error:
+        return f"({_missing_extra(entry, error) or error})"
+    return (parser.description or "").strip().partition("\n")[0]
+
+
+def _unknown(name: str, commands: Mapping[str, EntryPoint]) -> str:
+    if name.startswith("-"):
+        return f"the command comes first, its options after it; got {name}. Commands: {', '.join(commands)}"
+    nearest = difflib.get_close_matches(name, commands, n=1)
+    hint = f"did you mean `pocketfed {nearest[0]}`?" if nearest else f"commands: {', '.join(commands)}"
+    return f"there is no command {name!r}; {hint}"
+
+
+def _missing_extra(entry: EntryPoint, error: ImportError) -> str | None:
+    """What to install, where a third party is missing; None where the fault is our own."""
+    package = entry.module.partition(".")[0]
+    missing = (error.name or "").partition(".")[0]
+    if package not in EXTRA_OF_PACKAGE or missing in {package, "client_sdk", *EXTRA_OF_PACKAGE}:
+        return None
+    return f"needs {missing or 'more packages'}: pip install 'pocketfed[{EXTRA_OF_PACKAGE[package]}]'"
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def device_command(parser: argparse.ArgumentParser) -> Run:
+    """Fill the parser of ``pocketfed device``, and return the function that runs it."""
+    parser.description = (
+        "Run one device as a process of its own.\n\n"
+        "The device enrols with the server (once; its key stays in the state directory), asks for work, trains the\n"
+        "exported program on its own data, and uploads the update. The data never leaves the process. Stop it with\n"
+        "Ctrl-C and start it again with the same state directory: it goes on where it was."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  take part until stopped:\n"
+        "    pocketfed device --server http://127.0.0.1:8080 --data shard.npz --state-dir state/device-1\n"
+        "  send one update and leave, pretending to be a low-end phone:\n"
+        "    pocketfed device --server http://127.0.0.1:8080 --data shard.npz --state-dir state/device-2 "
+        "--tier low --once"
+    )
+    parser.add_argument("--server", required=True, metavar="URL", help="base address of the server")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the device's examples: an .npz file with x (float32, examples first) and y (int64 labels)",
+    )
+    parser.add_argument(
+        "--state-dir", required=True, type=Path, metavar="DIR", help="keys, cached models, reports not yet delivered"
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=("auto", "native", "pybindings"),
+        default="auto",
+        help="ExecuTorch adapter: the native shim (no torch), the official bindings (need torch), or the first that "
+        "works (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tier", choices=("high", "mid", "low"), default="mid", help="class of phone to report (default: %(default)s)"
+    )
+    parser.add_argument("--name", metavar="NAME", help="label that the operator sees (default: none)")
+    stop = parser.add_mutually_exclusive_group()
+    stop.add_argument("--once", action="store_true", help="leave after one accepted report")
+    stop.add_argument(
+        "--max-reports", type=_positive, metavar="N", help="leave after N accepted reports (default: run until stopped)"
+    )
+    return _run_device
+
+
+def _run_device(args: argparse.Namespace) -> int:
+    if not args.data.is_file():
+        raise ConfigurationError(f"--data {args.data}: no such file; name an .npz file with arrays x and y")
+    from client_sdk.client import run_device  # noqa: PLC0415 - numpy and httpx are not needed for --help
+
+    return run_device(
+        server_url=args.server,
+        data=args.data,
+        state_dir=args.state_dir,
+        runtime=args.runtime,
+        tier=args.tier,
+        name=args.name,
+        max_reports=1 if args.once else args.max_reports,
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
