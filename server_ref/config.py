@@ -1,0 +1,134 @@
+"""The server's configuration: a TOML file, environment variables, flags; closed, frozen, checked at start.
+
+Precedence: command-line flags, then ``POCKETFED_*`` environment variables (``POCKETFED_TASK__ROUNDS=40``), then the
+file, then the defaults below. Unknown keys are refused, so that a typo is an error and not a silent default.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.training import TrainingPlan
+from server_ref.rounds import RoundPolicy
+
+
+class TaskConfig(BaseModel):
+    """What is trained, and by which rounds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: Path = Field(description="folder with program.pte, manifest.json and weights.safetensors")
+    validation_data: Path | None = Field(None, description=".npz with x (float32) and y (int64); None: no evaluation")
+    rounds: int = Field(10, ge=1, description="model updates until the task is finished")
+    buffer_size: int = Field(10, ge=1, description="reports per model update")
+    concurrency: int | None = Field(None, ge=1, description="devices at work at once; default: buffer_size")
+    refill_at: int | None = Field(None, ge=1, description="free slots before new invitations; default: concurrency")
+    max_staleness: int = Field(0, ge=0, description="model versions an update may lag behind")
+    lease_s: float = Field(600.0, gt=0, description="seconds from assignment to deadline")
+    retry_min_s: float = Field(2.0, ge=0, description="shortest wait told to a device that got no work")
+    retry_max_s: float = Field(10.0, ge=0, description="longest wait told to a device that got no work")
+    weight_cap: int = Field(1024, ge=1, le=2**20, description="sample counts above it weigh no more")
+    max_abs: float = Field(1024.0, gt=0, le=1e8, description="largest value an update may hold")
+    resolution: float = Field(1e-8, gt=0, description="magnitudes from here on are summed without any rounding")
+    server_learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, description="drives the devices' shuffles, nothing secret")
+    plan: TrainingPlan = TrainingPlan()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.retry_max_s < self.retry_min_s:
+            raise ValueError("retry_max_s lies below retry_min_s")
+        return self
+
+    def policy(self) -> RoundPolicy:
+        """The engine's view of the rounds.
+
+        Raises:
+            ConfigurationError: Numbers that cannot work together.
+        """
+        concurrency = self.concurrency or self.buffer_size
+        return RoundPolicy(
+            buffer_size=self.buffer_size,
+            concurrency=concurrency,
+            refill_at=self.refill_at or concurrency,
+            max_staleness=self.max_staleness,
+            lease_s=self.lease_s,
+            weight_cap=self.weight_cap,
+            rounds=self.rounds,
+        )
+
+
+class ServerConfig(BaseSettings):
+    """One server process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="POCKETFED_", env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+    )
+
+    data_dir: Path = Field(description="database and blobs live here")
+    host: str = Field("127.0.0.1", description="the embedded default listens on loopback only")
+    port: int = Field(8470, ge=0, le=65535, description="0 picks a free port")
+    clock: Literal["wall", "virtual"] = Field("wall", description="virtual: simulated time, for simulations only")
+    max_header_bytes: int = Field(65536, ge=1024, description="largest header of an uploaded frame")
+    blob_quota_bytes: int | None = Field(None, gt=0, description="refuse reports beyond this much blob storage")
+    exit_with_stdin: bool = Field(
+        default=False, description="stop when standard input closes: for a parent that must not leave orphans"
+    )
+    task: TaskConfig
+
+
+def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> ServerConfig:
+    """Read the configuration.
+
+    Args:
+        path: TOML file; relative paths inside it are taken from its folder.
+        overrides: Values from flags, nested like the file; they win over file and environment.
+
+    Raises:
+        ConfigurationError: Unreadable file, unknown key, or a value that cannot be.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ConfigurationError(f"cannot read {path}: {e.strerror or e}") from e
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigurationError(f"{path} is not valid TOML: {e}") from e
+        _anchor(values, path.parent)
+
+    class Loaded(ServerConfig):
+        """Flags over environment over file."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            del dotenv_settings, file_secret_settings
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=values)
+
+    try:
+        config = Loaded(**(overrides or {}))
+        config.task.policy()
+    except ValidationError as e:
+        problems = "; ".join(f"{'.'.join(map(str, err['loc']))}: {err['msg']}" for err in e.errors())
+        raise ConfigurationError(f"configuration{f' {path}' if path else ''}: {problems}") from e
+    return config
+
+
+def _anchor(values: dict[str, Any], base: Path) -> None:
+    task = values.get("task", {})
+    for table, key in ((values, "data_dir"), (task, "bundle"), (task, "validation_data")):
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = base / table[key]

@@ -1,0 +1,367 @@
+"""The round engine: who is invited, what is accepted, when a buffer closes. No I/O, no clock, no randomness.
+
+One mechanism serves synchronous and asynchronous rounds, by three numbers: at most ``concurrency`` devices work at
+once, new ones are invited when at least ``refill_at`` slots are free (and then until all are taken), and
+``buffer_size`` reports make one model update. A synchronous round is ``refill_at == concurrency`` with
+``max_staleness == 0``: nobody is invited until the commit frees all slots.
+
+Time is an argument. Where devices state how long they will take (a simulation's virtual time), a report *arrives* at
+its assignment's time plus that duration, whenever its bytes really come; a buffer closes with the first
+``buffer_size`` reports in the order (arrival, assignment number), and not before every assignment that would arrive
+earlier has reported or been given back. On the wall clock a report arrives when it is accepted, and the same rule
+closes the buffer at once. So a run's accepted sets depend on virtual time only.
+
+The engine is a cache of the assignments table: ``restore`` rebuilds it, ``take_changes`` says what to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from client_sdk.protocol.errors import ConfigurationError, DuplicateReport, LeaseExpired, StaleReport, UnknownAssignment
+
+
+class AssignmentState(StrEnum):
+    """Life of an assignment. Only ``outstanding`` and ``reported`` are live."""
+
+    OUTSTANDING = "outstanding"
+    REPORTED = "reported"
+    COUNTED = "counted"
+    SUPERSEDED = "superseded"
+    EXPIRED = "expired"
+    ABANDONED = "abandoned"
+
+
+LIVE_STATES = (AssignmentState.OUTSTANDING, AssignmentState.REPORTED)
+
+
+@dataclass(frozen=True)
+class RoundPolicy:
+    """The three numbers of a round, and its limits.
+
+    Attributes:
+        buffer_size: Reports per model update.
+        concurrency: Devices at work at once.
+        refill_at: Free slots before new devices are invited.
+        max_staleness: Model versions an update may lag behind.
+        lease_s: Seconds from assignment to the deadline of its report.
+        weight_cap: Largest public weight; sample counts are cut to it.
+        rounds: Model updates until the task is finished.
+    """
+
+    buffer_size: int
+    concurrency: int
+    refill_at: int
+    max_staleness: int
+    lease_s: float
+    weight_cap: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        if min(self.buffer_size, self.concurrency, self.refill_at, self.weight_cap, self.rounds) < 1:
+            raise ConfigurationError("buffer_size, concurrency, refill_at, weight_cap and rounds must be at least 1")
+        if self.refill_at > self.concurrency:
+            raise ConfigurationError(
+                f"refill_at={self.refill_at} can never be reached with concurrency={self.concurrency}; lower refill_at"
+            )
+        if self.max_staleness < 0 or self.lease_s <= 0:
+            raise ConfigurationError("max_staleness must not be negative and lease_s must be positive")
+        if self.max_staleness == 0 and self.concurrency < self.buffer_size and self.refill_at == self.concurrency:
+            # Sound, but every round then takes several waves; refuse it as the likely typo it is.
+            raise ConfigurationError(
+                f"concurrency={self.concurrency} cannot fill buffer_size={self.buffer_size} in one wave; "
+                "raise concurrency or lower refill_at"
+            )
+
+
+@dataclass
+class AssignmentRecord:
+    """One assignment as the engine and the table know it. ``arrival`` is the report's place in time."""
+
+    number: int
+    assignment_id: str
+    device_id: str
+    round_id: int
+    model_version: int
+    weight: int
+    issued_at: float
+    deadline: float
+    arrival: float | None = None
+    state: AssignmentState = AssignmentState.OUTSTANDING
+    report_id: str | None = None
+    counted_in: int | None = None
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Position of its report among others: arrival, then assignment number."""
+        return (float("inf") if self.arrival is None else self.arrival, self.number)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """No assignment now, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Closing:
+    """A buffer ready to be committed: its reports in assignment order, and the time at which it closes."""
+
+    round_id: int
+    counted: tuple[AssignmentRecord, ...]
+    closed_at: float
+
+
+class RoundEngine:
+    """State of the open buffer and of all live assignments. Memory: O(concurrency + buffer_size)."""
+
+    def __init__(
+        self,
+        policy: RoundPolicy,
+        *,
+        virtual_time: bool = False,
+        version: int = 0,
+        next_number: int = 0,
+        opened_at: float = 0.0,
+    ) -> None:
+        self.policy = policy
+        self.virtual_time = virtual_time
+        self.version = version
+        self.next_number = next_number
+        self.opened_at = opened_at
+        self._inviting = False
+        self._live: dict[str, AssignmentRecord] = {}
+        self._by_device: dict[str, AssignmentRecord] = {}
+        self._changed: dict[int, AssignmentRecord] = {}
+
+    @classmethod
+    def restore(
+        cls,
+        policy: RoundPolicy,
+        live: Iterable[AssignmentRecord],
+        *,
+        virtual_time: bool,
+        version: int,
+        next_number: int,
+        opened_at: float,
+        inviting: bool = False,
+    ) -> RoundEngine:
+        """Rebuild from the table's live rows."""
+        engine = cls(policy, virtual_time=virtual_time, version=version, next_number=next_number, opened_at=opened_at)
+        for record in live:
+            engine._live[record.assignment_id] = record
+            engine._by_device[record.device_id] = record
+        engine._inviting = inviting
+        return engine
+
+    # --- questions ---------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last round is committed."""
+        return self.version >= self.policy.rounds
+
+    @property
+    def inviting(self) -> bool:
+        """Whether slots are being filled (state that a restart must keep)."""
+        return self._inviting
+
+    @property
+    def reported(self) -> list[AssignmentRecord]:
+        """Reports waiting in the open buffer, in order of arrival."""
+        return sorted((r for r in self._live.values() if r.state is AssignmentState.REPORTED), key=lambda r: r.order)
+
+    @property
+    def outstanding(self) -> int:
+        """Number of assignments without a report."""
+        return sum(r.state is AssignmentState.OUTSTANDING for r in self._live.values())
+
+    def closing(self, now: float) -> Closing | None:
+        """The buffer's contents if it can close now, else None.
+
+        In virtual time a buffer does not close before the clock has reached its last report's arrival: until then a
+        device that checks in could still report earlier.
+        """
+        size = self.policy.buffer_size
+        reported = self.reported
+        if self.finished or len(reported) < size:
+            return None
+        last = reported[size - 1]
+        if self.virtual_time and last.order[0] > now:
+            return None
+        if any(r.state is AssignmentState.OUTSTANDING and r.order < last.order for r in self._live.values()):
+            return None
+        counted = sorted(reported[:size], key=lambda r: r.number)
+        return Closing(self.version, tuple(counted), last.order[0])
+
+    def close_pending(self, now: float) -> bool:
+        """In virtual time: whether the open buffer closes at or before ``now``, its reports being still on their way.
+
+        A check-in at ``now`` must wait for that commit, or it would be given a model that is already old.
+        """
+        if not self.virtual_time or self.finished:
+            return False
+        due = [r for r in self._live.values() if r.arrival is not None and r.arrival <= now]
+        return len(due) >= self.policy.buffer_size
+
+    def _busy(self, now: float) -> int:
+        if not self.virtual_time:
+            return self.outstanding
+        return sum(r.deadline > now if r.arrival is None else r.arrival > now for r in self._live.values())
+
+    # --- events ------------------------------------------------------------------------------------------
+
+    def check_in(
+        self,
+        device_id: str,
+        num_samples: int,
+        now: float,
+        new_id: Callable[[], str],
+        *,
+        duration_s: float | None = None,
+    ) -> AssignmentRecord | Waiting:
+        """A device offers itself: the assignment it holds already, a new one, or a reason to wait.
+
+        Args:
+            device_id: Who asks.
+            num_samples: Its declared sample count; the weight is this number capped.
+            now: The time.
+            new_id: Source of a fresh 128-bit assignment id.
+            duration_s: Virtual time only: when its report will arrive, None for never.
+        """
+        self.expire(now)
+        held = self._by_device.get(device_id)
+        if held is not None:
+            return held if held.state is AssignmentState.OUTSTANDING else Waiting("already-reported")
+        free = self.policy.concurrency - self._busy(now)
+        if free >= self.policy.refill_at:
+            self._inviting = True
+        if free <= 0 or not self._inviting:
+            self._inviting = False
+            return Waiting("round-full")
+        if free == 1:
+            self._inviting = False
+        arrival = None
+        if self.virtual_time and duration_s is not None and duration_s <= self.policy.lease_s:
+            arrival = now + duration_s
+        record = AssignmentRecord(
+            number=self.next_number,
+            assignment_id=new_id(),
+            device_id=device_id,
+            round_id=self.version,
+            model_version=self.version,
+            weight=min(num_samples, self.policy.weight_cap),
+            issued_at=now,
+            deadline=now + self.policy.lease_s,
+            arrival=arrival,
+        )
+        self.next_number += 1
+        self._live[record.assignment_id] = self._by_device[device_id] = record
+        self._touch(record)
+        return record
+
+    def report(self, record: AssignmentRecord, report_id: str, now: float) -> bool:
+        """A report for an assignment: accepted (True), or the repetition of the one accepted before (False).
+
+        Args:
+            record: The assignment, live or read back from the table.
+            report_id: The device's id for this report.
+            now: The time (unused in virtual time, where the assignment knows its arrival).
+
+        Raises:
+            DuplicateReport: The assignment has another report.
+            LeaseExpired: Past the deadline, or from a device that had dropped out.
+            StaleReport: Its round is over, or its model is older than ``max_staleness``.
+        """
+        if record.report_id == report_id:
+            return False
+        if record.report_id is not None:
+            raise DuplicateReport(f"assignment {record.assignment_id} already has report {record.report_id}")
+        live = self._live.get(record.assignment_id)
+        self.check_fresh(live or record, now)
+        if live is None:
+            raise UnknownAssignment(f"assignment {record.assignment_id} is not live")
+        if not self.virtual_time:
+            live.arrival = now
+        live.report_id = report_id
+        live.state = AssignmentState.REPORTED
+        self._touch(live)
+        return True
+
+    def check_fresh(self, record: AssignmentRecord, now: float) -> None:
+        """Refuse what is too late, before anything else looks at the report.
+
+        Raises:
+            LeaseExpired: Past the deadline.
+            StaleReport: Its round is over, or its model is too old.
+        """
+        if record.state is AssignmentState.EXPIRED:
+            raise LeaseExpired(f"the lease of assignment {record.assignment_id} has expired")
+        if record.state is not AssignmentState.OUTSTANDING:
+            raise StaleReport(f"assignment {record.assignment_id} is {record.state.value}")
+        staleness = self.version - record.model_version
+        if staleness > self.policy.max_staleness:
+            raise StaleReport(
+                f"assignment {record.assignment_id} is {staleness} versions old; "
+                f"at most {self.policy.max_staleness} are accepted"
+            )
+        late = record.arrival is None if self.virtual_time else now > record.deadline
+        if late:
+            raise LeaseExpired(f"the report for assignment {record.assignment_id} came after its deadline")
+
+    def abandon(self, assignment_id: str) -> None:
+        """A device gives an assignment back; unknown or reported ones are left as they are."""
+        record = self._live.get(assignment_id)
+        if record is not None and record.state is AssignmentState.OUTSTANDING:
+            self._retire(record, AssignmentState.ABANDONED)
+
+    def expire(self, now: float) -> None:
+        """End the leases whose deadline has passed. In virtual time only drop-outs miss it."""
+        for record in list(self._live.values()):
+            missed = record.arrival is None if self.virtual_time else True
+            if record.state is AssignmentState.OUTSTANDING and missed and record.deadline < now:
+                self._retire(record, AssignmentState.EXPIRED)
+
+    def commit(self, closing: Closing) -> int:
+        """Apply a closed buffer: its reports are counted, the version rises, what became too old is superseded.
+
+        Returns:
+            How many assignments were superseded.
+        """
+        for record in closing.counted:
+            record.counted_in = closing.round_id
+            self._retire(record, AssignmentState.COUNTED)
+        self.version += 1
+        superseded = 0
+        for record in list(self._live.values()):
+            too_old = self.version - record.model_version > self.policy.max_staleness
+            if too_old or self.finished:
+                superseded += 1
+                self._retire(record, AssignmentState.SUPERSEDED)
+        self.opened_at = closing.closed_at
+        return superseded
+
+    # --- bookkeeping -------------------------------------------------------------------------------------
+
+    def live(self, assignment_id: str) -> AssignmentRecord | None:
+        """The live assignment of this id, if any."""
+        return self._live.get(assignment_id)
+
+    def take_changes(self) -> list[AssignmentRecord]:
+        """Records changed since the last call, in order of their numbers."""
+        changed = [self._changed[n] for n in sorted(self._changed)]
+        self._changed.clear()
+        return changed
+
+    def _touch(self, record: AssignmentRecord) -> None:
+        self._changed[record.number] = record
+
+    def _retire(self, record: AssignmentRecord, state: AssignmentState) -> None:
+        record.state = state
+        self._live.pop(record.assignment_id, None)
+        if self._by_device.get(record.device_id) is record:
+            del self._by_device[record.device_id]
+        self._touch(record)
