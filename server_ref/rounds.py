@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from client_sdk.protocol.errors import ConfigurationError, DuplicateReport, LeaseExpired, StaleReport, UnknownAssignment
+from client_sdk.protocol.errors import ConfigurationError, DuplicateReport, LeaseExpired, StaleReport
 
 
 class AssignmentState(StrEnum):
@@ -76,6 +76,21 @@ class RoundPolicy:
             )
 
 
+@dataclass(frozen=True)
+class ReportFile:
+    """A durable report: what the engine and the table keep of it. The bytes are a blob."""
+
+    report_id: str
+    sha256: str
+    num_bytes: int
+    train_loss: float
+
+    @property
+    def blob_key(self) -> str:
+        """Where the bytes are. The hash keeps two bodies sent under one report id apart."""
+        return f"reports/{self.report_id}.{self.sha256[:16]}"
+
+
 @dataclass
 class AssignmentRecord:
     """One assignment as the engine and the table know it. ``arrival`` is the report's place in time."""
@@ -90,7 +105,7 @@ class AssignmentRecord:
     deadline: float
     arrival: float | None = None
     state: AssignmentState = AssignmentState.OUTSTANDING
-    report_id: str | None = None
+    report: ReportFile | None = None
     counted_in: int | None = None
 
     @property
@@ -263,12 +278,12 @@ class RoundEngine:
         self._touch(record)
         return record
 
-    def report(self, record: AssignmentRecord, report_id: str, now: float) -> bool:
+    def report(self, record: AssignmentRecord, report: ReportFile, now: float) -> bool:
         """A report for an assignment: accepted (True), or the repetition of the one accepted before (False).
 
         Args:
             record: The assignment, live or read back from the table.
-            report_id: The device's id for this report.
+            report: The durable report.
             now: The time (unused in virtual time, where the assignment knows its arrival).
 
         Raises:
@@ -276,19 +291,26 @@ class RoundEngine:
             LeaseExpired: Past the deadline, or from a device that had dropped out.
             StaleReport: Its round is over, or its model is older than ``max_staleness``.
         """
-        if record.report_id == report_id:
+        if self.is_repetition(record, report.report_id):
             return False
-        if record.report_id is not None:
-            raise DuplicateReport(f"assignment {record.assignment_id} already has report {record.report_id}")
-        live = self._live.get(record.assignment_id)
-        self.check_fresh(live or record, now)
-        if live is None:
-            raise UnknownAssignment(f"assignment {record.assignment_id} is not live")
+        self.check_fresh(record, now)
         if not self.virtual_time:
-            live.arrival = now
-        live.report_id = report_id
-        live.state = AssignmentState.REPORTED
-        self._touch(live)
+            record.arrival = now
+        record.report = report
+        record.state = AssignmentState.REPORTED
+        self._touch(record)
+        return True
+
+    def is_repetition(self, record: AssignmentRecord, report_id: str) -> bool:
+        """Whether this very report was accepted before.
+
+        Raises:
+            DuplicateReport: Another report was.
+        """
+        if record.report is None:
+            return False
+        if record.report.report_id != report_id:
+            raise DuplicateReport(f"assignment {record.assignment_id} already has report {record.report.report_id}")
         return True
 
     def check_fresh(self, record: AssignmentRecord, now: float) -> None:

@@ -1,0 +1,1 @@
+"""Durable state: a database for facts, a blob store for bytes."""

@@ -1,0 +1,135 @@
+"""Blobs through obstore: local disk here, an object store by the same interface.
+
+``put`` returns once the bytes would survive a power cut. obstore's local backend writes to a temporary file and
+renames it, but leaves flushing to the operating system, so the file and its folder are flushed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore
+
+from client_sdk.protocol.errors import StorageUnavailable, UnknownBlob
+
+
+class BlobStore:
+    """Bytes by key under one folder.
+
+    Args:
+        root: Folder, created if needed.
+        quota_bytes: Largest total size; None for no limit.
+    """
+
+    def __init__(self, root: Path, quota_bytes: int | None = None) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self._root = root
+        self._store = LocalStore(prefix=root, mkdir=True)
+        self._quota = quota_bytes
+        self._lock = threading.Lock()
+        self._used = sum(meta["size"] for batch in obstore.list(self._store) for meta in batch)
+        self._flushed_folders: set[Path] = set()
+
+    @staticmethod
+    def content_key(sha256: str) -> str:
+        """Key of a content-addressed blob."""
+        return f"content/{sha256[:2]}/{sha256}"
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write durably; replaces what was there.
+
+        Raises:
+            StorageUnavailable: The quota is reached, the disk is full or failing. Nothing is left behind.
+        """
+        self._reserve(len(data))
+        try:
+            obstore.put(self._store, key, data)
+            self._flush(self._root / key)
+        except (BaseError, OSError) as e:
+            self._reserve(-len(data))
+            self.delete(key)
+            raise StorageUnavailable(f"cannot store {len(data)} bytes: {_reason(e)}") from e
+
+    def put_content(self, data: bytes) -> str:
+        """Write under the content's SHA-256 and return it (hex); a no-op when it is there."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        key = self.content_key(sha256)
+        if not self.exists(key):
+            self.put(key, data)
+        return sha256
+
+    def get(self, key: str) -> memoryview:
+        """All bytes of a blob.
+
+        Raises:
+            UnknownBlob: No such key.
+            StorageUnavailable: The disk fails.
+        """
+        try:
+            return memoryview(obstore.get(self._store, key).bytes())
+        except (FileNotFoundError, obstore.exceptions.NotFoundError) as e:
+            raise UnknownBlob(f"no blob {key.rsplit('/', 1)[-1]}") from e
+        except (BaseError, OSError) as e:
+            raise StorageUnavailable(f"cannot read a blob: {_reason(e)}") from e
+
+    def get_content(self, sha256: str) -> memoryview:
+        """A content-addressed blob, checked against its hash."""
+        data = self.get(self.content_key(sha256))
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageUnavailable(f"blob {sha256} is damaged on disk")
+        return data
+
+    def exists(self, key: str) -> bool:
+        """Whether a blob is there."""
+        try:
+            obstore.head(self._store, key)
+        except (FileNotFoundError, obstore.exceptions.NotFoundError):
+            return False
+        return True
+
+    def keys(self, prefix: str) -> list[str]:
+        """All keys under a prefix."""
+        return [meta["path"] for batch in obstore.list(self._store, prefix) for meta in batch]
+
+    def delete(self, key: str) -> None:
+        """Remove a blob; a no-op when it is not there."""
+        try:
+            size = obstore.head(self._store, key)["size"]
+            obstore.delete(self._store, key)
+        except (BaseError, OSError):
+            return
+        self._reserve(-size)
+
+    def _reserve(self, num_bytes: int) -> None:
+        with self._lock:
+            if self._quota is not None and num_bytes > 0 and self._used + num_bytes > self._quota:
+                raise StorageUnavailable(f"the blob quota of {self._quota} bytes is reached")
+            self._used += num_bytes
+
+    def _flush(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+        # The renamed entry, and once per folder the entries that lead to it.
+        folders = [path.parent]
+        if path.parent not in self._flushed_folders:
+            folders += [p for p in path.parent.parents if p.is_relative_to(self._root)]
+        for folder in folders:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        self._flushed_folders.add(path.parent)
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error: storage backends append debug dumps with paths."""
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

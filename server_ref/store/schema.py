@@ -1,0 +1,82 @@
+"""The tables. Changed only together with a migration in ``migrations/versions``."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# One row: the task that this data directory belongs to, and the engine's state that no other row implies.
+task = Table(
+    "task",
+    metadata,
+    Column("task_id", String(32), primary_key=True),
+    Column("config_json", Text, nullable=False),
+    Column("inviting", Boolean, nullable=False),
+    Column("opened_at", Float, nullable=False),
+    Column("clock_now", Float, nullable=False),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("device_id", String(32), primary_key=True),
+    Column("public_key", String(64), nullable=False),
+    Column("tier", String(16), nullable=False),
+    Column("enrolled_at", Float, nullable=False),
+)
+
+model_versions = Table(
+    "model_versions",
+    metadata,
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("validation_accuracy", Float),
+    Column("validation_loss", Float),
+)
+
+# A committed round r turned model version r into r + 1.
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("round_id", Integer, primary_key=True, autoincrement=False),
+    Column("opened_at", Float, nullable=False),
+    Column("closed_at", Float, nullable=False),
+    Column("reports", Integer, nullable=False),
+    Column("superseded", Integer, nullable=False),
+    Column("total_weight", BigInteger, nullable=False),
+    Column("bytes_up", BigInteger, nullable=False),
+    Column("train_loss", Float),
+    Column("accepted_set_sha256", String(64), nullable=False),
+)
+
+# An assignment and, once it is there, its report: one row, because there is at most one report per assignment.
+assignments = Table(
+    "assignments",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("assignment_id", String(32), nullable=False, unique=True),
+    Column("device_id", String(32), ForeignKey("devices.device_id"), nullable=False),
+    Column("round_id", Integer, nullable=False),
+    Column("model_version", Integer, nullable=False),
+    Column("weight", Integer, nullable=False),
+    Column("issued_at", Float, nullable=False),
+    Column("deadline", Float, nullable=False),
+    Column("arrival", Float),
+    Column("state", String(16), nullable=False),
+    Column("report_id", String(32), unique=True),
+    Column("report_sha256", String(64)),
+    Column("report_bytes", BigInteger),
+    Column("train_loss", Float),
+    Column("counted_in", Integer),
+    Index("ix_assignments_state", "state"),
+    Index("ix_assignments_counted_in", "counted_in"),
+)
