@@ -1,0 +1,147 @@
+"""The manifest of a program, read from the serialised program itself: never from what the exporter meant to write."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from client_sdk.protocol.errors import ManifestError
+from client_sdk.protocol.program import (
+    Manifest,
+    MethodSpec,
+    ParameterSpec,
+    Role,
+    TensorSpec,
+    parameter_table_hash,
+)
+from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
+from mobile_export.toolchain import read_plans, versions
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+    "INT": "int32",
+    "LONG": "int64",
+    "BOOL": "bool",
+    "BYTE": "uint8",
+    "CHAR": "int8",
+}
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """What a serialised program says about one of its methods.
+
+    Attributes:
+        name: Method name.
+        operators: Operators it calls, as ``namespace::name.overload``, sorted.
+        planned_memory_bytes: Sum of the buffers that the memory plan reserves for one call; inputs and constants
+            are not part of it, outputs are.
+        inputs: (dtype, shape) of each input.
+        outputs: (dtype, shape) of each output.
+    """
+
+    name: str
+    operators: tuple[str, ...]
+    planned_memory_bytes: int
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    outputs: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def read_methods(program: bytes) -> tuple[PlannedMethod, ...]:
+    """Read every method's plan from a serialised program (constant methods included)."""
+    return tuple(
+        PlannedMethod(
+            name=plan.name,
+            operators=tuple(sorted({f"{o.name}.{o.overload}" if o.overload else o.name for o in plan.operators})),
+            # Entry 0 stands for constant memory, which is not planned.
+            planned_memory_bytes=sum(plan.non_const_buffer_sizes[1:]),
+            inputs=_signature(plan, plan.inputs),
+            outputs=_signature(plan, plan.outputs),
+        )
+        for plan in read_plans(program)
+    )
+
+
+def _signature(plan: Any, indices: list[int]) -> tuple[tuple[str, tuple[int, ...]], ...]:  # noqa: ANN401 - untyped schema
+    values = [plan.values[i].val for i in indices]
+    return tuple((_DTYPES[v.scalar_type.name], tuple(v.sizes)) if hasattr(v, "sizes") else ("", ()) for v in values)
+
+
+def method_name(role: Role, batch_size: int) -> str:
+    """``{role}_b{batch}``, as in ``train_b32``."""
+    return f"{role.value}_b{batch_size}"
+
+
+def build_manifest(
+    *,
+    program: bytes,
+    weights_file: bytes,
+    roles: Mapping[str, tuple[Role, int]],
+    parameters: tuple[ParameterSpec, ...],
+    model_name: str,
+    feature_shape: tuple[int, ...],
+    num_classes: int,
+    content_key: str,
+    constants: Mapping[str, int | float],
+) -> Manifest:
+    """Describe a serialised program.
+
+    Args:
+        program: Contents of ``program.pte``.
+        weights_file: Contents of ``weights.safetensors``.
+        roles: Method name -> (role, batch size) of each method that was exported.
+        parameters: The parameter table.
+        model_name: Name to show.
+        feature_shape: Shape of one example.
+        num_classes: Number of logits.
+        content_key: Key of the export cache.
+        constants: Constant methods of the program.
+
+    Raises:
+        ManifestError: The program's own signature is not that of the methods' roles.
+    """
+    planned = {m.name: m for m in read_methods(program)}
+    methods: list[MethodSpec] = []
+    for name, (role, batch_size) in roles.items():
+        plan = planned[name]
+        if len(plan.inputs) != len(INPUT_NAMES[role]) or len(plan.outputs) != len(OUTPUT_NAMES[role]):
+            raise ManifestError(
+                f"{name} takes {len(plan.inputs)} inputs and gives {len(plan.outputs)} outputs; a {role.value} method "
+                f"takes {list(INPUT_NAMES[role])} and gives {list(OUTPUT_NAMES[role])}"
+            )
+        methods.append(
+            MethodSpec(
+                name=name,
+                role=role,
+                batch_size=batch_size,
+                inputs=_specs(INPUT_NAMES[role], plan.inputs),
+                outputs=_specs(OUTPUT_NAMES[role], plan.outputs),
+                planned_memory_bytes=plan.planned_memory_bytes,
+            )
+        )
+    return Manifest(
+        model_name=model_name,
+        program_sha256=hashlib.sha256(program).hexdigest(),
+        program_bytes=len(program),
+        initial_weights_sha256=hashlib.sha256(weights_file).hexdigest(),
+        executorch_version=versions()["executorch"],
+        torch_version=versions()["torch"],
+        content_key=content_key,
+        operators=tuple(sorted({o for m in planned.values() for o in m.operators})),
+        parameters=parameters,
+        parameter_table_sha256=parameter_table_hash(parameters),
+        feature_shape=feature_shape,
+        num_classes=num_classes,
+        methods=tuple(methods),
+        constants=dict(constants),
+    )
+
+
+def _specs(names: tuple[str, ...], values: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec.model_validate({"name": name, "dtype": dtype, "shape": shape})
+        for name, (dtype, shape) in zip(names, values, strict=True)
+    )

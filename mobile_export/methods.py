@@ -1,0 +1,126 @@
+"""The functional methods of a program: pure functions of one flat float32 weight vector.
+
+Signatures are those of ``client_sdk.protocol.program``. Shapes: ``w [d]``, ``x [B, *feature_shape]``, ``y [B]``
+int64, ``mask [B]``, scalars ``[1]``.
+
+The mask is boolean in meaning: an example counts if its mask is above 0. A masked example contributes *exactly*
+nothing, whatever its ``x`` (NaN and infinity included) and ``y`` hold: both are replaced by zeros before the model
+sees them, because 0 * NaN would be NaN, and its loss is replaced afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own idiom
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from client_sdk.protocol.program import ParameterSpec, Role
+from mobile_export.errors import UnsupportedModel
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""``(logits [B, ...], y [B]) -> per-example losses [B]``; nothing is reduced over the batch."""
+
+MethodFunction = Callable[..., tuple[Tensor, ...]]
+
+INPUT_NAMES = {
+    Role.GRAD: ("w", "x", "y", "mask"),
+    Role.TRAIN: ("w", "lr", "x", "y", "mask"),
+    Role.EVALUATE: ("w", "x", "y", "mask"),
+    Role.INFER: ("w", "x"),
+}
+OUTPUT_NAMES = {
+    Role.GRAD: ("grad_sum", "loss_sum", "count"),
+    Role.TRAIN: ("w", "loss_sum"),
+    Role.EVALUATE: ("loss_sum", "correct", "count"),
+    Role.INFER: ("logits",),
+}
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Softmax cross-entropy of each example, in nats: ``logits [B, C]``, ``y [B]`` int64 -> ``[B]``."""
+    return -F.log_softmax(logits, dim=-1).gather(-1, y[:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The four methods of one model and loss.
+
+    Attributes:
+        model: The module; its own parameters are not read, the flat vector replaces them.
+        loss: Per-example loss.
+        parameters: The parameter table that lays out the flat vector.
+    """
+
+    model: nn.Module
+    loss: Loss
+    parameters: tuple[ParameterSpec, ...]
+
+    def function(self, role: Role) -> MethodFunction:
+        """The method of a role."""
+        return {
+            Role.GRAD: self.grad,
+            Role.TRAIN: self.train,
+            Role.EVALUATE: self.evaluate,
+            Role.INFER: self.infer,
+        }[role]
+
+    def grad(self, w: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the unmasked examples: gradient ``[d]``, loss ``[1]``, and their count ``[1]``."""
+        keep, x, y = _drop_masked(x, y, mask)
+
+        def total(parameters: dict[str, Tensor]) -> Tensor:
+            return self._losses(parameters, x, y, keep).sum()
+
+        # Differentiating by the pieces and concatenating costs one pass over d; differentiating by the flat vector
+        # would cost one pass for each parameter.
+        gradients, loss_sum = grad_and_value(total)(self._split(w))
+        flat = torch.cat([gradients[p.name].reshape(-1) for p in self.parameters])
+        return flat, loss_sum.reshape(1), _count(keep)
+
+    def train(self, w: Tensor, lr: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """One step ``w - lr * grad_sum / count``, and the loss sum before it; a fully masked batch changes nothing."""
+        grad_sum, loss_sum, count = self.grad(w, x, y, mask)
+        return w - (lr / count.clamp(min=1.0)) * grad_sum, loss_sum
+
+    def evaluate(self, w: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the unmasked examples: loss, correct answers (first argmax equals y), count; each ``[1]``."""
+        keep, x, y = _drop_masked(x, y, mask)
+        logits = functional_call(self.model, self._split(w), (x,))
+        losses = torch.where(keep, self._checked_loss(logits, y), 0.0)
+        correct = (logits.argmax(dim=-1) == y) & keep
+        return losses.sum().reshape(1), _count(correct), _count(keep)
+
+    def infer(self, w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """Logits ``[B, C]``."""
+        return (functional_call(self.model, self._split(w), (x,)),)
+
+    def _split(self, w: Tensor) -> dict[str, Tensor]:
+        return {p.name: w[p.offset : p.offset + p.num_elements].reshape(p.shape) for p in self.parameters}
+
+    def _losses(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+        return torch.where(keep, self._checked_loss(functional_call(self.model, parameters, (x,)), y), 0.0)
+
+    def _checked_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        losses = self.loss(logits, y)
+        if losses.shape != y.shape:
+            raise UnsupportedModel(
+                "loss",
+                f"must return one value per example, shape {list(y.shape)}, not {list(losses.shape)}; "
+                "drop its reduction over the batch (reduction='none')",
+            )
+        return losses
+
+
+def _drop_masked(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boolean mask, and the inputs with zeros where it is false."""
+    keep = mask > 0
+    wide = keep.reshape(-1, *[1] * (x.ndim - 1))
+    return keep, torch.where(wide, x, 0.0), torch.where(keep, y, 0)
+
+
+def _count(flags: Tensor) -> Tensor:
+    return flags.to(torch.float32).sum().reshape(1)
