@@ -259,6 +259,10 @@ class ProgramExecutionError(ProgramError):
     """The runtime reported an error while it ran a method."""
 
 
+class TrainingDiverged(ProgramError):
+    """Local training left the finite numbers; the message names the step."""
+
+
 class RuntimeUnavailable(ProgramError):
     """No ExecuTorch adapter can run here; the message says what to install."""
 

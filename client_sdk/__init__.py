@@ -1,0 +1,41 @@
+"""pocketfed's client SDK: what an app embeds to take part in federated learning.
+
+Names are loaded on first use (PEP 562): importing this package, or ``client_sdk.protocol``, imports neither the
+network nor the runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from client_sdk.client import MobileClient
+    from client_sdk.protocol.profile import DeviceProfile
+    from client_sdk.protocol.program import Program
+    from client_sdk.protocol.updates import WorkerGradient
+    from client_sdk.runtime import load_program
+    from client_sdk.training import LocalTrainer
+
+__all__ = ["DeviceProfile", "LocalTrainer", "MobileClient", "Program", "WorkerGradient", "load_program"]
+
+_HOMES = {
+    "DeviceProfile": "client_sdk.protocol.profile",
+    "LocalTrainer": "client_sdk.training",
+    "MobileClient": "client_sdk.client",
+    "Program": "client_sdk.protocol.program",
+    "WorkerGradient": "client_sdk.protocol.updates",
+    "load_program": "client_sdk.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - classes and functions alike
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

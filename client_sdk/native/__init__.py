@@ -1,0 +1,1 @@
+"""The torch-free runtime: a small C++ shim over ExecuTorch, compiled once per machine and loaded with ctypes."""

@@ -1,0 +1,495 @@
+// The C ABI of pocketfed_shim.h over executorch::extension::Module. See there for what each function promises.
+
+#include "pocketfed_shim.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <shared_mutex>
+#include <string>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include <executorch/extension/data_loader/buffer_data_loader.h>
+#include <executorch/extension/module/module.h>
+#include <executorch/extension/threadpool/threadpool_guard.h>
+#include <executorch/runtime/core/hierarchical_allocator.h>
+#include <executorch/runtime/kernel/operator_registry.h>
+#include <executorch/runtime/platform/platform.h>
+
+// The wheel ships the thread pool's library but not its header. These are the two members used here.
+namespace executorch::extension::threadpool {
+class ThreadPool final {
+ public:
+  size_t get_thread_count() const;
+  bool _unsafe_reset_threadpool(uint32_t num_threads);
+};
+ThreadPool* get_threadpool();
+}  // namespace executorch::extension::threadpool
+
+namespace {
+
+using executorch::aten::ScalarType;
+using executorch::aten::Tensor;
+using executorch::aten::TensorImpl;
+using executorch::extension::BufferDataLoader;
+using executorch::extension::Module;
+using executorch::extension::threadpool::NoThreadPoolGuard;
+using executorch::runtime::Error;
+using executorch::runtime::EValue;
+using executorch::runtime::HierarchicalAllocator;
+using executorch::runtime::Program;
+using executorch::runtime::Span;
+
+// --- errors: the runtime's own log lines are the best explanation it has, so they become the error text ----------
+
+thread_local std::string last_error;
+thread_local std::string captured_log;
+thread_local bool capturing = false;
+pal_emit_log_message_method forward_log = nullptr;
+
+void emit_log(et_timestamp_t timestamp, et_pal_log_level_t level, const char* filename, const char* function,
+              size_t line, const char* message, size_t length) {
+  if (capturing && level == kError) {
+    try {
+      if (!captured_log.empty()) {
+        captured_log += "; ";
+      }
+      captured_log.append(message, length);
+    } catch (...) {  // Out of memory while explaining: the status alone must do.
+    }
+    return;
+  }
+  // Whatever is not ours (the official bindings share this library), and the last words before an abort.
+  if (forward_log != nullptr && (!capturing || level == kFatal)) {
+    forward_log(timestamp, level, filename, function, line, message, length);
+  }
+}
+
+void install_log_hook() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    forward_log = executorch::runtime::get_pal_impl()->emit_log_message;
+    (void)executorch::runtime::register_pal(executorch::runtime::PalImpl::create(&emit_log, __FILE__));
+  });
+}
+
+pf_status fail(pf_status status, std::string text) {
+  last_error = std::move(text);
+  return status;
+}
+
+pf_status fail(pf_status status, const std::string& what, Error error) {
+  std::string text = what + ": " + executorch::runtime::to_string(error);
+  if (!captured_log.empty()) {
+    text += " (" + captured_log + ")";
+  }
+  return fail(status, std::move(text));
+}
+
+// Runs the body of an ABI function: captures the runtime's log and lets no exception out.
+template <typename Body>
+int32_t guarded(Body&& body) noexcept {
+  try {
+    last_error.clear();
+    captured_log.clear();
+    capturing = true;
+    const pf_status status = body();
+    capturing = false;
+    return status;
+  } catch (const std::bad_alloc&) {
+    capturing = false;
+    last_error = "out of memory";  // short enough for the string's inline buffer: no allocation
+    return PF_OUT_OF_MEMORY;
+  } catch (const std::exception& e) {
+    capturing = false;
+    try {
+      last_error = e.what();
+    } catch (...) {
+      last_error.clear();
+    }
+    return PF_INTERNAL;
+  } catch (...) {
+    capturing = false;
+    last_error = "unknown error";
+    return PF_INTERNAL;
+  }
+}
+
+pf_status status_of(Error error, pf_status otherwise) {
+  switch (error) {
+    case Error::OperatorMissing:
+      return PF_MISSING_OPERATOR;
+    case Error::MemoryAllocationFailed:
+    case Error::DelegateMemoryAllocationFailed:
+    case Error::OutOfResources:
+      return PF_OUT_OF_MEMORY;
+    case Error::InvalidProgram:
+    case Error::InvalidExternalData:
+    case Error::DelegateInvalidCompatibility:
+      return PF_INVALID_PROGRAM;
+    default:
+      return otherwise;
+  }
+}
+
+// --- tensors ---------------------------------------------------------------------------------------------------
+
+bool scalar_type_of(int32_t dtype, ScalarType* out) {
+  switch (dtype) {
+    case PF_FLOAT32:
+      *out = ScalarType::Float;
+      return true;
+    case PF_FLOAT64:
+      *out = ScalarType::Double;
+      return true;
+    case PF_INT32:
+      *out = ScalarType::Int;
+      return true;
+    case PF_INT64:
+      *out = ScalarType::Long;
+      return true;
+    case PF_BOOL:
+      *out = ScalarType::Bool;
+      return true;
+    case PF_UINT8:
+      *out = ScalarType::Byte;
+      return true;
+    case PF_INT8:
+      *out = ScalarType::Char;
+      return true;
+    default:
+      return false;
+  }
+}
+
+// A caller's tensor in the runtime's terms. TensorImpl keeps pointers into it, so it never moves once built.
+struct TensorView {
+  std::array<TensorImpl::SizesType, PF_MAX_RANK> sizes{};
+  std::array<TensorImpl::StridesType, PF_MAX_RANK> strides{};
+  std::array<TensorImpl::DimOrderType, PF_MAX_RANK> dim_order{};
+  std::unique_ptr<TensorImpl> impl;
+
+  pf_status bind(const pf_tensor& tensor, const std::string& name) {
+    ScalarType type{};
+    if (!scalar_type_of(tensor.dtype, &type)) {
+      return fail(PF_INVALID_ARGUMENT, name + " has an unknown dtype code");
+    }
+    if (tensor.rank < 0 || tensor.rank > PF_MAX_RANK || (tensor.rank > 0 && tensor.sizes == nullptr)) {
+      return fail(PF_INVALID_ARGUMENT, name + " has an impossible rank");
+    }
+    int64_t stride = 1;
+    for (int32_t i = tensor.rank - 1; i >= 0; --i) {
+      const int64_t size = tensor.sizes[i];
+      if (size < 0 || size > INT32_MAX || stride > INT32_MAX) {
+        return fail(PF_INVALID_ARGUMENT, name + " has a size out of range");
+      }
+      const auto at = static_cast<size_t>(i);
+      sizes[at] = static_cast<int32_t>(size);
+      strides[at] = static_cast<int32_t>(stride);
+      dim_order[at] = static_cast<uint8_t>(i);
+      stride *= std::max<int64_t>(size, 1);
+    }
+    if (tensor.data == nullptr && stride > 0) {
+      return fail(PF_INVALID_ARGUMENT, name + " has no data");
+    }
+    impl = std::make_unique<TensorImpl>(type, tensor.rank, sizes.data(), tensor.data, dim_order.data(),
+                                        strides.data());
+    return PF_OK;
+  }
+};
+
+bool same_shape_and_type(const Tensor& tensor, const TensorImpl& expected) {
+  return tensor.scalar_type() == expected.scalar_type() && tensor.dim() == expected.dim() &&
+         std::equal(tensor.sizes().begin(), tensor.sizes().end(), expected.sizes().begin());
+}
+
+// --- process-wide state ----------------------------------------------------------------------------------------
+
+// Runs hold `pool_mutex` shared; changing the pool needs it alone, because the runtime's reset is not safe otherwise.
+std::shared_mutex pool_mutex;
+uint32_t pool_threads = 0;  // 0: not set yet
+size_t open_programs = 0;
+
+void reset_pool(uint32_t threads) {
+  // Also for one thread: kernels size their chunks by the pool, so the same count gives the same bits on any machine.
+  auto* pool = executorch::extension::threadpool::get_threadpool();
+  if (pool != nullptr && pool->get_thread_count() != threads) {
+    (void)pool->_unsafe_reset_threadpool(threads);
+  }
+  pool_threads = threads;
+}
+
+// Enables the guard only where one thread is wanted: kernels then run inline and never take the pool's lock.
+class InlineKernels {
+ public:
+  explicit InlineKernels(bool inline_kernels) : previous_(NoThreadPoolGuard::is_enabled()) {
+    NoThreadPoolGuard::set_enabled(inline_kernels);
+  }
+  ~InlineKernels() { NoThreadPoolGuard::set_enabled(previous_); }
+  InlineKernels(const InlineKernels&) = delete;
+  InlineKernels& operator=(const InlineKernels&) = delete;
+
+ private:
+  bool previous_;
+};
+
+struct FreeDeleter {
+  void operator()(uint8_t* p) const { std::free(p); }
+};
+
+// Segments inside a .pte are aligned to 128 bytes; a copy that starts on such a boundary keeps them aligned.
+constexpr std::align_val_t kProgramAlignment{128};
+
+struct AlignedDeleter {
+  void operator()(uint8_t* p) const { ::operator delete[](p, kProgramAlignment); }
+};
+
+}  // namespace
+
+// Members are destroyed bottom up: first the module with its methods, then what the methods point into.
+struct pf_program {
+  std::unique_ptr<uint8_t[], AlignedDeleter> bytes;
+  std::vector<std::unique_ptr<uint8_t, FreeDeleter>> arenas;
+  std::vector<Span<uint8_t>> spans;
+  std::unique_ptr<HierarchicalAllocator> planned_memory;
+  std::unordered_set<std::string> names;
+  std::unique_ptr<Module> module;
+
+  // One set of arenas for all methods, sized to the largest. calloc hands out untouched zero pages, so a device that
+  // never runs the big evaluation method never pays for its memory.
+  pf_status reserve_arenas() {
+    std::vector<size_t> largest;
+    for (const auto& name : names) {
+      const auto meta = module->method_meta(name);
+      if (!meta.ok()) {
+        return fail(PF_INVALID_PROGRAM, "cannot read the plan of " + name, meta.error());
+      }
+      const size_t count = meta->num_memory_planned_buffers();
+      largest.resize(std::max(largest.size(), count), 0);
+      for (size_t i = 0; i < count; ++i) {
+        const auto size = meta->memory_planned_buffer_size(i);
+        const auto device = meta->memory_planned_buffer_device(i);
+        if (!size.ok() || *size < 0 || !device.ok() || !device->is_cpu()) {
+          return fail(PF_INVALID_PROGRAM, name + " plans memory that is not host memory");
+        }
+        largest[i] = std::max(largest[i], static_cast<size_t>(*size));
+      }
+    }
+    for (const size_t size : largest) {
+      auto* arena = static_cast<uint8_t*>(std::calloc(std::max<size_t>(size, 1), 1));
+      if (arena == nullptr) {
+        return fail(PF_OUT_OF_MEMORY, "cannot reserve " + std::to_string(size) + " bytes of planned memory");
+      }
+      arenas.emplace_back(arena);
+      spans.emplace_back(arena, size);
+    }
+    planned_memory = std::make_unique<HierarchicalAllocator>(Span<Span<uint8_t>>(spans.data(), spans.size()));
+    return PF_OK;
+  }
+
+  pf_status open(const void* data, size_t size) {
+    bytes.reset(static_cast<uint8_t*>(::operator new[](size, kProgramAlignment)));
+    std::memcpy(bytes.get(), data, size);
+    module = std::make_unique<Module>(std::make_unique<BufferDataLoader>(bytes.get(), size));
+    // The whole flatbuffer is verified: a program comes from a server, and its hash only says that it came intact.
+    const Error loaded = module->load(Program::Verification::InternalConsistency);
+    if (loaded != Error::Ok) {
+      return fail(status_of(loaded, PF_INVALID_PROGRAM), "cannot load the program", loaded);
+    }
+    auto found = module->method_names();
+    if (!found.ok()) {
+      return fail(PF_INVALID_PROGRAM, "cannot list the program's methods", found.error());
+    }
+    names = std::move(*found);
+    return reserve_arenas();
+  }
+
+  pf_status load_method(const std::string& method) {
+    if (names.count(method) == 0) {
+      return fail(PF_UNKNOWN_METHOD, "no method " + method);
+    }
+    const Error error = module->load_method(method, planned_memory.get());
+    if (error != Error::Ok) {
+      return fail(status_of(error, PF_INVALID_PROGRAM), "cannot load " + method, error);
+    }
+    return PF_OK;
+  }
+
+  pf_status run(const std::string& method, const pf_tensor* in, size_t num_inputs, const pf_tensor* out,
+                size_t num_outputs) {
+    const InlineKernels guard(pool_threads == 1);
+    if (const pf_status status = load_method(method); status != PF_OK) {
+      return status;
+    }
+    std::vector<TensorView> inputs(num_inputs);
+    std::vector<EValue> values;
+    values.reserve(num_inputs);
+    for (size_t i = 0; i < num_inputs; ++i) {
+      if (const pf_status status = inputs[i].bind(in[i], "input " + std::to_string(i)); status != PF_OK) {
+        return status;
+      }
+      values.emplace_back(Tensor(inputs[i].impl.get()));
+    }
+    std::vector<TensorView> expected(num_outputs);
+    for (size_t i = 0; i < num_outputs; ++i) {
+      if (const pf_status status = expected[i].bind(out[i], "output " + std::to_string(i)); status != PF_OK) {
+        return status;
+      }
+    }
+    const Error bound = module->set_inputs(method, values);
+    if (bound != Error::Ok) {
+      return fail(PF_SIGNATURE, "inputs do not fit " + method, bound);
+    }
+    auto results = module->execute(method);  // with the inputs bound above
+    if (!results.ok()) {
+      return fail(status_of(results.error(), PF_EXECUTION_FAILED), method + " failed", results.error());
+    }
+    if (results->size() != num_outputs) {
+      return fail(PF_SIGNATURE, method + " returns " + std::to_string(results->size()) + " outputs, " +
+                                    std::to_string(num_outputs) + " are expected");
+    }
+    for (size_t i = 0; i < num_outputs; ++i) {
+      const EValue& value = (*results)[i];
+      if (!value.isTensor() || !same_shape_and_type(value.toTensor(), *expected[i].impl)) {
+        return fail(PF_SIGNATURE,
+                    "output " + std::to_string(i) + " of " + method + " has another dtype or shape than expected");
+      }
+    }
+    for (size_t i = 0; i < num_outputs; ++i) {
+      const Tensor result = (*results)[i].toTensor();
+      if (result.nbytes() > 0) {
+        std::memcpy(out[i].data, result.const_data_ptr(), result.nbytes());
+      }
+    }
+    return PF_OK;
+  }
+};
+
+extern "C" {
+
+int32_t pf_abi_version(void) { return PF_ABI_VERSION; }
+
+const char* pf_executorch_version(void) { return POCKETFED_EXECUTORCH_VERSION; }
+
+const char* pf_last_error(void) { return last_error.c_str(); }
+
+int32_t pf_open(const void* data, uint64_t size, pf_program** out) {
+  return guarded([&]() -> pf_status {
+    if (data == nullptr || size == 0 || out == nullptr) {
+      return fail(PF_INVALID_ARGUMENT, "pf_open needs bytes and a place for the program");
+    }
+    install_log_hook();
+    auto program = std::make_unique<pf_program>();
+    if (const pf_status status = program->open(data, size); status != PF_OK) {
+      return status;
+    }
+    const std::unique_lock lock(pool_mutex);
+    if (pool_threads == 0) {
+      reset_pool(1);
+    }
+    ++open_programs;
+    *out = program.release();
+    return PF_OK;
+  });
+}
+
+void pf_close(pf_program* program) {
+  if (program == nullptr) {
+    return;
+  }
+  guarded([&]() -> pf_status {
+    delete program;
+    const std::unique_lock lock(pool_mutex);
+    --open_programs;
+    return PF_OK;
+  });
+}
+
+int32_t pf_load_method(pf_program* program, const char* method) {
+  return guarded([&]() -> pf_status {
+    if (program == nullptr || method == nullptr) {
+      return fail(PF_INVALID_ARGUMENT, "pf_load_method needs a program and a method");
+    }
+    const std::shared_lock lock(pool_mutex);
+    const InlineKernels guard(pool_threads == 1);
+    return program->load_method(method);
+  });
+}
+
+int32_t pf_planned_memory(pf_program* program, const char* method, uint64_t* bytes) {
+  return guarded([&]() -> pf_status {
+    if (program == nullptr || method == nullptr || bytes == nullptr) {
+      return fail(PF_INVALID_ARGUMENT, "pf_planned_memory needs a program, a method and a place for the answer");
+    }
+    if (program->names.count(method) == 0) {
+      return fail(PF_UNKNOWN_METHOD, std::string("no method ") + method);
+    }
+    const auto meta = program->module->method_meta(method);
+    if (!meta.ok()) {
+      return fail(PF_INVALID_PROGRAM, "cannot read the method's plan", meta.error());
+    }
+    uint64_t total = 0;
+    for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
+      const auto size = meta->memory_planned_buffer_size(i);
+      total += size.ok() ? static_cast<uint64_t>(*size) : 0;
+    }
+    *bytes = total;
+    return PF_OK;
+  });
+}
+
+int32_t pf_run(pf_program* program, const char* method, uint64_t num_inputs, const pf_tensor* inputs,
+               uint64_t num_outputs, const pf_tensor* outputs) {
+  return guarded([&]() -> pf_status {
+    if (program == nullptr || method == nullptr || (num_inputs > 0 && inputs == nullptr) ||
+        (num_outputs > 0 && outputs == nullptr)) {
+      return fail(PF_INVALID_ARGUMENT, "pf_run needs a program, a method and its tensors");
+    }
+    const std::shared_lock lock(pool_mutex);
+    return program->run(method, inputs, num_inputs, outputs, num_outputs);
+  });
+}
+
+int32_t pf_set_threads(uint32_t threads) {
+  return guarded([&]() -> pf_status {
+    if (threads == 0) {
+      return fail(PF_INVALID_ARGUMENT, "at least one thread is needed");
+    }
+    install_log_hook();
+    const std::unique_lock lock(pool_mutex);
+    if (threads == pool_threads) {
+      return PF_OK;
+    }
+    if (open_programs > 0) {
+      return fail(PF_BUSY, "programs are open with " + std::to_string(pool_threads) + " threads; close them first");
+    }
+    reset_pool(threads);
+    return PF_OK;
+  });
+}
+
+uint64_t pf_registered_operators(char* buffer, uint64_t capacity) {
+  const auto kernels = executorch::runtime::get_registered_kernels();
+  uint64_t needed = 0;
+  for (const auto& kernel : kernels) {
+    needed += std::strlen(kernel.name_) + 1;
+  }
+  if (buffer != nullptr && needed <= capacity) {
+    for (const auto& kernel : kernels) {
+      const size_t length = std::strlen(kernel.name_);
+      std::memcpy(buffer, kernel.name_, length);
+      buffer[length] = '\n';
+      buffer += length + 1;
+    }
+  }
+  return needed;
+}
+
+}  // extern "C"
