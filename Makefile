@@ -38,7 +38,8 @@ hash = $(shell { $(1); } 2>/dev/null | sha256sum | cut -c1-16)
 VENV_KEY := $(call hash,$(PYTHON) -VV; pwd)
 TORCH_KEY := $(call hash,echo $(VENV_KEY) $(TORCH_PIN))
 DEPS_KEY := $(call hash,echo $(TORCH_KEY); cat pyproject.toml)
-NATIVE_KEY := $(call hash,echo $(DEPS_KEY); cat $(NATIVE_SOURCES) /dev/null)
+# The compiler is part of the key: once one is installed, the next set-up compiles the shim.
+NATIVE_KEY := $(call hash,echo $(DEPS_KEY); command -v c++ g++ clang++; cat $(NATIVE_SOURCES) /dev/null)
 
 VENV_STAMP := $(STAMPS)/venv-$(VENV_KEY)
 TORCH_STAMP := $(STAMPS)/torch-$(TORCH_KEY)
@@ -69,7 +70,7 @@ $(VENV_STAMP):
 $(TORCH_STAMP): $(VENV_STAMP)
 	@echo 'setup 2/4: $(TORCH_PIN), CPU build (about half a minute plus the download)'
 	@$(PIP) install --no-deps $(TORCH_INSTALL_ARGS) '$(TORCH_PIN)'
-	@$(BIN)/python -c "$$CHECK_CPU_BUILD"
+	@$(BIN)/python -c "$$CHECK_CPU_BUILD" || { $(PIP) uninstall -y torch; exit 1; }
 	@$(call stamp,torch)
 
 $(DEPS_STAMP): $(TORCH_STAMP)
