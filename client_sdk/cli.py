@@ -34,7 +34,7 @@ examples:
     pocketfed simulate --dataset digits --devices 20 --rounds 5 --model mlp --out runs/first
 
   run one device as a process of its own against a server:
-    pocketfed device --server http://127.0.0.1:8080 --data shard.npz --state-dir state/device-1
+    pocketfed device --server http://127.0.0.1:8470 --data shard.npz --state-dir state/device-1
 
 `pocketfed COMMAND --help` explains a command.
 """
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
     try:
-        return _dispatch(arguments, commands)
+        status = _dispatch(arguments, commands)
+        sys.stdout.flush()  # here, where a reader that has left is no error
     except PocketfedError as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has left (`| head`); flushing at exit must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    return status
 
 
 def _dispatch(arguments: list[str], commands: Mapping[str, EntryPoint]) -> int:
@@ -109,7 +111,7 @@ def _overview(commands: Mapping[str, EntryPoint]) -> str:
         "usage: pocketfed COMMAND [ARGUMENT ...]",
         "       pocketfed --help | --version",
         "",
-        "Federated learning for phones: devices that run exported ExecuTorch programs, a server, and a simulated fleet.",
+        "Federated learning for phones: devices that run ExecuTorch programs, a server, a simulated fleet.",
         "",
         "commands:",
         *(f"  {name:<{width}}  {_summary(entry)}" for name, entry in commands.items()),
@@ -162,9 +164,9 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
     parser.epilog = (
         "examples:\n"
         "  take part until stopped:\n"
-        "    pocketfed device --server http://127.0.0.1:8080 --data shard.npz --state-dir state/device-1\n"
+        "    pocketfed device --server http://127.0.0.1:8470 --data shard.npz --state-dir state/device-1\n"
         "  send one update and leave, pretending to be a low-end phone:\n"
-        "    pocketfed device --server http://127.0.0.1:8080 --data shard.npz --state-dir state/device-2 "
+        "    pocketfed device --server http://127.0.0.1:8470 --data shard.npz --state-dir state/device-2 "
         "--tier low --once"
     )
     parser.add_argument("--server", required=True, metavar="URL", help="base address of the server")
