@@ -1,0 +1,162 @@
+"""What a run is: everything that decides its outcome, and nothing else.
+
+How a run is carried out (threads, runtime adapter, output folder, progress) is in ``run.RunOptions``: it changes the
+time a run takes, not its result.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.training import TrainingPlan
+from simulator.errors import ResumeMismatch
+from simulator.partition import parse_partition
+
+MODELS: Final = ("softmax", "mlp", "cnn")
+
+
+def default_cohort(devices: int) -> int:
+    """Reports per round unless told: a fifth of the fleet, at least ten, at most all."""
+    return min(devices, max(10, devices // 5))
+
+
+class SimulationConfig(BaseModel):
+    """One simulation. Equal configurations give equal models, bit for bit, on one machine.
+
+    Attributes:
+        dataset: Name of a data set.
+        devices: Size of the fleet.
+        rounds: Model updates until the run is over.
+        model: Reference model.
+        partition: How the training examples are dealt out; see ``partition.parse_partition``.
+        seed: Drives data, shuffles, selection, speeds, drop-outs and the model's initial weights.
+        cohort: Reports per model update; None takes ``default_cohort``.
+        overselect: Devices invited per report needed: ``concurrency = ceil(cohort * overselect)``.
+        refill_at: Free slots before new devices are invited; None (all of them) makes rounds synchronous.
+        max_staleness: Model versions an update may lag behind.
+        epochs: Local passes over a device's examples.
+        batch_size: Examples per local step.
+        learning_rate: Of the local steps.
+        prox_mu: FedProx's coefficient; 0 is FedAvg.
+        server_learning_rate: Scale of the averaged update.
+        dropout: Probability that an invited device never reports.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    dataset: str = "digits"
+    devices: int = Field(100, ge=1, le=1_000_000)
+    rounds: int = Field(30, ge=1, le=1_000_000)
+    model: Literal["softmax", "mlp", "cnn"] = "mlp"
+    partition: str = "dirichlet:0.5"
+    seed: int = Field(1, ge=0, lt=2**31)
+    cohort: int | None = Field(None, ge=1)
+    overselect: float = Field(1.0, ge=1.0, le=100.0)
+    refill_at: int | None = Field(None, ge=1)
+    max_staleness: int = Field(0, ge=0, le=1000)
+    epochs: int = Field(5, ge=1, le=1000)
+    batch_size: int = Field(16, ge=1, le=4096)
+    learning_rate: float = Field(0.1, gt=0, le=1e3, allow_inf_nan=False)
+    prox_mu: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
+    server_learning_rate: float = Field(1.0, gt=0, le=1e3, allow_inf_nan=False)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+
+    @field_validator("partition")
+    @classmethod
+    def _known_partition(cls, value: str) -> str:
+        return str(parse_partition(value))
+
+    @property
+    def cohort_size(self) -> int:
+        """Reports per model update."""
+        return default_cohort(self.devices) if self.cohort is None else self.cohort
+
+    @property
+    def concurrency(self) -> int:
+        """Devices at work at once."""
+        return math.ceil(round(self.cohort_size * self.overselect, 9))
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The devices' local training."""
+        return TrainingPlan(
+            local_epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            prox_mu=self.prox_mu,
+        )
+
+    def check(self) -> None:
+        """Refuse combinations that no fleet can fulfil.
+
+        Raises:
+            ConfigurationError: The message says which numbers to change.
+        """
+        if self.cohort_size > self.devices:
+            raise ConfigurationError(
+                f"a cohort of {self.cohort_size} reports a round needs at least as many devices, there are "
+                f"{self.devices}; lower --cohort or raise --devices"
+            )
+        if self.concurrency > self.devices:
+            raise ConfigurationError(
+                f"--cohort {self.cohort_size} x --overselect {self.overselect:g} invites {self.concurrency} devices "
+                f"at once, there are {self.devices}; lower one of the two or raise --devices"
+            )
+        if self.refill_at is not None and self.refill_at > self.concurrency:
+            raise ConfigurationError(
+                f"--refill-at {self.refill_at} slots can never be free: at most {self.concurrency} devices work at once"
+            )
+
+    @classmethod
+    def parse(cls, values: dict[str, object]) -> Self:
+        """Validate values from the command line; missing or None ones take their defaults.
+
+        Raises:
+            ConfigurationError: A value out of range; the message names the flag.
+            PartitionError: An unknown partition.
+        """
+        try:
+            config = cls.model_validate({k: v for k, v in values.items() if v is not None})
+        except ValidationError as e:
+            raise ConfigurationError(
+                "; ".join(f"{_flag(err['loc'])}: {_plain(err['msg'])} (got {err['input']!r})" for err in e.errors())
+            ) from e
+        config.check()
+        return config
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what ``write`` wrote.
+
+        Raises:
+            ResumeMismatch: Missing, or written by another version.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError as e:
+            raise ResumeMismatch(f"{path.parent} holds no run to resume ({path.name} is missing)") from e
+        except ValidationError as e:
+            raise ResumeMismatch(f"{path} was written by another version of pocketfed; start a new run") from e
+
+    def differences(self, other: SimulationConfig) -> list[str]:
+        """``flag: mine, other's`` of every field in which the two differ."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [f"{_flag((k,))} {mine[k]} (the run has {theirs[k]})" for k in mine if mine[k] != theirs[k]]
+
+
+_FLAGS = {"learning_rate": "--lr", "server_learning_rate": "--server-lr"}
+
+
+def _flag(location: tuple[int | str, ...]) -> str:
+    name = str(location[0]) if location else "configuration"
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def _plain(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,139 @@
+"""The data sets a fleet can be trained on, with fixed train, validation and test splits.
+
+The validation split is held out of the training data and goes to the server, which scores every new model on it.
+The test split is read once, after the last round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.protocol.errors import ConfigurationError
+from simulator.errors import DatasetUnavailable, MalformedDataset
+from simulator.fetch import FASHION_MNIST, data_root, is_current
+from simulator.idx import read_idx_gz
+
+# Fixes which examples are held out. Not an option: figures of different runs stay comparable.
+_SPLIT_SEED = 20_240_917
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples and their labels.
+
+    Attributes:
+        x: float32[n, *feature_shape], values in [0, 1], read-only.
+        y: int64[n], values in 0 .. num_classes - 1, read-only.
+    """
+
+    x: npt.NDArray[np.float32]
+    y: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set in three disjoint splits.
+
+    Attributes:
+        name: Name, as given on the command line.
+        train: Examples that are dealt out to the devices.
+        validation: Examples that the operator keeps, for scoring each round's model.
+        test: Examples for the one final figure.
+        feature_shape: Shape of one example.
+        num_classes: Number of labels.
+        sha256: Hash of all splits' bytes, in order: what was trained on, to the bit.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    feature_shape: tuple[int, ...]
+    num_classes: int
+    sha256: str
+
+
+def _dataset(name: str, splits: tuple[Split, Split, Split], num_classes: int) -> Dataset:
+    digest = hashlib.sha256()
+    for split in splits:
+        for array in (split.x, split.y):
+            array.flags.writeable = False
+            digest.update(array.data)
+    train, validation, test = splits
+    return Dataset(name, train, validation, test, train.x.shape[1:], num_classes, digest.hexdigest())
+
+
+def _take(x: npt.NDArray[np.float32], y: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Split:
+    return Split(np.ascontiguousarray(x[rows]), np.ascontiguousarray(y[rows]))
+
+
+def digits() -> Dataset:
+    """scikit-learn's bundled digits: 1797 images of 8 x 8 pixels, 10 classes; 20 % test, 10 % validation."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415  (seconds to import, and only this data set needs it)
+
+    bunch = load_digits()
+    x = (bunch.images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+    y = bunch.target.astype(np.int64)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(y))
+    test, validation, train = np.split(order, [len(y) // 5, len(y) // 5 + len(y) // 10])
+    return _dataset("digits", (_take(x, y, train), _take(x, y, validation), _take(x, y, test)), 10)
+
+
+def fashion_mnist(folder: Path | None = None) -> Dataset:
+    """Fashion-MNIST: 28 x 28 grey images, 10 classes; 55,000 train, 5,000 validation, the official 10,000 test.
+
+    Args:
+        folder: Where the four idx files lie; the cache by default.
+
+    Raises:
+        DatasetUnavailable: Not fetched yet; the message names the command.
+        MalformedDataset: A file is damaged.
+
+    Source:
+        Xiao, Rasul, Vollgraf 2017, "Fashion-MNIST: a novel image dataset for benchmarking machine learning".
+    """
+    folder = folder or data_root() / FASHION_MNIST.dataset
+    if not is_current(FASHION_MNIST, folder):
+        raise DatasetUnavailable(
+            f"fashion-mnist is not (or not completely) in {folder}; fetch it once: pocketfed data fashion-mnist"
+        )
+    x, y = _images_and_labels(folder, "train")
+    test_x, test_y = _images_and_labels(folder, "t10k")
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(y))
+    validation, train = np.split(order, [5000])
+    return _dataset("fashion-mnist", (_take(x, y, train), _take(x, y, validation), Split(test_x, test_y)), 10)
+
+
+def _images_and_labels(folder: Path, prefix: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    images = read_idx_gz(folder / f"{prefix}-images-idx3-ubyte.gz", dims=3)
+    labels = read_idx_gz(folder / f"{prefix}-labels-idx1-ubyte.gz", dims=1)
+    if len(images) != len(labels):
+        raise MalformedDataset(f"{folder}: {len(images)} {prefix} images, but {len(labels)} labels")
+    x = images[:, None].astype(np.float32)
+    x /= 255
+    return x, labels.astype(np.int64)
+
+
+DATASETS: Mapping[str, Callable[[], Dataset]] = MappingProxyType({"digits": digits, "fashion-mnist": fashion_mnist})
+
+
+def load_dataset(name: str) -> Dataset:
+    """Load a data set by name.
+
+    Raises:
+        ConfigurationError: No such data set.
+        DatasetUnavailable: It has to be fetched first.
+    """
+    if name not in DATASETS:
+        raise ConfigurationError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+    return DATASETS[name]()

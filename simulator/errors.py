@@ -1,0 +1,33 @@
+"""What can go wrong in a simulation, beyond the protocol's own errors."""
+
+from __future__ import annotations
+
+from client_sdk.protocol.errors import PocketfedError
+
+
+class SimulationError(PocketfedError):
+    """Root of the simulator's errors."""
+
+
+class DatasetUnavailable(SimulationError):
+    """The data set is not on this machine, or cannot be fetched; the message says how to get it."""
+
+
+class MalformedDataset(SimulationError):
+    """A data file that is not what it claims to be: truncated, wrong magic, wrong checksum."""
+
+
+class PartitionError(SimulationError):
+    """A partition that cannot be parsed, or that the data set is too small for."""
+
+
+class OutputDirectoryInUse(SimulationError):
+    """The output folder holds another run, or is in use by one."""
+
+
+class ResumeMismatch(SimulationError):
+    """The run to be resumed had another configuration, or was written by another version."""
+
+
+class ServerUnavailable(SimulationError):
+    """The server did not start, or went away; the message quotes its last words."""

@@ -1,0 +1,98 @@
+"""A population is a pure function of its seed: same answers in any order, plausible shares, sane durations."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client_sdk.protocol.profile import DeviceTier
+from client_sdk.protocol.training import TrainingPlan
+from simulator.population import TIERS, Population, Workload
+
+WORK = Workload(flops_per_example=3e5, bytes_down=200_000, bytes_up=200_000, plan=TrainingPlan(local_epochs=2))
+seeds = st.integers(0, 2**31 - 1)
+devices = st.integers(0, 999)
+sessions = st.integers(0, 10_000)
+
+
+def answers(population, device, session):
+    return (
+        population.profile(device),
+        population.identity(device).device_id,
+        population.first_check_in_s(device),
+        population.pause_s(device, session),
+        population.retry_fraction(device, session),
+        population.duration_s(device, session, 20, WORK),
+    )
+
+
+@given(seeds, st.lists(st.tuples(devices, sessions), min_size=1, max_size=8))
+def test_answers_do_not_depend_on_the_order_of_questions(seed, questions):
+    forward = Population(seed, 1000, dropout=0.3)
+    backward = Population(seed, 1000, dropout=0.3)
+    asked = {q: answers(forward, *q) for q in questions}
+    assert asked == {q: answers(backward, *q) for q in reversed(questions)}
+
+
+@given(seeds, devices, sessions, st.integers(1, 10_000))
+def test_a_duration_is_positive_and_in_whole_milliseconds(seed, device, session, num_samples):
+    duration = Population(seed, 1000).duration_s(device, session, num_samples, WORK)
+    assert duration is not None
+    assert duration > 0
+    assert round(duration, 3) == duration
+
+
+@given(seeds, devices, st.integers(1, 1000))
+def test_more_data_never_takes_less_time(seed, device, num_samples):
+    population = Population(seed, 1000)
+    assert population.typical_duration_s(device, num_samples + 1, WORK) >= population.typical_duration_s(
+        device, num_samples, WORK
+    )
+
+
+@given(seeds, devices)
+def test_max_steps_bounds_the_work(seed, device):
+    population = Population(seed, 1000)
+    one_step = Workload(WORK.flops_per_example, 0, 0, TrainingPlan(local_epochs=9, batch_size=8, max_steps=1))
+    assert population.typical_duration_s(device, 10**6, one_step) == population.typical_duration_s(device, 8, one_step)
+
+
+@given(seeds, devices, sessions)
+def test_pauses_lie_around_the_interval(seed, device, number):
+    population = Population(seed, 1000, check_in_interval_s=60)
+    assert 0 <= population.first_check_in_s(device) <= 60
+    assert 30 <= population.pause_s(device, number) <= 90
+
+
+def test_tiers_come_in_their_shares_and_profiles_follow_them():
+    population = Population(7, 5000)
+    profiles = [population.profile(d) for d in range(5000)]
+    counts = Counter(p.device_type for p in profiles)
+    for tier, model in TIERS.items():
+        assert abs(counts[tier] / 5000 - model.share) < 0.03
+    assert sum(m.share for m in TIERS.values()) == 1
+    assert {p.available_memory_mb for p in profiles if p.device_type is DeviceTier.LOW_END} == {512}
+
+
+def test_better_tiers_are_faster_on_average():
+    population = Population(7, 2000)
+    by_tier = {tier: [] for tier in TIERS}
+    for d in range(2000):
+        by_tier[population.tier(d)].append(population.typical_duration_s(d, 50, WORK))
+    high, mid, low = (sum(v) / len(v) for v in by_tier.values())
+    assert high < mid < low
+
+
+def test_drop_outs_come_at_their_rate_and_differ_between_sessions():
+    population = Population(7, 2000, dropout=0.2)
+    dropped = [[population.duration_s(d, s, 20, WORK) is None for s in range(2)] for d in range(2000)]
+    assert abs(sum(map(sum, dropped)) / 4000 - 0.2) < 0.03
+    assert any(a != b for a, b in dropped)
+    assert all(Population(7, 100).duration_s(d, 0, 20, WORK) is not None for d in range(100))
+
+
+def test_identities_are_distinct_and_follow_the_seed():
+    ids = {Population(1, 100).identity(d).device_id for d in range(100)}
+    others = {Population(2, 100).identity(d).device_id for d in range(100)}
+    assert len(ids) == 100
+    assert not ids & others
