@@ -1,0 +1,259 @@
+"""Which reports count depends on the seed alone: not on threads, not on interruptions, not on the round's numbers.
+
+The server's own round engine answers the check-ins, in process: what is missing is HTTP and training.
+"""
+
+import random
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client_sdk.protocol.errors import PocketfedError
+from client_sdk.protocol.messages import Assigned, Assignment, F32Encoding, Finished, RetryWindow, Wait
+from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.updates import UpdateKind
+from server_ref.rounds import ReportFile, RoundEngine, RoundPolicy, Waiting
+from simulator.errors import ResumeMismatch
+from simulator.fleet import Outcome, VirtualFleet
+from simulator.journal import Journal
+from simulator.population import Population, Workload
+
+WORK = Workload(flops_per_example=3e5, bytes_down=100_000, bytes_up=100_000, plan=TrainingPlan())
+HASH = "0" * 64
+
+
+class CrashError(Exception):
+    """The simulator's process dies."""
+
+
+class EngineLink:
+    """Devices talking straight to a round engine; the accepted set of every round is kept."""
+
+    def __init__(self, policy):
+        self.engine = RoundEngine(policy, virtual_time=True)
+        self.accepted = []
+        self._records = {}
+        self.calls = 0
+        self.crash_at = None
+        self.before = True
+        self._changed = threading.Condition()
+
+    def check_in(self, device, timing):
+        with self._changed:
+            self.calls += 1
+            if self.calls == self.crash_at and self.before:
+                raise CrashError
+            while self.engine.close_pending(timing.now_s):
+                if closing := self.engine.closing(timing.now_s):
+                    self.engine.commit(closing)
+                    self.accepted.append((closing.closed_at, [(r.number, r.device_id) for r in closing.counted]))
+                else:
+                    assert self._changed.wait(10), "no upload ever came"
+            reply = self._answer(device, timing)
+            if self.calls == self.crash_at:
+                raise CrashError
+            return reply
+
+    def _answer(self, device, timing):
+        if self.engine.finished:
+            return Finished(model_version=self.engine.version)
+        record = self.engine.check_in(
+            f"d{device}",
+            device + 1,
+            timing.now_s,
+            lambda: f"{self.engine.next_number:032x}",
+            duration_s=timing.duration_s,
+        )
+        if isinstance(record, Waiting):
+            return Wait(reason=record.reason, retry=RetryWindow(min_s=2, max_s=10))
+        self._records[record.assignment_id] = record
+        return Assigned(
+            assignment=Assignment(
+                assignment_id=record.assignment_id,
+                assignment_number=record.number,
+                task_id="0" * 32,
+                round_id=record.round_id,
+                model_version=record.model_version,
+                model_sha256=HASH,
+                program_sha256=HASH,
+                manifest_sha256=HASH,
+                parameter_table_sha256=HASH,
+                kind=UpdateKind.DELTA,
+                encoding=F32Encoding(max_abs=1.0),
+                weight=record.weight,
+                plan=WORK.plan,
+                shuffle_seed=record.number,
+                lease_s=self.engine.policy.lease_s,
+                max_report_bytes=1000,
+            )
+        )
+
+    def perform(self, device, assignment):
+        assert assignment.weight == device + 1
+        # Uneven work, so that threads finish in another order than they began.
+        sum(range(random.randrange(2000)))  # noqa: S311 - no secret
+        with self._changed:
+            report_id = assignment.assignment_id[::-1]
+            self.engine.report(self._records[assignment.assignment_id], ReportFile(report_id, HASH, 100, 0.0), 0.0)
+            self._changed.notify_all()
+
+
+class Watcher:
+    """Remembers what the fleet says."""
+
+    def __init__(self):
+        self.sessions, self.versions = [], []
+
+    def assigned(self, session):
+        pass
+
+    def ended(self, session):
+        self.sessions.append((session.assignment.assignment_number, session.arrives_s, session.outcome))
+
+    def advanced(self, rounds_committed):
+        self.versions.append(rounds_committed)
+
+
+def run(link, journal_path, population, workers=1, *, stop=None, watcher=None):
+    watcher = watcher or Watcher()
+    with Journal(journal_path) as journal:
+        fleet = VirtualFleet(
+            population,
+            num_samples=[d % 7 + 1 for d in range(population.devices)],
+            work=lambda _session: WORK,
+            link=link,
+            journal=journal,
+            observer=watcher,
+            workers=workers,
+            stop=stop or threading.Event(),
+        )
+        finished = fleet.run()
+    return finished, watcher
+
+
+@st.composite
+def policies(draw):
+    buffer_size = draw(st.integers(1, 6))
+    if draw(st.booleans()):
+        concurrency = draw(st.integers(buffer_size, 10))
+        refill_at, max_staleness = concurrency, 0
+    else:
+        concurrency = draw(st.integers(1, 10))
+        refill_at, max_staleness = draw(st.integers(1, concurrency)), draw(st.integers(1, 5))
+    return RoundPolicy(buffer_size, concurrency, refill_at, max_staleness, 120.0, 100, draw(st.integers(1, 4)))
+
+
+populations = st.builds(Population, st.integers(0, 999), st.integers(12, 25), dropout=st.sampled_from([0.0, 0.1, 0.4]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(policies(), populations, st.integers(2, 5))
+def test_threads_do_not_change_what_is_accepted(policy, population, workers):
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = EngineLink(policy), EngineLink(policy)
+        assert run(one, Path(folder) / "one", population)[0]
+        assert run(many, Path(folder) / "many", population, workers)[0]
+    assert len(one.accepted) == policy.rounds
+    assert one.accepted == many.accepted
+
+
+@settings(max_examples=60, deadline=None)
+@given(policies(), populations, st.integers(1, 60), st.booleans(), st.integers(0, 40))
+def test_a_run_that_dies_anywhere_resumes_to_the_same_accepted_sets(policy, population, crash_at, before, torn):
+    with tempfile.TemporaryDirectory() as folder:
+        undisturbed, disturbed = EngineLink(policy), EngineLink(policy)
+        run(undisturbed, Path(folder) / "undisturbed", population)
+        journal = Path(folder) / "disturbed"
+        disturbed.crash_at, disturbed.before = crash_at, before
+        try:
+            run(disturbed, journal, population, 2)
+        except CrashError:
+            with journal.open("ab") as f:
+                f.write(b'{"device":3,"at":12.5,"reply":{"status":"wa'[:torn])
+            finished, watcher = run(disturbed, journal, population, 2)
+            assert finished
+            assert watcher.versions[-1] == policy.rounds
+    assert disturbed.accepted == undisturbed.accepted
+
+
+def synchronous(**changes):
+    values = {"buffer_size": 4, "concurrency": 4, "refill_at": 4, "max_staleness": 0, "lease_s": 120.0}
+    return RoundPolicy(**{**values, "weight_cap": 100, "rounds": 3, **changes})
+
+
+def test_over_selection_takes_the_first_to_arrive(tmp_path):
+    link = EngineLink(synchronous(concurrency=8, refill_at=8, rounds=1))
+    sessions = []
+
+    class Everyone(Watcher):
+        def assigned(self, session):
+            sessions.append((session.arrives_s, session.assignment.assignment_number))
+
+    run(link, tmp_path / "j", Population(5, 20), watcher=Everyone())
+    ((_, counted),) = link.accepted
+    assert len(sessions) > 4, "more were invited than needed"
+    assert [number for number, _ in counted] == sorted(number for _, number in sorted(sessions)[:4])
+
+
+def test_drop_outs_are_seen_and_not_waited_for(tmp_path):
+    link = EngineLink(synchronous(concurrency=8, refill_at=8))
+    finished, watcher = run(link, tmp_path / "j", Population(5, 20, dropout=0.4))
+    assert finished
+    assert any(outcome is Outcome.DROPPED for *_, outcome in watcher.sessions)
+
+
+def test_the_replay_asks_the_server_nothing(tmp_path):
+    link = EngineLink(synchronous())
+    run(link, tmp_path / "j", Population(5, 20))
+    calls = link.calls
+    finished, watcher = run(link, tmp_path / "j", Population(5, 20))
+    assert finished
+    assert link.calls == calls
+    assert watcher.versions == [1, 2, 3]
+
+
+def test_stop_ends_the_run_and_the_rest_follows_later(tmp_path):
+    stop = threading.Event()
+    link = EngineLink(synchronous())
+    undisturbed = EngineLink(synchronous())
+    run(undisturbed, tmp_path / "u", Population(5, 20))
+
+    class StopAfterFirstRound(Watcher):
+        def advanced(self, rounds_committed):
+            super().advanced(rounds_committed)
+            stop.set()
+
+    assert not run(link, tmp_path / "j", Population(5, 20), 2, stop=stop, watcher=StopAfterFirstRound())[0]
+    assert len(link.accepted) == 1
+    assert run(link, tmp_path / "j", Population(5, 20))[0]
+    assert link.accepted == undisturbed.accepted
+
+
+def test_a_journal_of_another_fleet_is_refused(tmp_path):
+    run(EngineLink(synchronous()), tmp_path / "j", Population(5, 20))
+    with pytest.raises(ResumeMismatch, match="cannot be resumed"):
+        run(EngineLink(synchronous()), tmp_path / "j", Population(6, 20))
+
+
+@pytest.mark.parametrize("damage", [b"{}\n", b"not json\n", b'{"pocketfed-journal":2}\n'])
+def test_a_damaged_journal_is_refused(tmp_path, damage):
+    run(EngineLink(synchronous()), tmp_path / "j", Population(5, 20))
+    data = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(damage + data)
+    with pytest.raises(ResumeMismatch, match="damaged or of another version"):
+        Journal(tmp_path / "j")
+
+
+def test_what_ends_a_session_other_than_lateness_ends_the_run(tmp_path):
+    link = EngineLink(synchronous())
+
+    def refuse(_device, _assignment):
+        raise PocketfedError("no such program")
+
+    link.perform = refuse
+    with pytest.raises(PocketfedError, match="no such program"):
+        run(link, tmp_path / "j", Population(5, 20))
