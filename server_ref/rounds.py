@@ -293,6 +293,9 @@ class RoundEngine:
         """
         if self.is_repetition(record, report.report_id):
             return False
+        if record.state is AssignmentState.OUTSTANDING and self._live.get(record.assignment_id) is not record:
+            # Read back from the table while its end is still on its way there.
+            raise StaleReport(f"assignment {record.assignment_id} is over")
         self.check_fresh(record, now)
         if not self.virtual_time:
             record.arrival = now

@@ -269,3 +269,9 @@ def load_history(connection: Connection, since: int) -> Iterable[tuple[Committed
             CommittedRound(**{c.name: row[c] for c in rounds.columns}),
             ModelVersion(**{c.name: row[c] for c in models.columns}),
         )
+
+
+def model_sha256(connection: Connection, version: int) -> str:
+    """Content hash of a model version that exists."""
+    table = schema.model_versions
+    return str(connection.execute(sa.select(table.c.sha256).where(table.c.version == version)).scalar_one())

@@ -1,0 +1,1 @@
+"""HTTP: routes only. Rules live in the coordinator, errors become HTTP in ``problems``."""

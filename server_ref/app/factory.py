@@ -1,0 +1,72 @@
+"""The ASGI application around a coordinator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server_ref.app import openapi, problems
+from server_ref.app.routes import ReportUpload, device_router, public_router
+from server_ref.coordinator import Coordinator
+
+_UPLOAD_THREADS = 8
+"""Uploads checked and flushed at once; flushing waits for the disk, so more than cores is right."""
+
+_DESCRIPTION = """\
+How a device takes part in federated training: enrol once, check in, download what the assignment names by content
+hash, train, upload one report. Errors are problem+json with a stable `type`. Tensors travel in binary frames.
+"""
+
+
+def create_app(coordinator: Coordinator) -> FastAPI:
+    """Build the application; its lifespan starts and stops the coordinator."""
+    executor = ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="pocketfed-upload")
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        coordinator.start()
+        try:
+            yield
+        finally:
+            executor.shutdown()
+            coordinator.stop()
+
+    app = FastAPI(title="pocketfed", version=version("pocketfed"), description=_DESCRIPTION, lifespan=lifespan)
+    upload = ReportUpload(coordinator, executor, coordinator.max_report_bytes)
+    app.router.routes.append(Route("/v1/reports/{report_id}", upload, methods=["PUT"], include_in_schema=False))
+    app.include_router(device_router(coordinator))
+    app.include_router(public_router(coordinator))
+    problems.install(app)
+    openapi.install(app)
+    app.add_middleware(_CountRequests, coordinator=coordinator)
+    return app
+
+
+class _CountRequests:
+    """Counts requests by route template and status: bounded labels, whatever paths a client invents."""
+
+    def __init__(self, app: ASGIApp, coordinator: Coordinator) -> None:
+        self._app = app
+        self._requests = coordinator.metrics.requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                path = getattr(route, "path", None)
+                if path is None and isinstance(scope.get("endpoint"), ReportUpload):
+                    path = "/v1/reports/{report_id}"
+                self._requests.labels(path or "unmatched", str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, count)

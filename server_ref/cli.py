@@ -1,0 +1,74 @@
+"""``pocketfed serve``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_EPILOG = """\
+examples:
+  pocketfed export mlp --out bundles/mlp --feature-shape 784 --classes 10
+  pocketfed serve --bundle bundles/mlp --data-dir state --validation-data val.npz --rounds 40 --buffer 20
+  pocketfed serve --config server.toml
+
+A configuration file holds the same settings (and more) as TOML:
+
+  data_dir = "state"
+  port = 8470
+  [task]
+  bundle = "bundles/mlp"
+  validation_data = "val.npz"
+  rounds = 40
+  buffer_size = 20          # reports per model update
+  concurrency = 24          # devices at work at once: 120 %, for drop-outs
+  [task.plan]
+  local_epochs = 2
+  batch_size = 32
+  learning_rate = 0.1
+
+Environment variables override the file (POCKETFED_TASK__ROUNDS=80), flags override both. Once it listens, the
+server prints one line of JSON with its url; the API is documented at /docs. It may be killed at any moment: a
+restart on the same data_dir loses no acknowledged report.
+"""
+
+
+def serve_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Run the reference server."""
+    parser.description = "Run the reference server: it hands out work, sums reports exactly and makes the next model."
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="TOML file with the settings")
+    add("--data-dir", type=Path, metavar="DIR", help="database and blobs live here")
+    add("--bundle", type=Path, metavar="DIR", help="exported program: program.pte, manifest.json, weights.safetensors")
+    add("--validation-data", type=Path, metavar="NPZ", help="x and y to score each new model on")
+    add("--host", help="address to listen on (default 127.0.0.1)")
+    add("--port", type=int, help="port to listen on (default 8470; 0 picks a free one)")
+    add("--rounds", type=int, help="model updates until the task is finished (default 10)")
+    add("--buffer", type=int, metavar="N", help="reports per model update (default 10)")
+    add("--concurrency", type=int, metavar="N", help="devices at work at once (default: the buffer)")
+    add("--lease", type=float, metavar="SECONDS", help="time a device has for its report (default 600)")
+    return run_serve
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Read the configuration and serve."""
+    from server_ref.config import load_config  # noqa: PLC0415 - `pocketfed --help` must not load the server
+    from server_ref.serve import serve  # noqa: PLC0415
+
+    flags: dict[str, Any] = {"data_dir": args.data_dir, "host": args.host, "port": args.port}
+    task: dict[str, Any] = {
+        "bundle": args.bundle,
+        "validation_data": args.validation_data,
+        "rounds": args.rounds,
+        "buffer_size": args.buffer,
+        "concurrency": args.concurrency,
+        "lease_s": args.lease,
+    }
+    overrides = {k: v for k, v in flags.items() if v is not None}
+    given = {k: v for k, v in task.items() if v is not None}
+    if given:
+        overrides["task"] = given
+    return serve(load_config(args.config, overrides))

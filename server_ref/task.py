@@ -1,0 +1,97 @@
+"""A task: the bundle, the settings that decide its bits, and the identity that follows from both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, ProtocolError
+from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
+from client_sdk.protocol.updates import UpdateKind
+from server_ref.aggregation.exact import AccumulatorPlan
+from server_ref.config import TaskConfig
+from server_ref.models import decode_model
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server trains. ``identity_json`` holds every setting that changes a bit of the result."""
+
+    task_id: str
+    identity_json: str
+    manifest: Manifest
+    manifest_json: bytes
+    manifest_sha256: str
+    program: bytes
+    initial_weights: npt.NDArray[np.float32]
+    kind: UpdateKind
+    plan_of_sum: AccumulatorPlan
+    seed: int
+
+    def shuffle_seed(self, assignment_number: int) -> int:
+        """Seed of one assignment's shuffles: 53 bits, so that every JSON reader keeps them."""
+        digest = hashlib.sha256(f"shuffle:{self.seed}:{assignment_number}".encode("ascii")).digest()
+        return int.from_bytes(digest[:8], "big") >> 11
+
+
+def load_task(config: TaskConfig) -> Task:
+    """Read and check a bundle.
+
+    Raises:
+        ConfigurationError: Files missing or weights that do not fit.
+        ManifestError: Unreadable manifest.
+        ProgramHashMismatch: The program or the weights are not those of the manifest.
+        BudgetExceeded: The declared bounds leave no exact sum.
+    """
+    try:
+        manifest_json, program, frame = (
+            (config.bundle / name).read_bytes() for name in (MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE)
+        )
+    except OSError as e:
+        raise ConfigurationError(
+            f"{config.bundle} is not an exported bundle ({e.strerror}: {e.filename}); make one with `pocketfed export`"
+        ) from e
+    manifest = Manifest.from_json(manifest_json)
+    if hashlib.sha256(program).hexdigest() != manifest.program_sha256:
+        raise ProgramHashMismatch(f"{config.bundle / PROGRAM_FILE} is not the program its manifest describes")
+    if hashlib.sha256(frame).hexdigest() != manifest.initial_weights_sha256:
+        raise ProgramHashMismatch(f"{config.bundle / WEIGHTS_FILE} are not the weights its manifest describes")
+    try:
+        weights = decode_model(0, frame, manifest).weights
+    except ProtocolError as e:
+        raise ConfigurationError(f"{config.bundle / WEIGHTS_FILE}: {e.detail}") from e
+    plan_of_sum = AccumulatorPlan.for_bounds(
+        max_abs=config.max_abs,
+        max_weight=config.weight_cap,
+        max_count=config.buffer_size,
+        resolution=config.resolution,
+    )
+    manifest_sha256 = hashlib.sha256(manifest_json).hexdigest()
+    identity = {
+        "manifest": manifest_sha256,
+        "kind": UpdateKind.DELTA.value,
+        "plan": config.plan.model_dump(mode="json"),
+        "weight_cap": config.weight_cap,
+        "max_abs": config.max_abs,
+        "server_learning_rate": config.server_learning_rate,
+        "buffer_size": config.buffer_size,
+        "max_staleness": config.max_staleness,
+        "seed": config.seed,
+    }
+    identity_json = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return Task(
+        task_id=hashlib.sha256(identity_json.encode("utf-8")).hexdigest()[:32],
+        identity_json=identity_json,
+        manifest=manifest,
+        manifest_json=manifest_json,
+        manifest_sha256=manifest_sha256,
+        program=program,
+        initial_weights=weights,
+        kind=UpdateKind.DELTA,
+        plan_of_sum=plan_of_sum,
+        seed=config.seed,
+    )
