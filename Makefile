@@ -80,8 +80,10 @@ $(DEPS_STAMP): $(TORCH_STAMP)
 
 $(NATIVE_STAMP): $(DEPS_STAMP)
 	@echo 'setup 4/4: compiling the native ExecuTorch shim (about ten seconds)'
-	@$(BIN)/python -m client_sdk.native.build
-	@$(call stamp,native)
+	@if $(BIN)/python -m client_sdk.native.build >/dev/null; then $(call stamp,native); else \
+	  echo 'setup: no native runtime (the reason is above). Everything works without it: devices use the official' >&2; \
+	  echo 'setup: ExecuTorch bindings, which load torch (about 230 MB a process instead of 50). To get it, mend the' >&2; \
+	  echo 'setup: cause and run make setup again.' >&2; fi
 
 define CHECK_CPU_BUILD
 import importlib.util, pathlib, runpy, sys
