@@ -12,26 +12,15 @@ import heapq
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from typing import Final, Protocol
 
-from client_sdk.protocol.errors import PocketfedError, StaleReport
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, VirtualTiming
 from simulator.journal import Journal, Reply
 from simulator.population import Population, Workload
+from simulator.sessions import Outcome, Session, SessionEnd
 
 _STOP_POLL_S: Final = 0.1
-
-
-class Outcome(StrEnum):
-    """How a session ended, as the device sees it."""
-
-    ACCEPTED = "accepted"
-    REFUSED = "refused"
-    """Its round was over (over-selection) or its model too old."""
-    DROPPED = "dropped"
-    """The device vanished, or would have been later than its lease."""
 
 
 class DeviceLink(Protocol):
@@ -41,11 +30,10 @@ class DeviceLink(Protocol):
         """Offer a device for work. Called by one thread, in virtual order."""
         ...
 
-    def perform(self, device: int, assignment: Assignment) -> None:
+    def perform(self, device: int, assignment: Assignment) -> SessionEnd:
         """Train and deliver the report. Called by worker threads, never twice at once for one device.
 
-        Raises:
-            ProtocolError: The server's final refusal.
+        A report that came too late is an end like any other; what else goes wrong is raised, and ends the run.
         """
         ...
 
@@ -66,26 +54,6 @@ class FleetObserver(Protocol):
         ...
 
 
-@dataclass
-class Session:
-    """One assignment, from check-in to report.
-
-    Attributes:
-        device: Number of the device.
-        assignment: What it was asked to do.
-        started_s: Virtual time of the assignment (wall-clock time since the start, on a foreign server).
-        arrives_s: When its report arrives; None if it never will.
-        outcome: None while it lasts.
-    """
-
-    device: int
-    assignment: Assignment
-    started_s: float
-    arrives_s: float | None
-    outcome: Outcome | None = None
-    future: Future[Outcome] | None = field(default=None, repr=False)
-
-
 class _Kind(IntEnum):
     """Arrivals come before check-ins of the same instant, as the server has it."""
 
@@ -101,23 +69,19 @@ class SessionPool:
         self._journal = journal
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="device")
 
-    def start(self, session: Session) -> None:
-        """Begin, or take over the end that the journal knows."""
+    def start(self, session: Session) -> Future[SessionEnd]:
+        """Begin a session, or take over the end that the journal knows."""
         known = self._journal.done.pop(session.assignment.assignment_id, None)
-        if known is not None:
-            session.future = Future()
-            session.future.set_result(Outcome(known))
-        else:
-            session.future = self._pool.submit(self._perform, session.device, session.assignment)
+        if known is None:
+            return self._pool.submit(self._perform, session.device, session.assignment)
+        future: Future[SessionEnd] = Future()
+        future.set_result(known)
+        return future
 
-    def _perform(self, device: int, assignment: Assignment) -> Outcome:
-        try:
-            self._link.perform(device, assignment)
-            outcome = Outcome.ACCEPTED
-        except StaleReport:
-            outcome = Outcome.REFUSED
-        self._journal.record_done(assignment.assignment_id, outcome.value)
-        return outcome
+    def _perform(self, device: int, assignment: Assignment) -> SessionEnd:
+        end = self._link.perform(device, assignment)
+        self._journal.record_done(assignment.assignment_id, end)
+        return end
 
     def close(self) -> None:
         """Forget what has not begun, wait for what runs."""
@@ -168,7 +132,8 @@ class VirtualFleet:
         self._check_ins = [0] * population.devices
         self._sessions = [0] * population.devices
         self._version = 0
-        self._events: list[tuple[float, _Kind, int, Session | None]] = []
+        self._events: list[tuple[float, _Kind, int]] = []
+        self._running: dict[int, tuple[Session, Future[SessionEnd]]] = {}
 
     def run(self) -> bool:
         """Run until the server says that the task is finished.
@@ -181,7 +146,7 @@ class VirtualFleet:
             PocketfedError: Whatever ended a session other than a late report.
         """
         self._events = [
-            (self._population.first_check_in_s(device), _Kind.CHECK_IN, device, None)
+            (self._population.first_check_in_s(device), _Kind.CHECK_IN, device)
             for device in range(self._population.devices)
         ]
         heapq.heapify(self._events)
@@ -194,9 +159,9 @@ class VirtualFleet:
     def _loop(self, pool: SessionPool) -> bool:
         # Every event schedules the device's next one, so the queue never runs dry.
         while not self._stop.is_set():
-            now, _, device, session = heapq.heappop(self._events)
-            if session is not None:
-                if not self._arrive(session):
+            now, kind, device = heapq.heappop(self._events)
+            if kind is _Kind.ARRIVAL:
+                if not self._arrive(device):
                     return False
                 self._schedule_check_in(device, now)
                 continue
@@ -231,7 +196,7 @@ class VirtualFleet:
         duration = self._duration(device)
         self._sessions[device] += 1
         if duration is None or duration > assignment.lease_s:
-            session = Session(device, assignment, now, None, Outcome.DROPPED)
+            session = Session(device, assignment, now, None, SessionEnd(Outcome.DROPPED))
             self._observer.assigned(session)
             self._observer.ended(session)
             # Back only when the server has given it up: until then it would be handed the same assignment.
@@ -239,22 +204,20 @@ class VirtualFleet:
             return
         session = Session(device, assignment, now, now + duration)
         self._observer.assigned(session)
-        pool.start(session)
-        heapq.heappush(self._events, (now + duration, _Kind.ARRIVAL, device, session))
+        self._running[device] = (session, pool.start(session))
+        heapq.heappush(self._events, (now + duration, _Kind.ARRIVAL, device))
 
-    def _arrive(self, session: Session) -> bool:
+    def _arrive(self, device: int) -> bool:
         """Wait for the real upload; False if the run was stopped meanwhile."""
-        future = session.future
-        if future is None:
-            raise PocketfedError(f"session of device {session.device} was never started")
+        session, future = self._running[device]
         while not wait([future], timeout=_STOP_POLL_S).done:
             if self._stop.is_set():
                 return False
-        session.outcome = future.result()
-        session.future = None
+        del self._running[device]
+        session.end = future.result()
         self._observer.ended(session)
         return True
 
     def _schedule_check_in(self, device: int, now: float, *, at_least: float = 0.0) -> None:
         pause = max(self._population.pause_s(device, self._check_ins[device]), at_least)
-        heapq.heappush(self._events, (round(now + pause, 3), _Kind.CHECK_IN, device, None))
+        heapq.heappush(self._events, (round(now + pause, 3), _Kind.CHECK_IN, device))

@@ -13,6 +13,7 @@ import json
 import os
 import threading
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client_sdk.protocol.messages import Assigned, Finished, Wait
 from simulator.errors import ResumeMismatch
+from simulator.sessions import Outcome, SessionEnd
 
 Reply = Assigned | Wait | Finished
 _HEADER: Final = {"pocketfed-journal": 1}
@@ -40,7 +42,7 @@ class Journal:
     """Append-only JSON lines. Everything but ``record_done`` belongs to one thread.
 
     Attributes:
-        done: Assignment id -> outcome of the sessions that were over when the file was opened.
+        done: Assignment id -> end of the sessions that were over when the file was opened.
         round_seconds: Round id -> wall-clock seconds it took, of the rounds seen before.
         pending_seconds: Wall-clock seconds that earlier processes spent on the round that is still open.
     """
@@ -52,7 +54,7 @@ class Journal:
             ResumeMismatch: Not a journal of this version, or damaged other than by a torn last line.
         """
         self.path = path
-        self.done: dict[str, str] = {}
+        self.done: dict[str, SessionEnd] = {}
         self.round_seconds: dict[int, float] = {}
         self.pending_seconds = 0.0
         self._replies: deque[CheckInEntry] = deque()
@@ -86,7 +88,8 @@ class Journal:
             if entry != _HEADER:
                 raise ValueError("the first line is not this version's header")
         elif "done" in entry:
-            self.done[str(entry["done"])] = str(entry["outcome"])
+            end = SessionEnd(Outcome(entry["outcome"]), int(entry["bytes_up"]), int(entry["bytes_down"]))
+            self.done[str(entry["done"])] = end
         elif "round" in entry:
             self.round_seconds[int(entry["round"])] = float(entry["seconds"])
             self.pending_seconds = 0.0
@@ -126,9 +129,9 @@ class Journal:
         """Write down an answer, before anything acts on it."""
         self._write(CheckInEntry(device=device, at=at, reply=reply).model_dump_json().encode())
 
-    def record_done(self, assignment_id: str, outcome: str) -> None:
+    def record_done(self, assignment_id: str, end: SessionEnd) -> None:
         """Write down that a session is over. Thread-safe."""
-        self._append({"done": assignment_id, "outcome": outcome})
+        self._append({"done": assignment_id, **asdict(end)})
 
     def record_round(self, round_id: int, seconds: float) -> None:
         """Write down that a round is committed, and the wall-clock time it took."""

@@ -12,15 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client_sdk.protocol.errors import PocketfedError
+from client_sdk.protocol.errors import PocketfedError, StaleReport
 from client_sdk.protocol.messages import Assigned, Assignment, F32Encoding, Finished, RetryWindow, Wait
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.rounds import ReportFile, RoundEngine, RoundPolicy, Waiting
 from simulator.errors import ResumeMismatch
-from simulator.fleet import Outcome, VirtualFleet
+from simulator.fleet import VirtualFleet
 from simulator.journal import Journal
 from simulator.population import Population, Workload
+from simulator.sessions import Outcome, SessionEnd, counted_sessions
 
 WORK = Workload(flops_per_example=3e5, bytes_down=100_000, bytes_up=100_000, plan=TrainingPlan())
 HASH = "0" * 64
@@ -98,21 +99,26 @@ class EngineLink:
         sum(range(random.randrange(2000)))  # noqa: S311 - no secret
         with self._changed:
             report_id = assignment.assignment_id[::-1]
-            self.engine.report(self._records[assignment.assignment_id], ReportFile(report_id, HASH, 100, 0.0), 0.0)
+            record = self._records[assignment.assignment_id]
+            try:
+                self.engine.report(record, ReportFile(report_id, HASH, 100, 0.0), 0.0)
+            except StaleReport:
+                return SessionEnd(Outcome.REFUSED, 100, 200)
             self._changed.notify_all()
+        return SessionEnd(Outcome.ACCEPTED, 100, 200)
 
 
 class Watcher:
     """Remembers what the fleet says."""
 
     def __init__(self):
-        self.sessions, self.versions = [], []
+        self.sessions, self.versions, self.ends = [], [], []
 
     def assigned(self, session):
-        pass
+        self.sessions.append(session)
 
     def ended(self, session):
-        self.sessions.append((session.assignment.assignment_number, session.arrives_s, session.outcome))
+        self.ends.append(session.end.outcome)
 
     def advanced(self, rounds_committed):
         self.versions.append(rounds_committed)
@@ -162,6 +168,18 @@ def test_threads_do_not_change_what_is_accepted(policy, population, workers):
 
 
 @settings(max_examples=60, deadline=None)
+@given(policies(), populations)
+def test_what_counted_is_told_from_virtual_times_alone(policy, population):
+    link = EngineLink(policy)
+    with tempfile.TemporaryDirectory() as folder:
+        _, watcher = run(link, Path(folder) / "j", population, 2)
+    told = counted_sessions(watcher.sessions, [len(counted) for _, counted in link.accepted], policy.max_staleness)
+    assert [[n for n, _ in counted] for _, counted in link.accepted] == [
+        sorted(s.assignment.assignment_number for s in counted) for counted in told
+    ]
+
+
+@settings(max_examples=60, deadline=None)
 @given(policies(), populations, st.integers(1, 60), st.booleans(), st.integers(0, 40))
 def test_a_run_that_dies_anywhere_resumes_to_the_same_accepted_sets(policy, population, crash_at, before, torn):
     with tempfile.TemporaryDirectory() as folder:
@@ -187,23 +205,18 @@ def synchronous(**changes):
 
 def test_over_selection_takes_the_first_to_arrive(tmp_path):
     link = EngineLink(synchronous(concurrency=8, refill_at=8, rounds=1))
-    sessions = []
-
-    class Everyone(Watcher):
-        def assigned(self, session):
-            sessions.append((session.arrives_s, session.assignment.assignment_number))
-
-    run(link, tmp_path / "j", Population(5, 20), watcher=Everyone())
+    _, watcher = run(link, tmp_path / "j", Population(5, 20))
     ((_, counted),) = link.accepted
-    assert len(sessions) > 4, "more were invited than needed"
-    assert [number for number, _ in counted] == sorted(number for _, number in sorted(sessions)[:4])
+    assert len(watcher.sessions) > 4, "more were invited than needed"
+    arrivals = sorted((s.arrives_s, s.assignment.assignment_number) for s in watcher.sessions)
+    assert [number for number, _ in counted] == sorted(number for _, number in arrivals[:4])
 
 
 def test_drop_outs_are_seen_and_not_waited_for(tmp_path):
     link = EngineLink(synchronous(concurrency=8, refill_at=8))
     finished, watcher = run(link, tmp_path / "j", Population(5, 20, dropout=0.4))
     assert finished
-    assert any(outcome is Outcome.DROPPED for *_, outcome in watcher.sessions)
+    assert Outcome.DROPPED in watcher.ends
 
 
 def test_the_replay_asks_the_server_nothing(tmp_path):

@@ -1,0 +1,82 @@
+"""One device's session: an assignment, from check-in to the end of its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from client_sdk.protocol.messages import Assignment
+
+
+class Outcome(StrEnum):
+    """How a session ended, as the device sees it."""
+
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    """Its round was over (over-selection) or its model too old."""
+    DROPPED = "dropped"
+    """The device vanished, or would have been later than its lease."""
+
+
+@dataclass(frozen=True)
+class SessionEnd:
+    """The end of a session, with the bytes of bodies that it really sent and received."""
+
+    outcome: Outcome
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass
+class Session:
+    """One assignment of one device.
+
+    Attributes:
+        device: Number of the device.
+        assignment: What it was asked to do.
+        started_s: Virtual time of the assignment; on a foreign server, seconds since the run began.
+        arrives_s: When its report arrives; None if it never will, or while nobody knows.
+        end: None while it lasts.
+    """
+
+    device: int
+    assignment: Assignment
+    started_s: float
+    arrives_s: float | None
+    end: SessionEnd | None = None
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Place of its report among all: arrival, then assignment number."""
+        return (float("inf") if self.arrives_s is None else self.arrives_s, self.assignment.assignment_number)
+
+
+def counted_sessions(sessions: Iterable[Session], reports: Iterable[int], max_staleness: int) -> list[list[Session]]:
+    """Which sessions each round counted, by the rule that the server closes its buffers with.
+
+    Whether an upload *beat* its round's commit depends on the speed of this machine; whether its report *counts*
+    depends on virtual time alone, and that is what this tells.
+
+    Args:
+        sessions: All sessions of the run.
+        reports: Reports that each committed round counted, oldest first.
+        max_staleness: Model versions that a report may lag behind.
+
+    Returns:
+        For each round its counted sessions, in order of arrival.
+    """
+    pending = sorted((s for s in sessions if s.arrives_s is not None), key=lambda s: s.order)
+    rounds: list[list[Session]] = []
+    for version, wanted in enumerate(reports):
+        counted: list[Session] = []
+        rest: list[Session] = []
+        for session in pending:
+            age = version - session.assignment.model_version
+            if 0 <= age <= max_staleness and len(counted) < wanted:
+                counted.append(session)
+            elif age < max_staleness:
+                rest.append(session)
+        rounds.append(counted)
+        pending = rest
+    return rounds
