@@ -37,7 +37,8 @@ NATIVE_SOURCES := $(sort $(wildcard client_sdk/native/*.py client_sdk/native/*.c
 hash = $(shell { $(1); } 2>/dev/null | sha256sum | cut -c1-16)
 VENV_KEY := $(call hash,$(PYTHON) -VV; pwd)
 TORCH_KEY := $(call hash,echo $(VENV_KEY) $(TORCH_PIN))
-DEPS_KEY := $(call hash,echo $(TORCH_KEY); cat pyproject.toml)
+# Of pyproject.toml only what an installation depends on: the linters' settings need no new one.
+DEPS_KEY := $(call hash,echo $(TORCH_KEY); awk '/^\[/ { kept = /^\[(build-system|project|tool.setuptools)/ } kept' pyproject.toml)
 # The compiler is part of the key: once one is installed, the next set-up compiles the shim.
 NATIVE_KEY := $(call hash,echo $(DEPS_KEY); command -v c++ g++ clang++; cat $(NATIVE_SOURCES) /dev/null)
 

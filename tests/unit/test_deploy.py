@@ -132,7 +132,7 @@ def test_the_service_builds_this_containerfile_and_mounts_files_that_the_command
 
 def test_the_server_accepts_the_mounted_configuration(monkeypatch: pytest.MonkeyPatch):
     for name, value in environment().items():
-        if name.startswith("POCKETFED_") and name != "POCKETFED_CACHE":
+        if name.startswith("POCKETFED_"):
             monkeypatch.setenv(name, value)
     config = load_config(DEPLOY / "server.toml")
     assert str(config.data_dir) == environment()["POCKETFED_DATA_DIR"]
