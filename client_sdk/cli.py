@@ -16,6 +16,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError
+from client_sdk.protocol.profile import DeviceTier
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -23,6 +24,7 @@ GROUP = "pocketfed.commands"
 DEBUG_VARIABLE = "POCKETFED_DEBUG"
 # The extra that brings what a package's commands need; client_sdk needs none.
 EXTRA_OF_PACKAGE: Mapping[str, str] = {"server_ref": "server", "mobile_export": "export", "simulator": "simulator"}
+TIERS: Mapping[str, DeviceTier] = {"high": DeviceTier.HIGH_END, "mid": DeviceTier.MID_RANGE, "low": DeviceTier.LOW_END}
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
@@ -188,7 +190,7 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
         "works (default: %(default)s)",
     )
     parser.add_argument(
-        "--tier", choices=("high", "mid", "low"), default="mid", help="class of phone to report (default: %(default)s)"
+        "--tier", choices=tuple(TIERS), default="mid", help="class of phone to report (default: %(default)s)"
     )
     parser.add_argument("--name", metavar="NAME", help="label that the operator sees (default: none)")
     stop = parser.add_mutually_exclusive_group()
@@ -202,14 +204,14 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
 def _run_device(args: argparse.Namespace) -> int:
     if not args.data.is_file():
         raise ConfigurationError(f"--data {args.data}: no such file; name an .npz file with arrays x and y")
-    from client_sdk.client import run_device  # noqa: PLC0415 - numpy and httpx are not needed for --help
+    from client_sdk.device import run_device  # noqa: PLC0415 - numpy and httpx are not needed for --help
 
     return run_device(
         server_url=args.server,
         data=args.data,
         state_dir=args.state_dir,
         runtime=args.runtime,
-        tier=args.tier,
+        tier=TIERS[args.tier],
         name=args.name,
         max_reports=1 if args.once else args.max_reports,
     )

@@ -1,0 +1,142 @@
+"""One device as a process of its own: what ``pocketfed device`` runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from client_sdk import events
+from client_sdk.client import MobileClient
+from client_sdk.data import load_examples
+from client_sdk.programs import DownloadedPrograms
+from client_sdk.protocol.errors import PocketfedError
+from client_sdk.protocol.profile import DeviceProfile, DeviceTier
+from client_sdk.store import FileDeviceStore
+from client_sdk.transport import HttpTransport
+
+
+def run_device(
+    *,
+    server_url: str,
+    data: Path,
+    state_dir: Path,
+    runtime: str = "auto",
+    tier: DeviceTier = DeviceTier.MID_RANGE,
+    name: str | None = None,
+    max_reports: int | None = None,
+) -> int:
+    """Run one device until the task is finished, ``max_reports`` are accepted, or SIGINT or SIGTERM comes.
+
+    The first signal ends the wait or the training step in hand and keeps the state; a second one ends at once, and
+    what was saved by then still counts.
+
+    Args:
+        server_url: Base address of the server.
+        data: ``.npz`` with x (float32, examples first) and y (int64).
+        state_dir: Key, session, sealed report, cached blobs and programs.
+        runtime: ExecuTorch adapter.
+        tier: Class of phone to report.
+        name: What the device calls itself in its own messages; by default its id.
+        max_reports: How many accepted reports to leave after.
+
+    Returns:
+        0.
+
+    Raises:
+        InvalidDataFile, StateDirLocked, StateDirUnusable, ConfigurationError: Before anything is sent.
+        PocketfedError: What made the device give up.
+    """
+    examples = load_examples(data)
+    with closing(FileDeviceStore(state_dir)) as store, closing(HttpTransport(server_url, store.identity)) as transport:
+        profile = DeviceProfile(
+            device_id=name or store.identity.device_id,
+            device_type=tier,
+            available_memory_mb=_available_memory_mib(),
+            cpu_cores=os.cpu_count() or 1,
+        )
+        programs = DownloadedPrograms(store.folder / "programs", runtime)
+        with closing(programs), _stop_on_signals() as stop:
+            client = MobileClient(
+                None,
+                profile,
+                data=examples,
+                transport=transport,
+                store=store,
+                programs=programs,
+                on_event=ProgressLines(profile.device_id, sys.stderr),
+            )
+            summary = client.run(max_reports, stop)
+    if summary.cause in {"gave-up", "refused"}:
+        raise summary.error or PocketfedError(summary.detail)
+    return 0
+
+
+class ProgressLines:
+    """Writes one line per event; of training, only its end."""
+
+    def __init__(self, name: str, stream: TextIO) -> None:
+        self._prefix = f"device {name[:12]}: "
+        self._stream = stream
+
+    def __call__(self, event: events.Event) -> None:
+        """Write the event's line, if it has one."""
+        line = self._line(event)
+        if line is not None:
+            self._stream.write(f"{self._prefix}{line}\n")
+            self._stream.flush()
+
+    @staticmethod
+    def _line(event: events.Event) -> str | None:
+        line: str | None
+        match event:
+            case events.Enrolled(device_id):
+                line = f"enrolled as {device_id}"
+            case events.CheckedIn(a):
+                line = f"round {a.round_id}: got model version {a.model_version}; {a.lease_s:.0f} s to report"
+            case events.Downloaded(sha256, size) if size:
+                line = f"downloaded {sha256[:12]} ({size:,} bytes)"
+            case events.TrainingProgress(done, total, loss) if done >= total:
+                line = f"trained on {done:,} examples; loss {loss:.4f}"
+            case events.Uploaded(_, a, size):
+                line = f"round {a.round_id}: report accepted ({size:,} bytes)"
+            case events.Waiting(delay, reason):
+                line = f"waiting {delay:.1f} s: {reason}"
+            case events.Dropped(a, reason):
+                line = f"round {a.round_id}: dropped: {reason}"
+            case events.Finished(_, detail, reports):
+                line = f"{detail}; {reports} report{'' if reports == 1 else 's'} accepted"
+            case _:
+                line = None
+        return line
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; the handlers of before are back afterwards."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers; whoever embeds us there stops us otherwise
+        return
+
+    def on_signal(signum: int, _: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt(f"signal {signum}")
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _available_memory_mib() -> int:
+    return max(1, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20)

@@ -1,0 +1,77 @@
+"""Conditions of the device itself: its network, its disk, its data, the bundle it was given.
+
+What the two ends tell each other is in ``client_sdk.protocol.errors``; these never cross the wire.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from client_sdk.protocol.errors import PocketfedError, ProtocolError
+
+
+class DeviceError(PocketfedError):
+    """Root of the device's own errors.
+
+    Attributes:
+        retryable: Whether the same step can succeed later without anything changing on the device.
+        retry_after_s: ``(min, max)`` seconds to wait before that, where somebody said so.
+    """
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, detail: str, *, retry_after_s: tuple[float, float] | None = None) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
+
+class TransportUnavailable(DeviceError):
+    """The server cannot be reached now: no route, refused, reset, timed out, cut off."""
+
+    retryable = True
+
+
+class InvalidReply(DeviceError):
+    """What answered does not speak the protocol. Retried: a captive portal answers like this until one logs in."""
+
+    retryable = True
+
+
+class BlobHashMismatch(DeviceError):
+    """The downloaded bytes are not those the assignment names. Retried: a proxy may have mangled them."""
+
+    retryable = True
+
+
+class BundleMismatch(DeviceError):
+    """Model, program and manifest are each what they claim to be, but do not belong together."""
+
+
+class IllegalTransition(DeviceError):
+    """An event that the session cannot take in its present phase: a bug in whoever drives it."""
+
+
+class Interrupted(DeviceError):
+    """The caller asked to stop; what was begun can be begun again."""
+
+
+class StateDirLocked(DeviceError):
+    """Another process uses this state directory."""
+
+
+class StateDirUnusable(DeviceError):
+    """The state directory cannot be read or written."""
+
+
+class InvalidDataFile(DeviceError):
+    """The file of training examples cannot be used; the message names the file and what to change."""
+
+
+def is_transient(error: PocketfedError) -> bool:
+    """Whether waiting may help. Everything that is not known to be transient is permanent."""
+    return isinstance(error, ProtocolError | DeviceError) and error.retryable
+
+
+def retry_window(error: PocketfedError) -> tuple[float, float] | None:
+    """The ``(min, max)`` seconds that the sender of the error asked for."""
+    return error.retry_after_s if isinstance(error, ProtocolError | DeviceError) else None

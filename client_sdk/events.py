@@ -1,0 +1,75 @@
+"""What a device tells the app that embeds it while it works. Frozen values; ids and counts, never data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from client_sdk.protocol.messages import Assignment
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """The server knows this device."""
+
+    device_id: str
+
+
+@dataclass(frozen=True)
+class CheckedIn:
+    """The server gave an assignment."""
+
+    assignment: Assignment
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """A blob is on the device; ``num_bytes`` is 0 where it was there already."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Some examples more were trained on (an example counts once per epoch); ``loss`` is their mean loss."""
+
+    examples: int
+    total_examples: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """The server holds the report, durably."""
+
+    report_id: str
+    assignment: Assignment
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The device waits ``delay_s`` seconds before it goes on."""
+
+    delay_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The assignment came to nothing."""
+
+    assignment: Assignment
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The device stops."""
+
+    cause: str
+    detail: str
+    reports: int
+
+
+Event = Enrolled | CheckedIn | Downloaded | TrainingProgress | Uploaded | Waiting | Dropped | Finished

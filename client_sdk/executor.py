@@ -1,0 +1,305 @@
+"""Does what a session asks for: the only place where its actions meet the network, the disk and the program."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from client_sdk import events
+from client_sdk.data import Examples
+from client_sdk.errors import BundleMismatch, DeviceError, IllegalTransition, Interrupted, StateDirUnusable
+from client_sdk.programs import ProgramProvider, check_program, model_weights
+from client_sdk.protocol.errors import (
+    ConfigurationError,
+    LeaseExpired,
+    MemoryBudgetExceeded,
+    PocketfedError,
+    ProgramError,
+    ProgramExecutionError,
+    ProtocolError,
+    TrainingDiverged,
+    UpdateOutOfRange,
+)
+from client_sdk.protocol.frames import decode_frame
+from client_sdk.protocol.messages import (
+    AbandonRequest,
+    Assigned,
+    Assignment,
+    CheckInRequest,
+    EnrolRequest,
+    Finished,
+    VirtualTiming,
+    Wait,
+)
+from client_sdk.protocol.profile import DeviceTier
+from client_sdk.protocol.program import Program
+from client_sdk.reports import build_report, check_reportable, is_report_of
+from client_sdk.session import DeviceSession
+from client_sdk.session_state import (
+    Abandon,
+    AbandonReason,
+    Action,
+    CheckConditions,
+    CheckIn,
+    Discard,
+    Download,
+    Enrol,
+    Sleep,
+    Stop,
+    Train,
+    Upload,
+)
+from client_sdk.store import Buffer, DeviceStore
+from client_sdk.training import LocalTrainer
+from client_sdk.transport import Transport
+from client_sdk.watch import WatchedProgram
+
+MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_BLOB_BYTES = 256 * 2**20
+# How soon an ineligible device looks again whether it may work.
+_LOOK_AGAIN_S = (30.0, 300.0)
+# Failures that another model or another plan may not bring again. All others lie in the device, its data or the task.
+_PASSING = (TrainingDiverged, ProgramExecutionError, UpdateOutOfRange, MemoryBudgetExceeded)
+
+OnEvent = Callable[[events.Event], None]
+
+
+@dataclass
+class Surroundings:
+    """What a device works with. ``conditions`` says why it may not work now, or None."""
+
+    transport: Transport
+    store: DeviceStore
+    programs: ProgramProvider
+    data: Examples
+    tier: DeviceTier
+    clock: Callable[[], float]
+    wait: Callable[[float, threading.Event], None]
+    on_event: OnEvent
+    conditions: Callable[[], str | None] = field(default=lambda: None)
+    max_blob_bytes: int = MAX_BLOB_BYTES
+
+
+class ActionExecutor:
+    """Executes a session's actions one by one and saves its state after each.
+
+    Attributes:
+        session: The machine; replaceable between two actions.
+        cause: The last error, which explains why an assignment was dropped.
+    """
+
+    def __init__(self, around: Surroundings, session: DeviceSession) -> None:
+        self._around = around
+        self.session = session
+        self.cause: PocketfedError | None = None
+        self._partial: dict[str, bytearray] = {}
+        self._fetched: dict[str, Buffer] = {}
+
+    def execute(
+        self, action: Action, stop: threading.Event, virtual: VirtualTiming | None = None
+    ) -> Assigned | Wait | Finished | None:
+        """Do one action, tell the session, save it.
+
+        Args:
+            action: The session's ``next_action()``; not ``Stop``.
+            stop: Ends a wait, and training between two steps.
+            virtual: Simulated time of a check-in.
+
+        Returns:
+            The server's answer where the action was a check-in that got one.
+
+        Raises:
+            Interrupted: ``stop`` was set; the session stands where it stood.
+            StateDirUnusable: The state could not be saved.
+        """
+        reply = None
+        if isinstance(action, Download | Train) and self._lease_is_over():
+            self.cause = LeaseExpired("the lease ended before the report was ready")
+            self.session.on_assignment_over(str(self.cause))
+        elif isinstance(action, Enrol | CheckIn | Download | Upload | Abandon):
+            reply = self._try_remotely(action, virtual)
+        else:
+            self._do_locally(action, stop)
+        self.save()
+        return reply
+
+    def save(self) -> None:
+        """Make the session's state durable."""
+        self._around.store.save_session(self.session.state)
+
+    def _try_remotely(
+        self, action: Enrol | CheckIn | Download | Upload | Abandon, virtual: VirtualTiming | None
+    ) -> Assigned | Wait | Finished | None:
+        try:
+            match action:
+                case Enrol():
+                    self._enrol()
+                case CheckIn():
+                    return self._check_in(virtual)
+                case Download(sha256s=sha256s):
+                    self._download(sha256s[0])
+                case Upload(report_id=report_id):
+                    self._upload(report_id)
+                case Abandon(assignment_id=assignment_id, reason=reason):
+                    self._around.transport.abandon(assignment_id, AbandonRequest(reason=reason))
+                    self.session.on_abandoned()
+        except StateDirUnusable:
+            raise
+        except (ProtocolError, DeviceError) as e:
+            if not isinstance(action, Abandon):  # what led to abandoning says more
+                self.cause = e
+            self.session.on_failure(e)
+        return None
+
+    def _do_locally(self, action: CheckConditions | Train | Discard | Sleep | Stop, stop: threading.Event) -> None:
+        match action:
+            case CheckConditions():
+                self._check_conditions()
+            case Train(assignment=assignment, report_id=report_id):
+                self._train(assignment, report_id, stop)
+            case Discard():
+                self._discard(action)
+            case Sleep(delay_s=delay_s, reason=reason):
+                self._sleep(delay_s, reason, stop)
+            case Stop():
+                raise IllegalTransition("Stop is for whoever drives the session")
+
+    def _lease_is_over(self) -> bool:
+        ends_at = self.session.state.lease_ends_at
+        return ends_at is not None and self._around.clock() > ends_at
+
+    def _check_conditions(self) -> None:
+        reason = self._around.conditions()
+        if reason is None:
+            self.session.on_eligible()
+        else:
+            self.session.on_ineligible(reason, _LOOK_AGAIN_S)
+
+    def _enrol(self) -> None:
+        identity = self._around.store.identity
+        self._around.transport.enrol(EnrolRequest(public_key=identity.public_key.hex(), tier=self._around.tier))
+        self.session.on_enrolled()
+        self._around.on_event(events.Enrolled(identity.device_id))
+
+    def _check_in(self, virtual: VirtualTiming | None) -> Assigned | Wait | Finished:
+        request = CheckInRequest(num_samples=len(self._around.data[0]), virtual=virtual)
+        reply = self._around.transport.check_in(request)
+        ends_at = None
+        if isinstance(reply, Assigned):
+            # A virtual lease says nothing about this machine's clock.
+            ends_at = self._around.clock() + reply.assignment.lease_s if virtual is None else None
+            self._around.on_event(events.CheckedIn(reply.assignment))
+        self.session.on_check_in(reply, lease_ends_at=ends_at)
+        return reply
+
+    def _download(self, sha256: str) -> None:
+        assignment = self.session.state.assignment
+        data = self._around.store.blob(sha256)
+        size = 0
+        if data is None:
+            is_manifest = assignment is not None and sha256 == assignment.manifest_sha256
+            limit = MAX_MANIFEST_BYTES if is_manifest else self._around.max_blob_bytes
+            # What a cut connection leaves here is where the next attempt goes on.
+            buffer = self._partial.setdefault(sha256, bytearray())
+            self._around.transport.fetch(sha256, buffer, max_bytes=limit)
+            data = self._partial.pop(sha256)
+            size = len(data)
+            self._around.store.put_blob(sha256, data)
+        self._fetched[sha256] = data
+        self.session.on_blob(sha256)
+        self._around.on_event(events.Downloaded(sha256, size))
+
+    def _train(self, assignment: Assignment, report_id: str, stop: threading.Event) -> None:
+        sealed = self._around.store.sealed(report_id)
+        if sealed is not None and is_report_of(sealed, assignment, report_id):
+            # Killed after the report was durable and before the session said so.
+            self.session.on_sealed(hashlib.sha256(sealed).hexdigest())
+            return
+        try:
+            frame = self._make_report(assignment, report_id, stop)
+        except Interrupted:
+            raise
+        except _BlobLost:
+            self.session.on_blobs_lost()
+        except MemoryError:
+            self.session.on_training_failed("no-memory", "the device ran out of memory while it trained")
+        except _PASSING as e:
+            self.cause = e
+            reason: AbandonReason = "no-memory" if isinstance(e, MemoryBudgetExceeded) else "training-failed"
+            self.session.on_training_failed(reason, str(e))
+        except (ProgramError, ProtocolError, BundleMismatch, ConfigurationError) as e:
+            self.cause = e
+            self.session.on_training_failed("training-failed", str(e), error=e)
+        else:
+            self._around.store.seal(report_id, frame)
+            self.session.on_sealed(hashlib.sha256(frame).hexdigest())
+            self._fetched.clear()
+
+    def _make_report(self, assignment: Assignment, report_id: str, stop: threading.Event) -> bytes:
+        program = self._around.programs.open(assignment, self._blob)
+        check_program(program.manifest, assignment)
+        check_reportable(assignment, program.manifest.num_parameters)
+        self._fetched.pop(assignment.program_sha256, None)  # loaded: the runtime has its own copy
+        model = decode_frame(self._blob(assignment.model_sha256))
+        weights = model_weights(model, program.manifest)
+        x, y = self._around.data
+        trainer = LocalTrainer(self._watched(program, assignment, len(x), stop))
+        result = trainer.train(weights, x, y, assignment.plan, assignment.shuffle_seed)
+        return build_report(assignment, report_id, result.delta, steps=result.steps, train_loss=result.last_epoch_loss)
+
+    def _watched(self, program: Program, assignment: Assignment, samples: int, stop: threading.Event) -> Program:
+        plan = assignment.plan
+        total = samples * plan.local_epochs
+        if plan.max_steps is not None:
+            total = min(total, plan.max_steps * plan.batch_size)
+        done = 0
+
+        def progress(examples: int, loss: float) -> None:
+            nonlocal done
+            done += examples
+            self._around.on_event(events.TrainingProgress(done, total, loss))
+
+        return WatchedProgram(program, should_stop=stop.is_set, progress=progress)
+
+    def _blob(self, sha256: str) -> Buffer:
+        data = self._fetched.get(sha256)
+        if data is None:
+            data = self._around.store.blob(sha256)
+        if data is None:
+            raise _BlobLost
+        return data
+
+    def _upload(self, report_id: str) -> None:
+        state = self.session.state
+        frame = self._around.store.sealed(report_id)
+        if frame is None or hashlib.sha256(frame).hexdigest() != state.report_sha256:
+            self._around.store.discard(report_id)
+            self.session.on_report_lost()
+            return
+        self.session.on_upload_started()
+        self.save()
+        self.session.on_uploaded(self._around.transport.upload(report_id, frame))
+        if self.session.state.accepted and state.assignment is not None:
+            self._around.on_event(events.Uploaded(report_id, state.assignment, len(frame)))
+
+    def _sleep(self, delay_s: float, reason: str, stop: threading.Event) -> None:
+        self._around.on_event(events.Waiting(delay_s, reason))
+        self._around.wait(delay_s, stop)
+        if stop.is_set():
+            raise Interrupted("interrupted while waiting")
+        self.session.on_slept()
+
+    def _discard(self, action: Discard) -> None:
+        self._around.store.discard(action.report_id)
+        self._partial.clear()
+        self._fetched.clear()
+        assignment = self.session.state.assignment
+        self.session.on_discarded()
+        if not action.accepted and assignment is not None:
+            self._around.on_event(events.Dropped(assignment, action.detail))
+
+
+class _BlobLost(Exception):
+    """A blob left the cache between its download and its use."""

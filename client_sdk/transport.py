@@ -1,0 +1,332 @@
+"""How a device reaches the server: the ``Transport`` protocol and its HTTP implementation.
+
+The only module that imports httpx. Every request is idempotent by the protocol, so a cut connection is answered by
+sending again; what else goes wrong becomes a typed error, and whether to retry is the session's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Final, Protocol, Self, TypeVar
+
+import httpx
+
+from client_sdk.errors import BlobHashMismatch, InvalidReply, TransportUnavailable
+from client_sdk.identity import DeviceIdentity
+from client_sdk.protocol.errors import ConfigurationError, ProtocolError, from_problem
+from client_sdk.protocol.messages import (
+    MAX_JSON_BYTES,
+    AbandonRequest,
+    Assigned,
+    CheckInReply,
+    CheckInRequest,
+    EnrolReply,
+    EnrolRequest,
+    Finished,
+    Message,
+    Problem,
+    ReportReply,
+    Wait,
+)
+
+_CONNECT_TIMEOUT_S: Final = 10.0
+_READ_TIMEOUT_S: Final = 60.0
+_MAX_RESUMES: Final = 5
+_JSON: Final = "application/json"
+_FRAME: Final = "application/octet-stream"
+# Answers of a gateway that say "not now" without speaking our protocol.
+_NOT_NOW: Final = frozenset({408, 425, 429})
+_CONTENT_RANGE: Final = re.compile(r"^bytes (\d+)-\d+/(?:\d+|\*)$")
+
+Buffer = bytes | bytearray | memoryview
+M = TypeVar("M", bound=Message)
+
+
+@dataclass
+class TransferCounters:
+    """Body bytes and requests of one device, repeated ones included."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    requests: int = 0
+
+
+class Transport(Protocol):
+    """The server as one device sees it.
+
+    Every method raises ``ProtocolError`` (the server's own refusal), ``TransportUnavailable`` (nobody answers) or
+    ``InvalidReply`` (what answers does not speak the protocol).
+    """
+
+    @property
+    def counters(self) -> TransferCounters:
+        """Traffic so far."""
+        ...
+
+    def enrol(self, request: EnrolRequest) -> EnrolReply:
+        """Introduce the device's key."""
+        ...
+
+    def check_in(self, request: CheckInRequest) -> Assigned | Wait | Finished:
+        """Ask for work."""
+        ...
+
+    def fetch(self, sha256: str, into: bytearray, *, max_bytes: int) -> None:
+        """Download a blob and check its hash.
+
+        ``into`` holds what arrived so far: empty at first; pass it again after a failure to go on from there.
+
+        Raises:
+            BlobHashMismatch: Other bytes came than those named; ``into`` is empty again.
+        """
+        ...
+
+    def upload(self, report_id: str, frame: Buffer) -> ReportReply:
+        """Send a sealed report; sending it again is harmless."""
+        ...
+
+    def abandon(self, assignment_id: str, request: AbandonRequest) -> None:
+        """Give an assignment back."""
+        ...
+
+    def close(self) -> None:
+        """Close connections that the transport owns."""
+        ...
+
+
+def open_client(
+    base_url: str, *, max_connections: int = 4, connect_timeout_s: float = _CONNECT_TIMEOUT_S
+) -> httpx.Client:
+    """An HTTP client that many devices of one process can share.
+
+    Proxy settings of the environment apply, except towards this machine. Cookies are not kept: nothing in the
+    protocol uses them, and a hostile server could fill memory with them.
+    """
+    url = _checked_url(base_url)
+    return httpx.Client(
+        # Without https no certificate is ever looked at; an empty context spares a device the CA bundle's memory.
+        verify=True if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        trust_env=url.host not in {"localhost", "127.0.0.1", "::1"},
+        limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+        timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=connect_timeout_s),
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+    )
+
+
+def _checked_url(base_url: str) -> httpx.URL:
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as e:
+        raise ConfigurationError(f"{base_url!r} is not a URL: {e}") from e
+    if url.scheme not in {"http", "https"} or not url.host or url.query or url.fragment:
+        raise ConfigurationError(f"{base_url!r} is not a server's address; write it like http://127.0.0.1:8080")
+    return url
+
+
+class HttpTransport:
+    """The server over HTTP, for one device; see ``Transport``.
+
+    Guarantees: replies beyond their size limit are cut off while they arrive; nothing is decompressed; redirects are
+    not followed. Safe to use from different threads one after the other.
+    """
+
+    def __init__(self, base_url: str, identity: DeviceIdentity, *, client: httpx.Client | None = None) -> None:
+        """Prepare to talk to a server; nothing is sent yet.
+
+        Args:
+            base_url: ``http(s)://host[:port][/prefix]``.
+            identity: Signs the requests.
+            client: A client shared with other devices (``open_client``); by default one of its own.
+
+        Raises:
+            ConfigurationError: Not such a URL.
+        """
+        url = _checked_url(base_url)
+        self._origin = url.copy_with(path="/")
+        self._prefix = url.path.rstrip("/")
+        self._identity = identity
+        self._owned = client is None
+        self._client = client or open_client(base_url)
+        self._extensions = {"timeout": self._client.timeout.as_dict()}
+        self._host = url.netloc.decode("ascii")
+        self.counters = TransferCounters()
+
+    def enrol(self, request: EnrolRequest) -> EnrolReply:
+        """Introduce the device's key."""
+        reply = self._post(EnrolReply, "/v1/devices", request)
+        if reply.device_id != self._identity.device_id:
+            raise InvalidReply("the server enrolled another device id than the one that follows from the key")
+        return reply
+
+    def check_in(self, request: CheckInRequest) -> Assigned | Wait | Finished:
+        """Ask for work."""
+        return self._post(CheckInReply, "/v1/check-ins", request).reply
+
+    def fetch(self, sha256: str, into: bytearray, *, max_bytes: int) -> None:
+        """Download a blob, going on where a cut connection left off, and check its hash."""
+        for resumes_left in range(_MAX_RESUMES, -1, -1):
+            before = len(into)
+            try:
+                self._fetch_rest(f"/v1/blobs/{sha256}", into, max_bytes)
+                break
+            except TransportUnavailable:
+                if not resumes_left or len(into) <= before:
+                    raise
+        if hashlib.sha256(into).hexdigest() != sha256:
+            into.clear()
+            raise BlobHashMismatch(f"the server sent other bytes than those of blob {sha256}")
+
+    def upload(self, report_id: str, frame: Buffer) -> ReportReply:
+        """Send a sealed report."""
+        path = f"/v1/reports/{report_id}"
+        return self._parse(ReportReply, path, self._exchange("PUT", path, frame, _FRAME))
+
+    def abandon(self, assignment_id: str, request: AbandonRequest) -> None:
+        """Give an assignment back."""
+        path = f"/v1/assignments/{assignment_id}/abandon"
+        self._exchange("POST", path, request.model_dump_json().encode(), _JSON)
+
+    def close(self) -> None:
+        """Close the client, unless it is shared."""
+        if self._owned:
+            self._client.close()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """``close``."""
+        self.close()
+
+    # --- pieces ---
+
+    def _post(self, reply: type[M], path: str, request: Message) -> M:
+        body = request.model_dump_json().encode()
+        return self._parse(reply, path, self._exchange("POST", path, body, _JSON))
+
+    @staticmethod
+    def _parse(model: type[M], path: str, body: bytes) -> M:
+        try:
+            return model.model_validate_json(body)
+        except ValueError as e:
+            raise InvalidReply(f"the answer to {path} is not a {model.__name__}") from e
+
+    def _exchange(self, method: str, path: str, body: Buffer, content_type: str) -> bytes:
+        """Send a signed request and return the reply's small body."""
+        path = self._prefix + path
+        headers = self._identity.sign(method, path, body)
+        headers["content-type"] = content_type
+        headers["content-length"] = str(len(body))
+        with self._sent(method, path, headers, body) as response:
+            reply = self._read(response, MAX_JSON_BYTES)
+            if not 200 <= response.status_code < 300:
+                raise _refusal(response, path, reply)
+            return reply
+
+    def _fetch_rest(self, path: str, into: bytearray, max_bytes: int) -> None:
+        path = self._prefix + path
+        headers = {"range": f"bytes={len(into)}-"} if into else {}
+        with self._sent("GET", path, headers) as response:
+            if response.status_code not in {200, 206}:
+                if response.status_code == 416:
+                    into.clear()  # what we hold cannot be a beginning of this blob
+                raise _refusal(response, path, self._read(response, MAX_JSON_BYTES))
+            if response.status_code == 200:
+                into.clear()
+            else:
+                match = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
+                if match is None or int(match[1]) != len(into):
+                    into.clear()
+                    raise InvalidReply(f"{path}: the server sent another range than the one asked for")
+            try:
+                for chunk in self._chunks(response, max_bytes - len(into)):
+                    into += chunk
+            except InvalidReply:
+                into.clear()
+                raise
+
+    @contextmanager
+    def _sent(
+        self, method: str, path: str, headers: dict[str, str], body: Buffer | None = None
+    ) -> Iterator[httpx.Response]:
+        headers["host"] = self._host
+        headers["accept-encoding"] = "identity"
+        request = httpx.Request(
+            method,
+            self._origin.copy_with(raw_path=path.encode("ascii")),
+            headers=headers,
+            content=None if body is None else bytes(body),  # no copy where it is bytes already
+            extensions=self._extensions,
+        )
+        try:
+            response = self._send(request)
+            try:
+                yield response
+            finally:
+                response.close()
+        except httpx.TransportError as e:
+            raise TransportUnavailable(f"{method} {self._origin.copy_with(path=path)}: {e or type(e).__name__}") from e
+
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        size = int(request.headers.get("content-length", 0))
+        try:
+            self._count(size)
+            return self._client.send(request, stream=True, follow_redirects=False, auth=None)
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            # The server closed a kept-alive connection just as it was used again; a fresh one tells more.
+            self._count(size)
+            return self._client.send(request, stream=True, follow_redirects=False, auth=None)
+
+    def _count(self, size: int) -> None:
+        self.counters.requests += 1
+        self.counters.bytes_up += size
+
+    def _read(self, response: httpx.Response, max_bytes: int) -> bytes:
+        return b"".join(self._chunks(response, max_bytes))
+
+    def _chunks(self, response: httpx.Response, max_bytes: int) -> Iterator[bytes]:
+        """The body as it arrives, refused as soon as it breaks the limit."""
+        declared = response.headers.get("content-length")
+        encoding = response.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise InvalidReply(f"the server sent a body in encoding {encoding!r}, which was not asked for")
+        if declared is not None and declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
+            raise InvalidReply(f"the server announces {declared[:20]} bytes; at most {max_bytes} are accepted here")
+        received = 0
+        for chunk in response.iter_raw():
+            received += len(chunk)
+            self.counters.bytes_down += len(chunk)
+            if received > max_bytes:
+                raise InvalidReply(f"the server sent more than {max_bytes} bytes")
+            yield chunk
+
+
+def _refusal(response: httpx.Response, path: str, body: bytes) -> ProtocolError | TransportUnavailable | InvalidReply:
+    """The error that a reply outside 2xx stands for."""
+    status = response.status_code
+    window = _retry_after(response)
+    if response.headers.get("content-type", "").startswith("application/problem+json"):
+        try:
+            problem = Problem.model_validate_json(body)
+        except ValueError:
+            pass
+        else:
+            error = from_problem(problem.type, problem.detail or problem.title, http_status=status)
+            error.retry_after_s = window if problem.retry is None else (problem.retry.min_s, problem.retry.max_s)
+            return error
+    if status in _NOT_NOW or status >= 500:
+        return TransportUnavailable(f"{path}: the server answered {status}", retry_after_s=window)
+    return InvalidReply(f"{path}: the server answered {status} without a problem description", retry_after_s=window)
+
+
+def _retry_after(response: httpx.Response) -> tuple[float, float] | None:
+    """``Retry-After`` in seconds, doubled at the far end so that devices do not come back together."""
+    value = response.headers.get("retry-after", "")
+    return (float(value), 2 * float(value)) if value.isdecimal() and len(value) < 8 else None
