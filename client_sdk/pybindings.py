@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import re
 import threading
 from typing import Any
 
@@ -23,8 +24,8 @@ from client_sdk.protocol.errors import (
 )
 from client_sdk.protocol.program import Manifest, MethodSpec
 
-_OPERATOR_MISSING = "0x14"
-"""ExecuTorch's error code, as it appears in the bindings' messages."""
+_OPERATOR_MISSING = re.compile(r"0x:?14\b")
+"""ExecuTorch's error code 0x14, as the bindings' messages have it."""
 
 
 @functools.cache
@@ -116,7 +117,7 @@ class PybindingsProgram:
             try:
                 self._methods[name] = self._program.load_method(name)
             except RuntimeError as e:
-                kind = MissingOperator if _OPERATOR_MISSING in str(e) else ProgramError
+                kind = MissingOperator if _OPERATOR_MISSING.search(str(e)) else ProgramError
                 raise kind(f"cannot load {name}: {e}") from e
         return self._methods[name]
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -52,7 +53,7 @@ using executorch::runtime::Span;
 thread_local std::string last_error;
 thread_local std::string captured_log;
 thread_local bool capturing = false;
-pal_emit_log_message_method forward_log = nullptr;
+std::atomic<pal_emit_log_message_method> forward_log{nullptr};
 
 void emit_log(et_timestamp_t timestamp, et_pal_log_level_t level, const char* filename, const char* function,
               size_t line, const char* message, size_t length) {
@@ -66,18 +67,24 @@ void emit_log(et_timestamp_t timestamp, et_pal_log_level_t level, const char* fi
     }
     return;
   }
-  // Whatever is not ours (the official bindings share this library), and the last words before an abort.
-  if (forward_log != nullptr && (!capturing || level == kFatal)) {
-    forward_log(timestamp, level, filename, function, line, message, length);
+  // Whatever is not ours (the official bindings share the runtime's library), and the last words before an abort.
+  const auto forward = forward_log.load();
+  if (forward != nullptr && (!capturing || level == kFatal)) {
+    forward(timestamp, level, filename, function, line, message, length);
   }
 }
 
+// Before every call, because the official bindings put in their own hook whenever they are imported.
 void install_log_hook() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    forward_log = executorch::runtime::get_pal_impl()->emit_log_message;
-    (void)executorch::runtime::register_pal(executorch::runtime::PalImpl::create(&emit_log, __FILE__));
-  });
+  static std::mutex mutex;
+  if (executorch::runtime::get_pal_impl()->emit_log_message != &emit_log) {
+    const std::lock_guard lock(mutex);
+    const auto current = executorch::runtime::get_pal_impl()->emit_log_message;
+    if (current != &emit_log) {
+      forward_log = current;
+      (void)executorch::runtime::register_pal(executorch::runtime::PalImpl::create(&emit_log, __FILE__));
+    }
+  }
 }
 
 pf_status fail(pf_status status, std::string text) {
@@ -100,6 +107,7 @@ int32_t guarded(Body&& body) noexcept {
     last_error.clear();
     captured_log.clear();
     capturing = true;
+    install_log_hook();
     const pf_status status = body();
     capturing = false;
     return status;
@@ -385,7 +393,6 @@ int32_t pf_open(const void* data, uint64_t size, pf_program** out) {
     if (data == nullptr || size == 0 || out == nullptr) {
       return fail(PF_INVALID_ARGUMENT, "pf_open needs bytes and a place for the program");
     }
-    install_log_hook();
     auto program = std::make_unique<pf_program>();
     if (const pf_status status = program->open(data, size); status != PF_OK) {
       return status;
@@ -462,13 +469,13 @@ int32_t pf_set_threads(uint32_t threads) {
     if (threads == 0) {
       return fail(PF_INVALID_ARGUMENT, "at least one thread is needed");
     }
-    install_log_hook();
     const std::unique_lock lock(pool_mutex);
     if (threads == pool_threads) {
       return PF_OK;
     }
     if (open_programs > 0) {
-      return fail(PF_BUSY, "programs are open with " + std::to_string(pool_threads) + " threads; close them first");
+      return fail(PF_BUSY, "open programs use a thread count of " + std::to_string(pool_threads) +
+                              "; close them before changing it to " + std::to_string(threads));
     }
     reset_pool(threads);
     return PF_OK;

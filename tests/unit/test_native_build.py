@@ -1,0 +1,211 @@
+"""Building the shim: found without an import, compiled once, whole or absent, and refused with a remedy.
+
+A stub stands in for the compiler where a test is about the build and not about the library: it records its calls and
+writes what it is told to.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from client_sdk.native import adapter, build
+from client_sdk.protocol.errors import RuntimeUnavailable
+
+STUB = """#!/bin/sh
+echo "$@" >> "{calls}"
+while [ "$1" != "-o" ]; do shift; done
+printf library > "$2"
+{then}
+"""
+
+
+class StubCompiler:
+    """A compiler whose calls can be counted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "stub-cxx"
+        self._calls = folder / "calls"
+        self.write("exit 0")
+
+    def write(self, then: str) -> None:
+        self.path.write_text(STUB.format(calls=self._calls, then=then))
+        self.path.chmod(self.path.stat().st_mode | stat.S_IXUSR)
+
+    @property
+    def calls(self) -> list[str]:
+        return self._calls.read_text().splitlines() if self._calls.exists() else []
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("POCKETFED_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubCompiler:
+    stub = StubCompiler(tmp_path)
+    monkeypatch.setenv("CXX", str(stub.path))
+    return stub
+
+
+def test_the_library_is_compiled_once(cache: Path, compiler: StubCompiler):
+    first = build.ensure_built()
+    assert first.read_bytes() == b"library"
+    assert first.is_relative_to(cache)
+    assert build.ensure_built() == first
+    assert len(compiler.calls) == 1
+
+
+def test_concurrent_builds_compile_once(cache: Path, compiler: StubCompiler):
+    with ThreadPoolExecutor(4) as pool:
+        paths = {f.result() for f in [pool.submit(build.ensure_built) for _ in range(8)]}
+    assert len(paths) == len(compiler.calls) == 1
+
+
+def test_concurrent_processes_compile_once(cache: Path, compiler: StubCompiler):
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "client_sdk.native.build"], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    printed = {p.communicate()[0] for p in processes}
+    assert [p.returncode for p in processes] == [0, 0, 0]
+    assert printed == {f"{build.library_path()}\n"}
+    assert len(compiler.calls) == 1
+
+
+def test_a_failed_compilation_leaves_nothing_and_shows_the_compiler(cache: Path, compiler: StubCompiler):
+    compiler.write("echo 'error: no such header' >&2; exit 3")
+    with pytest.raises(RuntimeUnavailable, match=r"exit status 3(.|\n)*no such header"):
+        build.ensure_built()
+    assert [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
+    compiler.write("exit 0")
+    assert build.ensure_built().exists()
+
+
+@pytest.mark.parametrize("changed", ["SOURCE", "HEADER"])
+def test_a_changed_source_is_another_library(
+    cache: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+):
+    old = build.ensure_built()
+    edited = tmp_path / "edited"
+    edited.write_bytes(getattr(build, changed).read_bytes() + b"\n")
+    monkeypatch.setattr(build, changed, edited)
+    assert build.ensure_built() != old
+    assert len(compiler.calls) == 2
+
+
+def test_another_executorch_is_another_library(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    before = build.library_path()
+    wheel = build.ExecutorchWheel.find()
+    other = build.ExecutorchWheel(wheel.root, "1.5.2")
+    monkeypatch.setattr(build.ExecutorchWheel, "find", lambda: other)
+    assert build.library_path() != before
+
+
+def test_the_compiler_may_carry_arguments(cache: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", f"{compiler.path} --from-the-environment")
+    build.ensure_built()
+    assert compiler.calls[0].startswith("--from-the-environment -std=c++17")
+
+
+@pytest.mark.parametrize("named", ["no-such-compiler", "/nowhere/g++", "  "])
+def test_a_cxx_that_is_no_executable_is_refused_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch, named: str):
+    monkeypatch.setenv("CXX", named)
+    with pytest.raises(RuntimeUnavailable, match=re.escape(f"$CXX names {named!r}")):
+        build.ensure_built()
+
+
+def test_no_compiler_says_what_to_install(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeUnavailable, match=r"apt install g\+\+.*\$CXX"):
+        build.ensure_built()
+
+
+def test_a_library_that_was_built_needs_no_compiler(
+    cache: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    built = build.ensure_built()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert build.ensure_built() == built
+
+
+def test_a_cache_that_cannot_be_written_says_where_to_point_it(
+    tmp_path: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("POCKETFED_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(RuntimeUnavailable, match=r"\$POCKETFED_CACHE"):
+        build.ensure_built()
+
+
+def test_no_executorch_says_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(RuntimeUnavailable, match="pip install executorch"):
+        build.library_path()
+
+
+def test_an_executorch_without_headers_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hollow = tmp_path / "executorch"
+    hollow.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda _name: type("Spec", (), {"submodule_search_locations": [str(hollow)]})
+    )
+    with pytest.raises(RuntimeUnavailable, match="no C\\+\\+ headers"):
+        build.ExecutorchWheel.find()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"POCKETFED_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/pocketfed"),
+        ({"HOME": "/c"}, "/c/.cache/pocketfed"),
+    ],
+)
+def test_where_the_cache_lies(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("POCKETFED_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert build.cache_folder() == Path(expected)
+
+
+def test_the_command_prints_an_error_and_no_traceback(cache: Path, tmp_path: Path):
+    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "client_sdk.native.build"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: no C++17 compiler was found")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_no_library_is_refused_with_a_remedy(tmp_path: Path):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"library")
+    with pytest.raises(RuntimeUnavailable, match="delete the file"):
+        adapter.Shim(broken)
+
+
+def test_the_header_is_plain_c(tmp_path: Path):
+    source = tmp_path / "host.c"
+    source.write_text('#include "pocketfed_shim.h"\nint main(void) { return pf_abi_version() != PF_ABI_VERSION; }\n')
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    assert compiler is not None
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]
+    subprocess.run([compiler, *flags, f"-I{build.HEADER.parent}", str(source)], check=True)

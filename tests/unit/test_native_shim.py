@@ -1,0 +1,215 @@
+"""The C ABI as a host in another language sees it: raw calls, wrong calls, statuses and texts."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client_sdk.native import adapter, build
+from client_sdk.protocol.program import Manifest, Role
+from client_sdk.runtime import read_manifest
+
+OK, INVALID_ARGUMENT, INVALID_PROGRAM, UNKNOWN_METHOD, SIGNATURE, BUSY = 0, 1, 2, 3, 5, 8
+
+
+@pytest.fixture(scope="module")
+def lib() -> ctypes.CDLL:
+    return adapter.load_shim()._lib
+
+
+@pytest.fixture(scope="module")
+def manifest(softmax_bundle: Path) -> Manifest:
+    return read_manifest(softmax_bundle)
+
+
+@pytest.fixture
+def handle(lib: ctypes.CDLL, softmax_bundle: Path) -> Iterator[ctypes.c_void_p]:
+    data = (softmax_bundle / "program.pte").read_bytes()
+    opened = ctypes.c_void_p()
+    assert lib.pf_open(data, len(data), ctypes.byref(opened)) == OK
+    yield opened
+    lib.pf_close(opened)
+
+
+def tensor(array: np.ndarray, **overrides: object) -> adapter._Tensor:
+    """A descriptor of an array; the caller keeps the array alive."""
+    sizes = (ctypes.c_int64 * max(array.ndim, 1))(*array.shape)
+    fields = {
+        "dtype": adapter._DTYPE_CODES[str(array.dtype)],
+        "rank": array.ndim,
+        "sizes": sizes,
+        "data": array.ctypes.data,
+    }
+    return adapter._Tensor(**(fields | overrides))
+
+
+class Call:
+    """One ``infer`` call whose descriptors a test may spoil."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        spec = manifest.method(Role.INFER)
+        self.method = spec.name.encode()
+        self.arrays = [np.ones(t.shape, t.dtype) for t in (*spec.inputs, *spec.outputs)]
+        self.tensors = [tensor(a) for a in self.arrays]
+        self.num_inputs = len(spec.inputs)
+
+    @property
+    def output(self) -> np.ndarray:
+        return self.arrays[-1]
+
+    def run(self, lib: ctypes.CDLL, handle: ctypes.c_void_p) -> int:
+        inputs, outputs = self.tensors[: self.num_inputs], self.tensors[self.num_inputs :]
+        return lib.pf_run(
+            handle,
+            self.method,
+            len(inputs),
+            (adapter._Tensor * len(inputs))(*inputs),
+            len(outputs),
+            (adapter._Tensor * len(outputs))(*outputs),
+        )
+
+
+def last_error(lib: ctypes.CDLL) -> str:
+    return lib.pf_last_error().decode()
+
+
+def test_a_host_can_run_a_method(lib: ctypes.CDLL, handle: ctypes.c_void_p, manifest: Manifest):
+    call = Call(manifest)
+    assert call.run(lib, handle) == OK
+    assert last_error(lib) == ""
+    np.testing.assert_array_equal(call.output, np.full_like(call.output, manifest.feature_shape[0] + 1))
+
+
+@pytest.mark.parametrize(
+    ("index", "override", "status", "message"),
+    [
+        (0, {"dtype": 99}, INVALID_ARGUMENT, "input 0 has an unknown dtype"),
+        (0, {"dtype": -1}, INVALID_ARGUMENT, "input 0 has an unknown dtype"),
+        (1, {"rank": -1}, INVALID_ARGUMENT, "input 1 has an impossible rank"),
+        (1, {"rank": 17}, INVALID_ARGUMENT, "input 1 has an impossible rank"),
+        (1, {"sizes": None}, INVALID_ARGUMENT, "input 1 has an impossible rank"),
+        (1, {"data": None}, INVALID_ARGUMENT, "input 1 has no data"),
+        (1, {"sizes": (ctypes.c_int64 * 2)(2**40, 1)}, INVALID_ARGUMENT, "input 1 has a size out of range"),
+        (1, {"sizes": (ctypes.c_int64 * 2)(-1, 6)}, INVALID_ARGUMENT, "input 1 has a size out of range"),
+        (1, {"sizes": (ctypes.c_int64 * 2)(3, 6)}, SIGNATURE, "inputs do not fit"),
+        (0, {"dtype": 1}, SIGNATURE, "inputs do not fit"),
+        (2, {"data": None}, INVALID_ARGUMENT, "output 0 has no data"),
+        (2, {"dtype": 3}, SIGNATURE, "output 0 of .* has another dtype or shape"),
+        (2, {"sizes": (ctypes.c_int64 * 2)(8, 4)}, SIGNATURE, "output 0 of .* has another dtype or shape"),
+    ],
+)
+def test_wrong_tensors_are_refused_and_no_output_is_written(
+    lib: ctypes.CDLL,
+    handle: ctypes.c_void_p,
+    manifest: Manifest,
+    index: int,
+    override: dict[str, object],
+    status: int,
+    message: str,
+):
+    call = Call(manifest)
+    call.tensors[index] = tensor(call.arrays[index], **override)
+    assert call.run(lib, handle) == status
+    assert re.search(message, last_error(lib))
+    assert (call.output == 1).all()
+    assert Call(manifest).run(lib, handle) == OK  # and the program is still usable
+
+
+@pytest.mark.parametrize("count", [1, 0])
+def test_a_wrong_number_of_inputs_is_a_signature_error(
+    lib: ctypes.CDLL, handle: ctypes.c_void_p, manifest: Manifest, count: int
+):
+    call = Call(manifest)
+    del call.tensors[count : call.num_inputs]
+    call.num_inputs = count
+    assert call.run(lib, handle) == SIGNATURE
+
+
+def test_a_wrong_number_of_outputs_is_a_signature_error(lib: ctypes.CDLL, handle: ctypes.c_void_p, manifest: Manifest):
+    call = Call(manifest)
+    call.tensors.append(call.tensors[-1])
+    assert call.run(lib, handle) == SIGNATURE
+    assert "returns 1 outputs, 2 are expected" in last_error(lib)
+    assert (call.output == 1).all()
+
+
+def test_null_arguments_are_refused(lib: ctypes.CDLL, handle: ctypes.c_void_p):
+    opened, size = ctypes.c_void_p(), ctypes.c_uint64()
+    assert lib.pf_open(None, 10, ctypes.byref(opened)) == INVALID_ARGUMENT
+    assert lib.pf_open(b"abc", 0, ctypes.byref(opened)) == INVALID_ARGUMENT
+    assert lib.pf_open(b"abc", 3, None) == INVALID_ARGUMENT
+    assert lib.pf_run(None, b"infer_b8", 0, None, 0, None) == INVALID_ARGUMENT
+    assert lib.pf_run(handle, None, 0, None, 0, None) == INVALID_ARGUMENT
+    assert lib.pf_run(handle, b"infer_b8", 2, None, 0, None) == INVALID_ARGUMENT
+    assert lib.pf_load_method(handle, None) == INVALID_ARGUMENT
+    assert lib.pf_planned_memory(handle, b"infer_b8", None) == INVALID_ARGUMENT
+    assert lib.pf_planned_memory(None, b"infer_b8", ctypes.byref(size)) == INVALID_ARGUMENT
+    assert lib.pf_set_threads(0) == INVALID_ARGUMENT
+    lib.pf_close(None)
+
+
+def test_bytes_that_are_no_program_leave_no_handle(lib: ctypes.CDLL):
+    opened = ctypes.c_void_p()
+    assert lib.pf_open(b"x" * 100, 100, ctypes.byref(opened)) == INVALID_PROGRAM
+    assert not opened
+    assert last_error(lib) != ""
+
+
+@pytest.mark.parametrize("name", [b"nothing", b"", b"infer_b8 "])
+def test_an_unknown_method_is_told_by_name(lib: ctypes.CDLL, handle: ctypes.c_void_p, name: bytes):
+    size = ctypes.c_uint64()
+    assert lib.pf_load_method(handle, name) == UNKNOWN_METHOD
+    assert lib.pf_planned_memory(handle, name, ctypes.byref(size)) == UNKNOWN_METHOD
+    assert lib.pf_run(handle, name, 0, None, 0, None) == UNKNOWN_METHOD
+    assert last_error(lib) == f"no method {name.decode()}"
+
+
+def test_loading_ahead_is_harmless(lib: ctypes.CDLL, handle: ctypes.c_void_p, manifest: Manifest):
+    for _ in range(2):
+        assert lib.pf_load_method(handle, manifest.method(Role.INFER).name.encode()) == OK
+    assert Call(manifest).run(lib, handle) == OK
+
+
+def test_the_thread_count_cannot_change_under_an_open_program(lib: ctypes.CDLL, handle: ctypes.c_void_p):
+    assert lib.pf_set_threads(1) == OK  # what it is
+    assert lib.pf_set_threads(2) == BUSY
+    assert "1" in last_error(lib)
+
+
+def test_the_operators_are_listed_into_the_callers_buffer(lib: ctypes.CDLL):
+    size = lib.pf_registered_operators(None, 0)
+    small = ctypes.create_string_buffer(b"?" * 16)
+    assert lib.pf_registered_operators(small, 16) == size
+    assert small.raw[:16] == b"?" * 16
+    assert "aten::add.out" in adapter.load_shim().operators()
+    assert size > 1000
+
+
+def test_the_library_says_what_it_was_built_for(lib: ctypes.CDLL):
+    assert lib.pf_abi_version() == adapter.ABI_VERSION
+    assert lib.pf_executorch_version().decode() == build.ExecutorchWheel.find().version
+
+
+def test_python_and_the_header_agree_on_every_code():
+    header = build.HEADER.read_text()
+    codes = {name: int(value) for name, value in re.findall(r"PF_([A-Z0-9_]+) = (\d+)", header)}
+    for dtype, code in adapter._DTYPE_CODES.items():
+        assert codes[dtype.upper()] == code
+    statuses = {
+        "INVALID_PROGRAM": "ProgramError",
+        "UNKNOWN_METHOD": "UnknownMethod",
+        "MISSING_OPERATOR": "MissingOperator",
+        "SIGNATURE": "ManifestError",
+        "OUT_OF_MEMORY": "MemoryBudgetExceeded",
+        "EXECUTION_FAILED": "ProgramExecutionError",
+        "BUSY": "ConfigurationError",
+    }
+    assert {codes[name]: error for name, error in statuses.items()} == {
+        code: error.__name__ for code, error in adapter._ERRORS.items()
+    }
+    assert f"#define PF_ABI_VERSION {adapter.ABI_VERSION}\n" in header
