@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mobile_export.bundle import ProgramBundle
+    from mobile_export.eager import EagerProgram
     from mobile_export.errors import ParityError, UnsupportedModel
     from mobile_export.export import ExportProgress, export_program
     from mobile_export.models import REFERENCE_MODELS, build_model
-    from mobile_export.parity import EagerProgram, ParityReport, check_parity
+    from mobile_export.parity import ParityReport, check_parity
 
 _HOME = {
     "REFERENCE_MODELS": "models",
-    "EagerProgram": "parity",
+    "EagerProgram": "eager",
     "ExportProgress": "export",
     "ParityError": "errors",
     "ParityReport": "parity",

@@ -24,6 +24,7 @@ from client_sdk.protocol.program import (
     Manifest,
     Program,
 )
+from client_sdk.runtime import load_program
 
 if TYPE_CHECKING:
     from mobile_export.parity import ParityReport
@@ -79,9 +80,22 @@ class ProgramBundle:
 
     def load(self, runtime: Literal["native", "pybindings", "auto"] = "auto") -> Program:
         """Load the program into an ExecuTorch runtime (see ``client_sdk.runtime.load_program``)."""
-        from client_sdk.runtime import load_program
-
         return load_program(self.path, runtime)
+
+
+def refuse_foreign_folder(target: Path) -> None:
+    """Refuse to replace what is not a bundle: its files are not ours to delete.
+
+    Raises:
+        ConfigurationError: ``target`` is a file, or a folder that holds anything but a bundle's files.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigurationError(f"{target} is a file; export into a folder")
+    strangers = sorted(p.name for p in target.iterdir() if p.name not in BUNDLE_FILES)
+    if strangers:
+        raise ConfigurationError(f"{target} holds {strangers[0]!r}, no part of a bundle; export into another folder")
 
 
 @contextlib.contextmanager
@@ -92,31 +106,25 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     An interrupted run leaves at most a hidden ``.NAME.*`` folder that nothing reads.
 
     Raises:
-        ConfigurationError: ``target`` exists and holds files that are not a bundle's; they are not ours to delete.
+        ConfigurationError: The folder cannot be written (no permission, disk full).
     """
-    if target.exists():
-        strangers = [] if target.is_dir() else [target.name]
-        if target.is_dir():
-            strangers = sorted(p.name for p in target.iterdir() if p.name not in BUNDLE_FILES)
-        if strangers:
-            raise ConfigurationError(
-                f"{target} holds {strangers[0]!r}, which is no part of a bundle; export into another folder"
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        fresh = scratch / "new"
-        fresh.mkdir()
-        yield fresh
-        for path in fresh.iterdir():
-            _sync(path)
-        _sync(fresh)
-        if target.exists():
-            target.rename(scratch / "old")
-        fresh.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            fresh = scratch / "new"
+            fresh.mkdir()
+            yield fresh
+            for path in (*fresh.iterdir(), fresh):
+                _sync(path)
+            if target.exists():
+                target.rename(scratch / "old")
+            fresh.rename(target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as e:
+        raise ConfigurationError(f"cannot write {target}: {e.strerror or e}") from e
 
 
 def _sync(path: Path) -> None:

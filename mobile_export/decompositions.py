@@ -17,7 +17,7 @@ aten = torch.ops.aten
 DecompositionTable = Mapping[torch._ops.OperatorBase, Callable[..., Any]]  # noqa: SLF001 - torch names it nowhere else
 
 
-def max_pool2d_backward(
+def max_pool2d_backward(  # noqa: PLR0917 - the operator's own signature
     grad_output: Tensor,
     x: Tensor,
     kernel_size: list[int],
@@ -45,18 +45,21 @@ def constant_pad_nd(x: Tensor, pad: list[int], value: float = 0.0) -> Tensor:
     ExecuTorch's kernel refuses negative amounts when it runs.
     """
     if min(pad, default=0) >= 0:
-        return NotImplemented
+        return NotImplemented  # to torch: leave this call as it is
     for axis in range(len(pad) // 2):
         before, after = (min(0, amount) for amount in pad[2 * axis : 2 * axis + 2])
         dim = x.ndim - 1 - axis
         x = x.narrow(dim, -before, x.shape[dim] + before + after)
+    if max(pad) <= 0:
+        return x
     positive = [max(0, amount) for amount in pad]
-    return aten.constant_pad_nd(x, positive, value) if any(positive) else x
+    padded: Tensor = torch.constant_pad_nd(x, positive, value)
+    return padded
 
 
 def decomposition_table() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """Torch's core ATen decompositions with the entries of this module."""
-    table: dict[torch._ops.OperatorBase, Callable[..., Any]] = dict(torch.export.default_decompositions().items())
+    table: dict[torch._ops.OperatorBase, Callable[..., Any]] = dict(torch.export.default_decompositions())
     table[aten.max_pool2d_with_indices_backward.default] = max_pool2d_backward
     table[aten.constant_pad_nd.default] = constant_pad_nd
     return table

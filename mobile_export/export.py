@@ -2,59 +2,194 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from client_sdk.protocol.errors import ConfigurationError
-from client_sdk.protocol.frames import encode_frame
-from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, ParameterSpec, Role
-from mobile_export.bundle import ProgramBundle, replacing_folder
-from mobile_export.checks import flat_weights, parameter_table
-from mobile_export.decompositions import decomposition_table
-from mobile_export.manifest import build_manifest, method_name
-from mobile_export.methods import INPUT_NAMES, Loss, Methods, cross_entropy
-from mobile_export.toolchain import emit, lower, trace
+from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Role
+from mobile_export.blueprint import Blueprint, draw_blueprint, method_roles
+from mobile_export.bundle import ProgramBundle, refuse_foreign_folder, replacing_folder
+from mobile_export.cache import PARITY_FILE, ExportCache, copy_bundle, default_cache_folder
+from mobile_export.decompositions import DecompositionTable, decomposition_table
+from mobile_export.manifest import build_manifest
+from mobile_export.methods import Loss, cross_entropy
+from mobile_export.parity import REPEATS, TOLERANCE, ParityReport, check_parity
+from mobile_export.toolchain import emit, lower
 
-DEFAULT_BATCH_SIZES: Mapping[Role, tuple[int, ...]] = {
-    Role.GRAD: (8, 32),
-    Role.TRAIN: (8, 32),
-    Role.EVALUATE: (256,),
-    Role.INFER: (1, 32),
-}
+DEFAULT_BATCH_SIZES: Mapping[Role, tuple[int, ...]] = MappingProxyType(
+    {Role.GRAD: (8, 32), Role.TRAIN: (8, 32), Role.EVALUATE: (256,), Role.INFER: (1, 32)}
+)
 
-
-def example_inputs(role: Role, batch_size: int, num_parameters: int, feature_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    values = {
-        "w": torch.zeros(num_parameters),
-        "lr": torch.zeros(1),
-        "x": torch.zeros(batch_size, *feature_shape),
-        "y": torch.zeros(batch_size, dtype=torch.int64),
-        "mask": torch.ones(batch_size),
-    }
-    return tuple(values[n] for n in INPUT_NAMES[role])
+Stage = Literal["trace", "lower", "emit", "check", "cached"]
+Runtime = Literal["native", "pybindings", "auto"]
 
 
-def export_program(model, feature_shape, num_classes, out_dir, batch_sizes=DEFAULT_BATCH_SIZES, model_name="", constants={}):
-    parameters = parameter_table(model)
-    d = flat_weights(model).numel()
-    methods = Methods(model, cross_entropy, parameters)
-    roles = {method_name(r, b): (r, b) for r in Role for b in batch_sizes.get(r, ())}
-    programs = {}
-    for name, (role, b) in roles.items():
-        args = example_inputs(role, b, d, feature_shape)
-        programs[name] = lower(trace(methods.function(role), args), args, decomposition_table())
-    program = emit(programs, constants)
-    weights = encode_frame({n: p.detach().numpy() for n, p in model.named_parameters()})
-    manifest = build_manifest(
-        program=program, weights_file=weights, roles=roles, parameters=parameters, model_name=model_name,
-        feature_shape=feature_shape, num_classes=num_classes, content_key="", constants=constants)
-    with replacing_folder(Path(out_dir)) as d:
-        (d / PROGRAM_FILE).write_bytes(program)
-        (d / MANIFEST_FILE).write_text(manifest.to_json())
-        (d / WEIGHTS_FILE).write_bytes(weights)
-    return ProgramBundle(Path(out_dir), manifest)
+@dataclass(frozen=True)
+class ExportProgress:
+    """One finished step of an export.
+
+    Attributes:
+        stage: What was done; ``cached`` means that all of the rest was found in the cache.
+        method: Method it was done to; empty for the whole program.
+        done: Steps finished so far.
+        total: Steps of the whole export.
+    """
+
+    stage: Stage
+    method: str
+    done: int
+    total: int
+
+
+class _Steps:
+    """Counts finished steps and tells the caller."""
+
+    def __init__(self, total: int, callback: Callable[[ExportProgress], None] | None) -> None:
+        self._total = total
+        self._done = 0
+        self._callback = callback
+
+    def finish(self, stage: Stage, method: str = "") -> None:
+        self._done = self._total if stage == "cached" else self._done + 1
+        if self._callback is not None:
+            self._callback(ExportProgress(stage, method, self._done, self._total))
+
+
+def export_program(
+    model: nn.Module,
+    loss: Loss | None = None,
+    example_batch: tuple[Tensor, Tensor] | None = None,
+    *,
+    out_dir: str | Path,
+    batch_sizes: Mapping[Role, Sequence[int]] = DEFAULT_BATCH_SIZES,
+    feature_shape: tuple[int, ...] | None = None,
+    num_classes: int | None = None,
+    model_name: str | None = None,
+    constants: Mapping[str, int | float] | None = None,
+    parity: bool = True,
+    tolerance: float = TOLERANCE,
+    runtime: Runtime = "auto",
+    use_cache: bool = True,
+    cache_dir: str | Path | None = None,
+    decompositions: DecompositionTable | None = None,
+    progress: Callable[[ExportProgress], None] | None = None,
+) -> ProgramBundle:
+    """Export a model as a bundle that devices train, evaluate and run.
+
+    The program holds one method for each role and batch size, named ``{role}_b{batch_size}``; their signatures are
+    those of ``client_sdk.protocol.program``. The model's present parameters become the initial weights; the model is
+    not changed.
+
+    An export takes seconds to a minute, so its result is kept in a cache whose key is the hash of the traced graphs,
+    the initial weights, every option that shapes the program, and the releases of torch, ExecuTorch and the
+    exporter. An export without the gate, or with other decompositions, is not cached.
+
+    The folder appears whole or not at all, also when the process is killed; nothing is written when an export is
+    refused.
+
+    Args:
+        model: Float32 parameters only: no buffers, no randomness, no branches on data.
+        loss: ``(logits [B, C], y [B] int64) -> losses [B]``; cross-entropy by default.
+        example_batch: ``(x [B, ...] float32, y [B] int64)``, of which only the shape is used; any B.
+        out_dir: Folder to write; an existing bundle in it is replaced.
+        batch_sizes: Batch sizes for each role; a role that is not named is left out.
+        feature_shape: Shape of one example, instead of ``example_batch``; by default the model's own
+            ``feature_shape`` attribute, which the reference models have.
+        num_classes: Number of logits to expect; what the model gives by default.
+        model_name: Name to show; the class's by default.
+        constants: Numbers to ship with the program, as constant methods and in the manifest.
+        parity: Run the parity gate (see ``check_parity``). Without it the program is only opened once.
+        tolerance: Largest relative error that the gate allows.
+        runtime: Adapter that opens the program.
+        use_cache: Look the export up in the cache, and keep it there.
+        cache_dir: Cache folder; ``$POCKETFED_CACHE/exports`` or the user's cache folder by default.
+        decompositions: Operators to rewrite, instead of ``decomposition_table()``.
+        progress: Called after each step.
+
+    Returns:
+        The bundle in ``out_dir``.
+
+    Raises:
+        UnsupportedModel: The model or the loss cannot be exported; names the layer.
+        ParityError: The program does not compute what the model computes.
+        MissingOperator: ExecuTorch has no kernel for an operator; names it.
+        RuntimeUnavailable: No ExecuTorch adapter can run here, so nothing could be verified.
+        ConfigurationError: Options that do not fit together, or a folder that cannot be written.
+    """
+    target = Path(out_dir)
+    refuse_foreign_folder(target)
+    checks = REPEATS + 1 if parity else 0
+    steps = _Steps(len(method_roles(batch_sizes)) * (2 + checks) + 1, progress)
+    blueprint = draw_blueprint(
+        model,
+        loss or cross_entropy,
+        batch_sizes=batch_sizes,
+        example_batch=example_batch,
+        feature_shape=feature_shape,
+        num_classes=num_classes,
+        model_name=model_name,
+        constants=constants or {},
+        traced=lambda method: steps.finish("trace", method),
+    )
+    key = blueprint.content_key()
+
+    def build(folder: Path) -> ProgramBundle:
+        table = decomposition_table() if decompositions is None else decompositions
+        bundle = _write_bundle(blueprint, key, table, folder, steps)
+        if not parity:
+            bundle.load(runtime).close()
+            return bundle
+        report = check_parity(
+            bundle,
+            model,
+            loss,
+            tolerance=tolerance,
+            runtime=runtime,
+            progress=lambda method: steps.finish("check", method),
+        )
+        return replace(bundle, parity=report)
+
+    if not (use_cache and parity and decompositions is None):
+        with replacing_folder(target) as folder:
+            bundle = build(folder)
+        return replace(bundle, path=target)
+
+    cache = ExportCache(default_cache_folder() if cache_dir is None else Path(cache_dir))
+    with cache.locked(key):
+        entry = cache.find(key, tolerance)
+        if entry is None:
+            with cache.writing(key) as folder:
+                bundle = build(folder)
+                (folder / PARITY_FILE).write_text(_report(bundle).model_dump_json())
+        else:
+            bundle = entry
+            steps.finish("cached")
+        copy_bundle(cache.folder(key), target)
+    return replace(bundle, path=target)
+
+
+def _report(bundle: ProgramBundle) -> ParityReport:
+    if bundle.parity is None:
+        raise RuntimeError("only programs that passed the parity gate are cached")
+    return bundle.parity
+
+
+def _write_bundle(
+    blueprint: Blueprint, key: str, table: DecompositionTable, folder: Path, steps: _Steps
+) -> ProgramBundle:
+    """Lower and serialise all methods, and write the three files; the folder is a scratch one."""
+    edges = {}
+    for name, method in blueprint.methods.items():
+        edges[name] = lower(method.graph, method.inputs, table)
+        steps.finish("lower", name)
+    program = emit(edges, blueprint.constants)
+    steps.finish("emit")
+    manifest = build_manifest(program, blueprint, key)
+    (folder / PROGRAM_FILE).write_bytes(program)
+    (folder / MANIFEST_FILE).write_text(manifest.to_json())
+    (folder / WEIGHTS_FILE).write_bytes(blueprint.weights_file)
+    return ProgramBundle(folder, manifest)

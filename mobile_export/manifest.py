@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,10 @@ from client_sdk.protocol.errors import ManifestError
 from client_sdk.protocol.program import (
     Manifest,
     MethodSpec,
-    ParameterSpec,
-    Role,
     TensorSpec,
     parameter_table_hash,
 )
+from mobile_export.blueprint import Blueprint
 from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
 from mobile_export.toolchain import read_plans, versions
 
@@ -70,43 +68,21 @@ def _signature(plan: Any, indices: list[int]) -> tuple[tuple[str, tuple[int, ...
     return tuple((_DTYPES[v.scalar_type.name], tuple(v.sizes)) if hasattr(v, "sizes") else ("", ()) for v in values)
 
 
-def method_name(role: Role, batch_size: int) -> str:
-    """``{role}_b{batch}``, as in ``train_b32``."""
-    return f"{role.value}_b{batch_size}"
-
-
-def build_manifest(
-    *,
-    program: bytes,
-    weights_file: bytes,
-    roles: Mapping[str, tuple[Role, int]],
-    parameters: tuple[ParameterSpec, ...],
-    model_name: str,
-    feature_shape: tuple[int, ...],
-    num_classes: int,
-    content_key: str,
-    constants: Mapping[str, int | float],
-) -> Manifest:
+def build_manifest(program: bytes, blueprint: Blueprint, content_key: str) -> Manifest:
     """Describe a serialised program.
 
     Args:
         program: Contents of ``program.pte``.
-        weights_file: Contents of ``weights.safetensors``.
-        roles: Method name -> (role, batch size) of each method that was exported.
-        parameters: The parameter table.
-        model_name: Name to show.
-        feature_shape: Shape of one example.
-        num_classes: Number of logits.
+        blueprint: What it was made from.
         content_key: Key of the export cache.
-        constants: Constant methods of the program.
 
     Raises:
-        ManifestError: The program's own signature is not that of the methods' roles.
+        ManifestError: The program's own signature is not that of its methods' roles.
     """
     planned = {m.name: m for m in read_methods(program)}
     methods: list[MethodSpec] = []
-    for name, (role, batch_size) in roles.items():
-        plan = planned[name]
+    for name, traced in blueprint.methods.items():
+        role, plan = traced.role, planned[name]
         if len(plan.inputs) != len(INPUT_NAMES[role]) or len(plan.outputs) != len(OUTPUT_NAMES[role]):
             raise ManifestError(
                 f"{name} takes {len(plan.inputs)} inputs and gives {len(plan.outputs)} outputs; a {role.value} method "
@@ -116,27 +92,27 @@ def build_manifest(
             MethodSpec(
                 name=name,
                 role=role,
-                batch_size=batch_size,
+                batch_size=traced.batch_size,
                 inputs=_specs(INPUT_NAMES[role], plan.inputs),
                 outputs=_specs(OUTPUT_NAMES[role], plan.outputs),
                 planned_memory_bytes=plan.planned_memory_bytes,
             )
         )
     return Manifest(
-        model_name=model_name,
+        model_name=blueprint.model_name,
         program_sha256=hashlib.sha256(program).hexdigest(),
         program_bytes=len(program),
-        initial_weights_sha256=hashlib.sha256(weights_file).hexdigest(),
+        initial_weights_sha256=hashlib.sha256(blueprint.weights_file).hexdigest(),
         executorch_version=versions()["executorch"],
         torch_version=versions()["torch"],
         content_key=content_key,
         operators=tuple(sorted({o for m in planned.values() for o in m.operators})),
-        parameters=parameters,
-        parameter_table_sha256=parameter_table_hash(parameters),
-        feature_shape=feature_shape,
-        num_classes=num_classes,
+        parameters=blueprint.parameters,
+        parameter_table_sha256=parameter_table_hash(blueprint.parameters),
+        feature_shape=blueprint.feature_shape,
+        num_classes=blueprint.num_classes,
         methods=tuple(methods),
-        constants=dict(constants),
+        constants=dict(blueprint.constants),
     )
 
 

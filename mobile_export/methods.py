@@ -61,12 +61,13 @@ class Methods:
 
     def function(self, role: Role) -> MethodFunction:
         """The method of a role."""
-        return {
+        functions: dict[Role, MethodFunction] = {
             Role.GRAD: self.grad,
             Role.TRAIN: self.train,
             Role.EVALUATE: self.evaluate,
             Role.INFER: self.infer,
-        }[role]
+        }
+        return functions[role]
 
     def grad(self, w: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """Sums over the unmasked examples: gradient ``[d]``, loss ``[1]``, and their count ``[1]``."""

@@ -9,6 +9,7 @@ Initial weights depend on the seed alone: no model reads or advances torch's glo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from client_sdk.protocol.errors import ConfigurationError
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
     """A linear layer whose values are still undefined; ``skip_init`` leaves the global generator alone."""
-    return cast("nn.Linear", skip_init(nn.Linear, in_features, out_features))
+    return cast("nn.Linear", skip_init(nn.Linear, in_features, out_features))  # type: ignore[no-untyped-call] # torch
 
 
 class SoftmaxRegression(nn.Module):
@@ -33,6 +34,7 @@ class SoftmaxRegression(nn.Module):
 
     def __init__(self, feature_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
+        self.feature_shape = feature_shape
         self.output = _linear(math.prod(feature_shape), num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,8 +47,9 @@ class MLP(nn.Module):
 
     def __init__(self, feature_shape: tuple[int, ...], num_classes: int, hidden: tuple[int, ...] = (64,)) -> None:
         super().__init__()
+        self.feature_shape = feature_shape
         widths = (math.prod(feature_shape), *hidden)
-        self.hidden = nn.ModuleList(_linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(_linear(a, b) for a, b in itertools.pairwise(widths))
         self.output = _linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,6 +94,7 @@ class CNN(nn.Module):
 
     def __init__(self, feature_shape: tuple[int, ...], num_classes: int, hidden: tuple[int, ...] = (32,)) -> None:
         super().__init__()
+        self.feature_shape = feature_shape
         self.height, self.width = _image_size(feature_shape)
         first, second = self.CHANNELS
         self.conv1 = Im2colConv2d(1, first)

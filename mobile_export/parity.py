@@ -1,0 +1,304 @@
+"""The parity gate: an exported program must compute what eager PyTorch computes, on memory that was used before.
+
+ExecuTorch has kernels that are wrong without an error, and one whose result depends on what lies in memory from the
+call before. So every method runs several times in one process, interleaved with the others, on inputs that vary:
+ordinary values, partial masks over garbage, zeros and negative values, and a batch that is masked altogether.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from client_sdk.protocol.errors import ConfigurationError, ProgramExecutionError
+from client_sdk.protocol.program import PROGRAM_FILE, Float32Array, Manifest, MethodSpec, ParameterSpec, Program, Role
+from mobile_export.bundle import ProgramBundle
+from mobile_export.eager import EagerProgram
+from mobile_export.errors import ParityError
+from mobile_export.manifest import PlannedMethod, read_methods
+from mobile_export.methods import Loss
+
+TOLERANCE = 1e-5
+REPEATS = 3
+
+# Worst offenders first; each was seen to be wrong (or to fail) in the ExecuTorch release that this package pins.
+SUSPECTS = (
+    "aten::max_pool2d_with_indices_backward",  # never zeroes its output
+    "aten::constant_pad_nd",  # refuses negative amounts
+    "aten::remainder",  # int64: wrong for negative values
+    "aten::fmod",  # int64: wrong near 2^62
+    "aten::avg_pool2d_backward",
+    "aten::convolution_backward",
+    "aten::native_batch_norm_backward",
+)
+
+Array = npt.NDArray[Any]
+Arrays = tuple[Array, ...]
+
+_MAX_REDRAWS = 8
+_PERTURBATIONS = 8
+_PERTURBATION = 2.0**-21
+_FLOOR = 1e-6
+_PARAMETER_FLOOR = 1e-2
+_GARBAGE = (np.nan, np.inf, -np.inf, 1e30)
+
+
+class OutputParity(BaseModel):
+    """Largest relative error of one output over all runs of its method."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    output: str
+    error: float
+
+
+class ParityReport(BaseModel):
+    """What the gate measured.
+
+    Attributes:
+        tolerance: Relative error that was allowed.
+        repeats: Runs of each method, without the extra one on a masked batch.
+        redrawn: Inputs that were replaced because eager PyTorch itself is not determined to ``tolerance`` on them.
+        outputs: Worst error of each output.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tolerance: float
+    repeats: int
+    redrawn: int
+    outputs: tuple[OutputParity, ...]
+
+    @property
+    def worst(self) -> OutputParity:
+        """The output with the largest error."""
+        return max(self.outputs, key=lambda o: o.error)
+
+
+def relative_error(actual: Array, expected: Array) -> float:
+    """``||actual - expected|| / max(||expected||, 1e-6 sqrt(n))`` in the 2-norm, computed in float64.
+
+    The floor (a root mean square of 1e-6) keeps an expected zero from turning rounding into an infinite error.
+    A wrong shape, NaN or infinity gives infinity.
+    """
+    if actual.shape != expected.shape or not np.isfinite(actual).all() or not np.isfinite(expected).all():
+        return np.inf
+    a, e = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    return _error(a, e, _FLOOR)
+
+
+def parameter_error(actual: Array, expected: Array, parameters: tuple[ParameterSpec, ...]) -> tuple[str, float]:
+    """The parameter whose slice of a flat vector differs most, and its relative error.
+
+    As ``relative_error``, slice by slice, so that a wrong bias is not hidden by a large matrix. The floor of a
+    slice is 1 % of the whole vector's root mean square: rounding in sums that cancel is not an error.
+    """
+    if actual.shape != expected.shape or not np.isfinite(actual).all() or not np.isfinite(expected).all():
+        return "", np.inf
+    a, e = actual.astype(np.float64), expected.astype(np.float64)
+    floor = max(_FLOOR, _PARAMETER_FLOOR * float(np.sqrt(np.mean(np.square(e)))))
+    errors = {
+        p.name: _error(a[p.offset : p.offset + p.num_elements], e[p.offset : p.offset + p.num_elements], floor)
+        for p in parameters
+        if p.num_elements
+    }
+    worst = max(errors, key=errors.__getitem__)
+    return worst, errors[worst]
+
+
+def _error(a: npt.NDArray[np.float64], e: npt.NDArray[np.float64], floor: float) -> float:
+    return float(np.linalg.norm(a - e) / max(float(np.linalg.norm(e)), floor * np.sqrt(e.size)))
+
+
+@dataclass(frozen=True)
+class _Difference:
+    output: str
+    error: float
+
+
+def check_parity(
+    bundle: ProgramBundle,
+    model: nn.Module,
+    loss: Loss | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+    repeats: int = REPEATS,
+    runtime: Literal["native", "pybindings", "auto"] = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Run every method of a bundle against ``EagerProgram`` on reused memory.
+
+    Inputs come from a fixed seed. A draw on which float32 itself does not determine the answer (a pre-activation, a
+    maximum or two logits so close that rounding decides) proves nothing: when the difference exceeds the tolerance
+    *and* changing the weights by an ulp or two changes eager PyTorch's own answer by more than the tolerance, the draw
+    is replaced by another one with half as many unmasked examples. What counts in the end meets ``tolerance``.
+
+    Args:
+        bundle: The exported program.
+        model: The module it was exported from.
+        loss: The loss it was exported with.
+        tolerance: Largest allowed relative error: ``relative_error`` for most outputs, ``parameter_error`` for
+            gradients and weights.
+        repeats: Runs of each method, at least three.
+        runtime: Adapter to run the program with.
+        progress: Called with the name of each method as one of its runs ends.
+
+    Returns:
+        The largest error of each output.
+
+    Raises:
+        ParityError: A method differs, or fails to run; names the method, the output, the error and the operators
+            that are likely at fault.
+        MissingOperator: The runtime lacks an operator.
+        ConfigurationError: Fewer than three repeats.
+    """
+    if repeats < REPEATS:
+        raise ConfigurationError(f"parity needs at least {REPEATS} runs of each method, not {repeats}")
+    gate = _Gate(bundle, EagerProgram(model, bundle.manifest, loss), bundle.load(runtime), tolerance)
+    try:
+        for repeat in range(repeats + 1):
+            for method in _interleaved(bundle.manifest, repeat):
+                gate.check(method, fully_masked=repeat == repeats, variant=repeat)
+                if progress is not None:
+                    progress(method.name)
+    finally:
+        gate.program.close()
+    return ParityReport(tolerance=tolerance, repeats=repeats, redrawn=gate.redrawn, outputs=gate.results())
+
+
+def _interleaved(manifest: Manifest, repeat: int) -> Iterator[MethodSpec]:
+    """All methods, forwards and backwards in turn, so that each follows another one each time."""
+    return iter(manifest.methods if repeat % 2 == 0 else manifest.methods[::-1])
+
+
+class _Gate:
+    """State of one check: the two programs, the worst errors, the inputs' generator."""
+
+    def __init__(self, bundle: ProgramBundle, eager: EagerProgram, program: Program, tolerance: float) -> None:
+        self.program = program
+        self.redrawn = 0
+        self._bundle = bundle
+        self._manifest = bundle.manifest
+        self._eager = eager
+        self._tolerance = tolerance
+        self._initial = bundle.initial_weights()
+        self._rng = np.random.default_rng(0)
+        self._errors: dict[tuple[str, str], float] = {}
+
+    def results(self) -> tuple[OutputParity, ...]:
+        return tuple(OutputParity(method=m, output=o, error=e) for (m, o), e in self._errors.items())
+
+    def check(self, method: MethodSpec, *, fully_masked: bool, variant: int) -> None:
+        """Run one method once and compare; replace draws that float32 does not determine."""
+        kept = 0 if fully_masked else method.batch_size if variant == 0 else -(-method.batch_size * 2 // 3)
+        for redraw in range(_MAX_REDRAWS + 1):
+            inputs = self._draw(method, variant, kept)
+            expected = self._eager.run(method.name, *inputs)
+            try:
+                actual = self.program.run(method.name, *inputs)
+            except ProgramExecutionError as e:
+                raise ParityError(method.name, str(e), np.inf, self._tolerance, self._suspects(method.name)) from e
+            differences = self._compare(method, actual, expected)
+            worst = max(differences, key=lambda d: d.error)
+            if worst.error <= self._tolerance:
+                break
+            if redraw == _MAX_REDRAWS or not self._is_undetermined(method, inputs, expected):
+                raise ParityError(method.name, worst.output, worst.error, self._tolerance, self._suspects(method.name))
+            self.redrawn += 1
+            kept = max(1, kept // 2)
+        for spec, difference in zip(method.outputs, differences, strict=True):
+            key = (method.name, spec.name)
+            self._errors[key] = max(self._errors.get(key, 0.0), difference.error)
+
+    def _compare(
+        self,
+        method: MethodSpec,
+        actual: Arrays,
+        expected: Arrays,
+    ) -> list[_Difference]:
+        differences = []
+        for spec, a, e in zip(method.outputs, actual, expected, strict=True):
+            if spec.name in {"grad_sum", "w"}:
+                parameter, error = parameter_error(a, e, self._manifest.parameters)
+                differences.append(_Difference(f"{spec.name}[{parameter}]", error))
+            else:
+                differences.append(_Difference(spec.name, relative_error(a, e)))
+        return differences
+
+    def _is_undetermined(
+        self,
+        method: MethodSpec,
+        inputs: Arrays,
+        expected: Arrays,
+    ) -> bool:
+        """Whether rounding-sized changes of the weights move eager PyTorch's own outputs beyond the tolerance."""
+        w, *rest = inputs
+        for _ in range(_PERTURBATIONS):
+            noise = self._rng.uniform(-_PERTURBATION, _PERTURBATION, w.shape)
+            moved = self._eager.run(method.name, (w * (1 + noise)).astype(np.float32), *rest)
+            if max(d.error for d in self._compare(method, moved, expected)) > self._tolerance:
+                return True
+        return False
+
+    def _draw(self, method: MethodSpec, variant: int, kept: int) -> Arrays:
+        """Inputs for a method: ``kept`` unmasked examples, garbage in the masked ones."""
+        batch = method.batch_size
+        keep = np.zeros(batch, dtype=bool)
+        keep[self._rng.permutation(batch)[:kept]] = True
+        w = self._initial.copy() if variant == 0 else self._nearby_weights()
+        x = self._features(batch, variant)
+        y = self._rng.integers(0, self._manifest.num_classes, batch)
+        if method.role is not Role.INFER:
+            x[~keep] = self._rng.choice(_GARBAGE, x[~keep].shape)
+            y[~keep] = self._rng.choice([-1, 2**40], y[~keep].shape)
+        values: dict[str, Array] = {"w": w, "x": x, "y": y, "mask": keep.astype(np.float32)}
+        if method.role is Role.TRAIN:
+            values["lr"] = self._learning_rate(method, values)
+        return tuple(np.ascontiguousarray(values[s.name]) for s in method.inputs)
+
+    def _features(self, batch: int, variant: int) -> Float32Array:
+        """Standard normal values; non-negative ones; or zeros in a third of the examples and negative values."""
+        x = self._rng.standard_normal((batch, *self._manifest.feature_shape)).astype(np.float32)
+        match variant % 3:
+            case 1:
+                x = np.abs(x)
+            case 2:
+                x = -np.abs(x)
+                x[::3] = 0.0
+        return x
+
+    def _nearby_weights(self) -> Float32Array:
+        """The initial weights with noise: 10 % of each value and 10 % of the root mean square."""
+        w = self._initial
+        scale = 0.1 * (np.abs(w) + np.sqrt(np.mean(np.square(w))))
+        nearby: Float32Array = (w + scale * self._rng.standard_normal(w.shape)).astype(np.float32)
+        return nearby
+
+    def _learning_rate(self, method: MethodSpec, values: dict[str, Array]) -> Float32Array:
+        """One that makes the step ten times as long as ``w``: a wrong gradient cannot hide behind the weights."""
+        unit = np.ones(1, dtype=np.float32)
+        stepped, _ = self._eager.run(method.name, *(({**values, "lr": unit})[s.name] for s in method.inputs))
+        step = float(np.linalg.norm(stepped - values["w"]))
+        length = float(np.linalg.norm(values["w"]))
+        return np.full(1, 10 * length / step, dtype=np.float32) if step > 0 and length > 0 else unit
+
+    def _suspects(self, name: str) -> tuple[str, ...]:
+        methods = {m.name: m for m in read_methods((self._bundle.path / PROGRAM_FILE).read_bytes())}
+        return likely_operators(name, methods, passed={m for m, _ in self._errors})
+
+
+def likely_operators(name: str, methods: dict[str, PlannedMethod], passed: set[str]) -> tuple[str, ...]:
+    """Operators to blame for a failing method: known offenders first, else those that no passing method uses."""
+    used = methods[name].operators
+    known = tuple(o for s in SUSPECTS for o in used if o.split(".")[0] == s)
+    if known:
+        return known
+    innocent = {o for m in passed - {name} if m in methods for o in methods[m].operators}
+    return tuple(o for o in used if o not in innocent) if innocent else ()
