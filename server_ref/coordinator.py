@@ -8,14 +8,12 @@ the tables and blobs, and closing again reaches the same bits.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +21,10 @@ import numpy.typing as npt
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.errors import (
-    ConfigurationError,
     MalformedMessage,
     PocketfedError,
     ProtocolError,
     ReportMismatch,
-    StorageUnavailable,
-    UnknownAssignment,
     UnknownBlob,
     UnknownDevice,
 )
@@ -40,29 +35,28 @@ from client_sdk.protocol.messages import (
     CheckInRequest,
     EnrolReply,
     EnrolRequest,
-    F32Encoding,
     Finished,
     ReportReply,
     RetryWindow,
     Wait,
 )
 from client_sdk.protocol.signing import device_id_of
+from server_ref import status
 from server_ref.accumulation import BufferSum
 from server_ref.background import Background
 from server_ref.clock import Clock
 from server_ref.config import ServerConfig
+from server_ref.durable import DurableState
 from server_ref.evaluation import Evaluator
 from server_ref.metrics import Metrics
-from server_ref.models import GlobalModel, apply_update, decode_model, encode_model
+from server_ref.models import apply_update
 from server_ref.reports import ReportSchema, check_update, open_report
-from server_ref.rounds import AssignmentRecord, Closing, ReportFile, RoundEngine, Waiting
+from server_ref.rounds import AssignmentRecord, Closing, ReportFile, Waiting
 from server_ref.store import database
-from server_ref.store.blobs import BlobStore
 from server_ref.store.writer import GroupCommitWriter
 from server_ref.task import Task, load_task
 
 _log = logging.getLogger("pocketfed.coordinator")
-_REPORTS = "reports"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -93,10 +87,6 @@ class Coordinator:
         self._new_id = new_id
         self._on_event = on_event or (lambda _name: None)
         self._lock = threading.RLock()
-        self._blobs = BlobStore(config.data_dir / "blobs", config.blob_quota_bytes)
-        self._db = database.open_database(config.data_dir / "pocketfed.db")
-        self._writer = GroupCommitWriter(self._db, self)
-        self._background = Background(evaluator, self._evaluated, self._blobs.delete)
         manifest = self.task.manifest
         self._schema = ReportSchema(
             num_parameters=manifest.num_parameters,
@@ -105,15 +95,20 @@ class Coordinator:
             max_abs=config.task.max_abs,
             max_header_bytes=config.max_header_bytes,
         )
-        self._sum = BufferSum(manifest.num_parameters, self.task.plan_of_sum, self._load_update)
+        self._state = DurableState(
+            config.data_dir,
+            self.task,
+            policy=config.task.policy(),
+            schema=self._schema,
+            clock=clock,
+            quota_bytes=config.blob_quota_bytes,
+        )
+        self._writer = GroupCommitWriter(self._state.db, self)
+        self._background = Background(evaluator, self._evaluated, self._state.blobs.delete)
+        self._sum = BufferSum(manifest.num_parameters, self.task.plan_of_sum, self._state.load_update)
         self._to_fold: list[tuple[AssignmentRecord, npt.NDArray[np.float32]]] = []
         self._deferred: list[tuple[str, CheckInRequest, Future[CheckInReply]]] = []
-        self._keys: dict[str, tuple[str, str]] = {}
-        self._saved: database.TaskState
-        self._pending_saved: database.TaskState
-        self._first_new = 0
-        self._engine: RoundEngine
-        self._model: GlobalModel
+        self._devices: dict[str, tuple[str, str]] = {}
 
     # --- life --------------------------------------------------------------------------------------------
 
@@ -123,32 +118,12 @@ class Coordinator:
         Raises:
             ConfigurationError: The directory belongs to a different task.
         """
-        for data in (self.task.program, self.task.manifest_json):
-            self._blobs.put_content(data)
-        fresh = database.TaskState(self.task.task_id, self.task.identity_json)
-        with self._db.begin() as connection:
-            found = database.load_task(connection)
-            if found is None:
-                model = encode_model(0, self.task.initial_weights, self.task.manifest)
-                self._blobs.put_content(model.frame)
-                database.save_model(connection, database.ModelVersion(0, model.sha256, self._clock.now()))
-                database.save_task(connection, replace(fresh, opened_at=self._clock.now()))
-            elif found.task_id != self.task.task_id:
-                raise ConfigurationError(
-                    f"{self.config.data_dir} holds another task; "
-                    f"it differs in {', '.join(_differences(found.config_json, fresh.config_json))}. "
-                    "Use another data_dir, or the task's own settings"
-                )
-        self.reload()
-        live = {r.report.blob_key for r in self._engine.reported if r.report is not None}
-        for key in self._blobs.keys(_REPORTS):
-            if key not in live:
-                self._blobs.delete(key)
+        self._state.open()
         self._writer.start()
         self._background.start()
-        with self._db.connect() as connection:
-            for pending in database.unevaluated_models(connection):
-                self._background.evaluate(pending.version, self._weights_of(pending))
+        with self._state.db.connect() as connection:
+            for version in database.unevaluated_models(connection):
+                self._background.evaluate(version.version, self._state.load_model(version).weights)
         # A buffer that was full when the last process died closes now.
         self._writer.submit(lambda _connection: None).result()
 
@@ -156,7 +131,7 @@ class Coordinator:
         """Finish what is queued and close the stores."""
         self._background.stop()
         self._writer.stop()
-        self._db.dispose()
+        self._state.db.dispose()
 
     @property
     def max_report_bytes(self) -> int:
@@ -176,7 +151,7 @@ class Coordinator:
         def remember(done: Future[EnrolReply]) -> None:
             if done.exception() is None:
                 with self._lock:
-                    self._keys[device_id] = (request.public_key, request.tier.value)
+                    self._devices[device_id] = (request.public_key, request.tier.value)
 
         future = self._writer.submit(run)
         future.add_done_callback(remember)
@@ -189,14 +164,14 @@ class Coordinator:
             UnknownDevice: Never enrolled here.
         """
         with self._lock:
-            known = self._keys.get(device_id)
+            known = self._devices.get(device_id)
         if known is None:
-            with self._db.connect() as connection:
+            with self._state.db.connect() as connection:
                 known = database.load_device(connection, device_id)
             if known is None:
                 raise UnknownDevice(f"device {device_id} is not enrolled here")
             with self._lock:
-                self._keys[device_id] = known
+                self._devices[device_id] = known
         return known
 
     def check_in(self, device_id: str, request: CheckInRequest) -> Future[CheckInReply]:
@@ -223,12 +198,12 @@ class Coordinator:
             facts = envelope.facts
             if facts.report_id != report_id:
                 raise ReportMismatch("the report id in the frame is not that of the request")
-            record = self._find(facts.assignment_id, device_id)
+            record = self._state.find(facts.assignment_id, device_id)
             with self._lock:
-                if self._engine.is_repetition(record, report_id):
+                if self._state.engine.is_repetition(record, report_id):
                     self.metrics.reports.labels("repeated").inc()
                     return _resolved(_accepted(report_id, record))
-                self._engine.check_fresh(record, self._clock.now())
+                self._state.engine.check_fresh(record, self._clock.now())
             if int(facts.model_version) != record.model_version:
                 raise ReportMismatch(
                     f"assignment {record.assignment_id} is for model version {record.model_version}, "
@@ -237,7 +212,7 @@ class Coordinator:
             update = check_update(envelope, self._schema)
             sha256 = hashlib.sha256(body).hexdigest()
             file = ReportFile(report_id, sha256, len(body), envelope.train_loss)
-            self._blobs.put(file.blob_key, body)
+            self._state.blobs.put(file.blob_key, body)
             self._on_event("report-stored")
             return self._writer.submit(lambda _connection: self._accept(record.assignment_id, device_id, file, update))
         except ProtocolError as e:
@@ -246,11 +221,11 @@ class Coordinator:
 
     def abandon(self, device_id: str, assignment_id: str) -> Future[None]:
         """Take an assignment back from a device that cannot finish it."""
-        self._find(assignment_id, device_id)
+        self._state.find(assignment_id, device_id)
 
         def run(_connection: Connection) -> None:
             with self._lock:
-                self._engine.abandon(assignment_id)
+                self._state.engine.abandon(assignment_id)
 
         return self._writer.submit(run)
 
@@ -262,66 +237,34 @@ class Coordinator:
         Raises:
             UnknownBlob: No such blob.
         """
-        model = self._model
+        model = self._state.model
         if sha256 == model.sha256:
             return model.frame
         if _SHA256.fullmatch(sha256) is None:
             raise UnknownBlob("a blob's name is its SHA-256 in lower-case hex")
-        return bytes(self._blobs.get_content(sha256))
+        return bytes(self._state.blobs.get_content(sha256))
 
     def describe(self) -> dict[str, Any]:
         """The task and where it stands."""
         with self._lock:
-            engine, model = self._engine, self._model
-            policy = engine.policy
-            return {
-                "task_id": self.task.task_id,
-                "model_name": self.task.manifest.model_name,
-                "model_version": model.version,
-                "model_sha256": model.sha256,
-                "manifest_sha256": self.task.manifest_sha256,
-                "program_sha256": self.task.manifest.program_sha256,
-                "rounds": policy.rounds,
-                "round_id": engine.version,
-                "finished": engine.finished,
-                "buffer_size": policy.buffer_size,
-                "concurrency": policy.concurrency,
-                "virtual_clock": self._clock.is_virtual,
-            }
+            return status.describe(self._state)
 
     def history(self, since: int) -> list[dict[str, Any]]:
-        """Committed rounds from ``since`` on."""
-        with self._db.connect() as connection:
-            return [
-                {
-                    "round_id": committed.round_id,
-                    "model_version": model.version,
-                    "model_sha256": model.sha256,
-                    "reports": committed.reports,
-                    "discarded": committed.superseded,
-                    "total_weight": committed.total_weight,
-                    "bytes_up": committed.bytes_up,
-                    "train_loss": committed.train_loss,
-                    "opened_at_s": committed.opened_at,
-                    "closed_at_s": committed.closed_at,
-                    "validation_accuracy": model.validation_accuracy,
-                    "validation_loss": model.validation_loss,
-                }
-                for committed, model in database.load_history(connection, since)
-            ]
+        """Committed rounds from ``since`` on, oldest first."""
+        return status.history(self._state, since)
 
     def is_ready(self) -> bool:
         """Whether the database answers."""
-        with self._db.connect() as connection:
+        with self._state.db.connect() as connection:
             return database.load_task(connection) is not None
 
     def refresh_metrics(self) -> None:
         """Bring the gauges up to date, for a scrape."""
         with self._lock:
-            self.metrics.outstanding.set(self._engine.outstanding)
-            self.metrics.buffered.set(len(self._engine.reported))
-            self.metrics.round.set(self._engine.version)
-        with self._db.connect() as connection:
+            self.metrics.outstanding.set(self._state.engine.outstanding)
+            self.metrics.buffered.set(len(self._state.engine.reported))
+            self.metrics.round.set(self._state.engine.version)
+        with self._state.db.connect() as connection:
             self.metrics.devices.set(database.count_devices(connection))
 
     # --- operations, in the writer's thread --------------------------------------------------------------
@@ -347,7 +290,7 @@ class Coordinator:
         self._writer.submit(run).add_done_callback(done)
 
     def _check_in(self, device_id: str, request: CheckInRequest) -> CheckInReply | None:
-        engine, settings = self._engine, self.config.task
+        engine, settings = self._state.engine, self.config.task
         duration = None
         now = self._clock.now()
         if request.virtual is not None:
@@ -364,36 +307,19 @@ class Coordinator:
             return CheckInReply(reply=Wait(reason=found.reason, retry=retry))
         if engine.next_number > before:
             self.metrics.assignments.labels(self.device(device_id)[1]).inc()
-        return CheckInReply(reply=Assigned(assignment=self._assignment(found, now)))
+        return CheckInReply(reply=Assigned(assignment=self._offer(found, now)))
 
-    def _assignment(self, record: AssignmentRecord, now: float) -> Assignment:
-        task, settings = self.task, self.config.task
-        return Assignment(
-            assignment_id=record.assignment_id,
-            assignment_number=record.number,
-            task_id=task.task_id,
-            round_id=record.round_id,
-            model_version=record.model_version,
-            model_sha256=self._model_sha256(record.model_version),
-            program_sha256=task.manifest.program_sha256,
-            manifest_sha256=task.manifest_sha256,
-            parameter_table_sha256=task.manifest.parameter_table_sha256,
-            kind=task.kind,
-            encoding=F32Encoding(max_abs=settings.max_abs),
-            weight=record.weight,
-            plan=settings.plan,
-            shuffle_seed=task.shuffle_seed(record.number),
-            lease_s=max(0.0, record.deadline - now),
-            max_report_bytes=self._schema.max_bytes,
-        )
+    def _offer(self, record: AssignmentRecord, now: float) -> Assignment:
+        sha256 = self._state.model_sha256(record.model_version)
+        return self.task.assignment(record, model_sha256=sha256, now=now, max_report_bytes=self._schema.max_bytes)
 
     def _accept(
         self, assignment_id: str, device_id: str, file: ReportFile, update: npt.NDArray[np.float32]
     ) -> ReportReply:
         with self._lock:
-            record = self._find(assignment_id, device_id)
+            record = self._state.find(assignment_id, device_id)
             try:
-                accepted = self._engine.report(record, file, self._clock.now())
+                accepted = self._state.engine.report(record, file, self._clock.now())
             except ProtocolError as e:
                 self.metrics.reports.labels(e.slug).inc()
                 self._background.delete(file.blob_key)
@@ -411,142 +337,55 @@ class Coordinator:
     # --- the writer's hooks ------------------------------------------------------------------------------
 
     def flush(self, connection: Connection) -> None:
-        """Write what the engine changed in this batch."""
+        """Write what this batch changed."""
         with self._lock:
-            changes = self._engine.take_changes()
-            if changes:
-                database.save_assignments(connection, changes, self._first_new)
-            state = replace(
-                self._saved,
-                inviting=self._engine.inviting,
-                opened_at=self._engine.opened_at,
-                clock_now=self._clock.now() if self._clock.is_virtual else 0.0,
-            )
-            if state != self._saved:
-                database.save_task(connection, state)
-            self._pending_saved = state
+            self._state.flush(connection)
 
     def after_commit(self) -> None:
         """Fold what is durable now, close the buffer if it can close, and answer the check-ins that waited."""
         with self._lock:
-            self._saved = self._pending_saved
-            self._first_new = self._engine.next_number
-            self._on_event("batch-committed")
+            self._state.flushed()
             folding, self._to_fold = self._to_fold, []
+        self._on_event("batch-committed")
         for record, update in folding:
             self._sum.fold(record, update)
             self._on_event("report-folded")
         with self._lock:
-            while (closing := self._engine.closing(self._clock.now())) is not None:
+            while (closing := self._state.engine.closing(self._clock.now())) is not None:
                 self._close(closing)
-            if self._engine.close_pending(self._clock.now()):
+            if self._state.engine.close_pending(self._clock.now()):
                 return
             deferred, self._deferred = self._deferred, []
         for device_id, request, reply in deferred:
             self._submit_check_in(device_id, request, reply)
 
     def reload(self) -> None:
-        """Rebuild the engine and the model from the database; the sum is rebuilt when a buffer closes."""
-        with self._lock, self._db.connect() as connection:
-            state = database.load_task(connection)
-            latest = database.latest_model(connection)
-            if state is None or latest is None:
-                raise StorageUnavailable("the database has lost its task")
-            if self._clock.is_virtual:
-                self._clock.advance(state.clock_now)
-            self._saved = self._pending_saved = state
-            self._first_new = database.next_assignment_number(connection)
-            self._engine = RoundEngine.restore(
-                self.config.task.policy(),
-                database.load_live_assignments(connection),
-                virtual_time=self._clock.is_virtual,
-                version=latest.version,
-                next_number=self._first_new,
-                opened_at=state.opened_at,
-                inviting=state.inviting,
-            )
-            self._model = decode_model(
-                latest.version, bytes(self._blobs.get_content(latest.sha256)), self.task.manifest
-            )
+        """Forget what was not durable; the sum is rebuilt when a buffer closes."""
+        with self._lock:
+            self._state.reload()
             self._sum.reset()
             self._to_fold.clear()
 
     def _close(self, closing: Closing) -> None:
-        """Turn a full buffer into the next model. Repeating it after a crash gives the same bits."""
+        """Turn a full buffer into the next model."""
         started = time.perf_counter()
         mean = self._sum.mean(closing.counted)
-        settings = self.config.task
+        weights = self._state.model.weights
         try:
-            weights = apply_update(self._model.weights, mean, self.task.kind, settings.server_learning_rate)
+            weights = apply_update(weights, mean, self.task.kind, self.config.task.server_learning_rate)
         except PocketfedError as e:
             # The reports are spent either way; the old weights live on and the log says why.
-            _log.error("round %d left the model unchanged: %s", closing.round_id, e)
-            weights = self._model.weights
-        model = encode_model(closing.round_id + 1, weights, self.task.manifest)
-        self._blobs.put_content(model.frame)
-        self._on_event("model-stored")
-        live = [r for r in self._engine.reported if r.report is not None]
-        superseded = self._engine.commit(closing)
-        files = [r.report for r in closing.counted if r.report is not None]
-        total_weight = sum(r.weight for r in closing.counted)
-        losses = [(r.weight, r.report.train_loss) for r in closing.counted if r.report is not None]
-        with self._db.begin() as connection:
-            database.save_model(connection, database.ModelVersion(model.version, model.sha256, self._clock.now()))
-            database.save_round(
-                connection,
-                database.CommittedRound(
-                    round_id=closing.round_id,
-                    opened_at=self._saved.opened_at,
-                    closed_at=closing.closed_at,
-                    reports=len(files),
-                    superseded=superseded,
-                    total_weight=total_weight,
-                    bytes_up=sum(f.num_bytes for f in files),
-                    train_loss=sum(w * loss for w, loss in losses) / total_weight,
-                    accepted_set_sha256=_set_hash(files),
-                ),
-            )
-            self.flush(connection)
-        self._saved = self._pending_saved
-        self._model = model
+            _log.error("round %d leaves the model unchanged: %s", closing.round_id, e)
+        self._on_event("buffer-summed")
+        spent = self._state.commit_round(closing, weights)
         self._sum.reset()
-        for record in live:
-            if record.report is not None and self._engine.live(record.assignment_id) is None:
-                self._background.delete(record.report.blob_key)
+        model = self._state.model
+        for report in spent:
+            self._background.delete(report.blob_key)
         self._background.evaluate(model.version, model.weights)
         self.metrics.commit_seconds.observe(time.perf_counter() - started)
         self._on_event("round-committed")
-        _log.info("round %d committed: %d reports, model %s", closing.round_id, len(files), model.sha256[:12])
-
-    # --- helpers -----------------------------------------------------------------------------------------
-
-    def _find(self, assignment_id: str, device_id: str) -> AssignmentRecord:
-        with self._lock:
-            record = self._engine.live(assignment_id)
-        if record is None:
-            with self._db.connect() as connection:
-                record = database.load_assignment(connection, assignment_id)
-        if record is None or record.device_id != device_id:
-            raise UnknownAssignment(f"no assignment {assignment_id} belongs to this device")
-        return record
-
-    def _load_update(self, record: AssignmentRecord) -> npt.NDArray[np.float32]:
-        if record.report is None:
-            raise StorageUnavailable(f"assignment {record.assignment_id} has no report to read back")
-        body = self._blobs.get(record.report.blob_key)
-        if hashlib.sha256(body).hexdigest() != record.report.sha256:
-            raise StorageUnavailable(f"report {record.report.report_id} is damaged on disk")
-        return check_update(open_report(body, self._schema), self._schema)
-
-    def _model_sha256(self, version: int) -> str:
-        if version == self._model.version:
-            return self._model.sha256
-        with self._db.connect() as connection:
-            return database.model_sha256(connection, version)
-
-    def _weights_of(self, model: database.ModelVersion) -> npt.NDArray[np.float32]:
-        frame = bytes(self._blobs.get_content(model.sha256))
-        return decode_model(model.version, frame, self.task.manifest).weights
+        _log.info("round %d: %d reports made model %s", closing.round_id, len(closing.counted), model.sha256[:12])
 
     def _evaluated(self, version: int, accuracy: float | None, loss: float) -> None:
         if accuracy is None:
@@ -565,14 +404,3 @@ def _resolved(reply: ReportReply) -> Future[ReportReply]:
     future: Future[ReportReply] = Future()
     future.set_result(reply)
     return future
-
-
-def _set_hash(files: list[ReportFile]) -> str:
-    """Identity of an accepted set: independent of the order of arrival."""
-    lines = sorted(f"{f.report_id} {f.sha256}" for f in files)
-    return hashlib.sha256("\n".join(lines).encode("ascii")).hexdigest()
-
-
-def _differences(old_json: str, new_json: str) -> list[str]:
-    old, new = json.loads(old_json), json.loads(new_json)
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

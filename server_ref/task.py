@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, ProtocolError
+from client_sdk.protocol.messages import Assignment, F32Encoding
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.exact import AccumulatorPlan
 from server_ref.config import TaskConfig
 from server_ref.models import decode_model
+from server_ref.rounds import AssignmentRecord
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,35 @@ class Task:
     initial_weights: npt.NDArray[np.float32]
     kind: UpdateKind
     plan_of_sum: AccumulatorPlan
-    seed: int
+    settings: TaskConfig
 
     def shuffle_seed(self, assignment_number: int) -> int:
         """Seed of one assignment's shuffles: 53 bits, so that every JSON reader keeps them."""
-        digest = hashlib.sha256(f"shuffle:{self.seed}:{assignment_number}".encode("ascii")).digest()
+        digest = hashlib.sha256(f"shuffle:{self.settings.seed}:{assignment_number}".encode("ascii")).digest()
         return int.from_bytes(digest[:8], "big") >> 11
+
+    def assignment(
+        self, record: AssignmentRecord, *, model_sha256: str, now: float, max_report_bytes: int
+    ) -> Assignment:
+        """The message that gives a device its work."""
+        return Assignment(
+            assignment_id=record.assignment_id,
+            assignment_number=record.number,
+            task_id=self.task_id,
+            round_id=record.round_id,
+            model_version=record.model_version,
+            model_sha256=model_sha256,
+            program_sha256=self.manifest.program_sha256,
+            manifest_sha256=self.manifest_sha256,
+            parameter_table_sha256=self.manifest.parameter_table_sha256,
+            kind=self.kind,
+            encoding=F32Encoding(max_abs=self.settings.max_abs),
+            weight=record.weight,
+            plan=self.settings.plan,
+            shuffle_seed=self.shuffle_seed(record.number),
+            lease_s=max(0.0, record.deadline - now),
+            max_report_bytes=max_report_bytes,
+        )
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -93,5 +118,5 @@ def load_task(config: TaskConfig) -> Task:
         initial_weights=weights,
         kind=UpdateKind.DELTA,
         plan_of_sum=plan_of_sum,
-        seed=config.seed,
+        settings=config,
     )

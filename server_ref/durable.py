@@ -1,0 +1,236 @@
+"""The durable state of one task: the engine and the model in memory, the tables and blobs they are a cache of.
+
+``reload`` rebuilds the memory from the disk, ``flush`` writes what the memory changed, inside the caller's transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy.engine import Connection
+
+from client_sdk.protocol.errors import ConfigurationError, StorageUnavailable, UnknownAssignment
+from server_ref.clock import Clock
+from server_ref.models import GlobalModel, decode_model, encode_model
+from server_ref.reports import ReportSchema, check_update, open_report
+from server_ref.rounds import AssignmentRecord, Closing, ReportFile, RoundEngine, RoundPolicy
+from server_ref.store import database
+from server_ref.store.blobs import BlobStore
+from server_ref.task import Task
+
+_REPORTS = "reports"
+
+
+class DurableState:
+    """One data directory.
+
+    Args:
+        folder: Where database and blobs live.
+        task: What the folder must belong to.
+        policy: The rounds' numbers.
+        schema: What reports must look like.
+        clock: The server's time.
+        quota_bytes: Largest blob storage; None for no limit.
+    """
+
+    engine: RoundEngine
+    model: GlobalModel
+
+    def __init__(
+        self,
+        folder: Path,
+        task: Task,
+        *,
+        policy: RoundPolicy,
+        schema: ReportSchema,
+        clock: Clock,
+        quota_bytes: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.task = task
+        self.blobs = BlobStore(folder / "blobs", quota_bytes)
+        self.db = database.open_database(folder / "pocketfed.db")
+        self._policy = policy
+        self._schema = schema
+        self._clock = clock
+        self._written: database.TaskState
+        self._flushed: database.TaskState
+        self._first_new = 0
+
+    def open(self) -> None:
+        """Begin the task, or go on with it.
+
+        Raises:
+            ConfigurationError: The folder belongs to another task.
+        """
+        # Blobs first: the rows that name them follow.
+        for data in (self.task.program, self.task.manifest_json):
+            self.blobs.put_content(data)
+        now = self._clock.now()
+        fresh = database.TaskState(self.task.task_id, self.task.identity_json, opened_at=now)
+        with self.db.begin() as connection:
+            found = database.load_task(connection)
+            if found is None:
+                model = encode_model(0, self.task.initial_weights, self.task.manifest)
+                self.blobs.put_content(model.frame)
+                database.save_model(connection, database.ModelVersion(0, model.sha256, now))
+                database.save_task(connection, fresh)
+            elif found.task_id != self.task.task_id:
+                differences = _differences(found.config_json, fresh.config_json)
+                raise ConfigurationError(
+                    f"{self.folder} holds another task; it differs in {', '.join(differences)}. "
+                    "Use another data_dir, or the task's own settings"
+                )
+        self.reload()
+        self._delete_orphans()
+
+    def reload(self) -> None:
+        """Rebuild the engine and the model from the tables and blobs.
+
+        Raises:
+            StorageUnavailable: They cannot be read.
+        """
+        with self.db.connect() as connection:
+            state = database.load_task(connection)
+            latest = database.latest_model(connection)
+            if state is None or latest is None:
+                raise StorageUnavailable("the database has lost its task")
+            live = database.load_live_assignments(connection)
+            self._first_new = database.next_assignment_number(connection)
+        if self._clock.is_virtual:
+            self._clock.advance(state.clock_now)
+        self._written = self._flushed = state
+        self.engine = RoundEngine.restore(
+            self._policy,
+            live,
+            virtual_time=self._clock.is_virtual,
+            version=latest.version,
+            next_number=self._first_new,
+            opened_at=state.opened_at,
+            inviting=state.inviting,
+        )
+        self.model = self.load_model(latest)
+
+    def flush(self, connection: Connection) -> None:
+        """Write what the engine changed since the last flush that became durable."""
+        changes = self.engine.take_changes()
+        if changes:
+            database.save_assignments(connection, changes, self._first_new)
+        state = replace(
+            self._written,
+            inviting=self.engine.inviting,
+            opened_at=self.engine.opened_at,
+            clock_now=self._clock.now() if self._clock.is_virtual else 0.0,
+        )
+        if state != self._written:
+            database.save_task(connection, state)
+        self._flushed = state
+
+    def flushed(self) -> None:
+        """The last flush is durable."""
+        self._written = self._flushed
+        self._first_new = self.engine.next_number
+
+    def commit_round(self, closing: Closing, weights: npt.NDArray[np.float32]) -> list[ReportFile]:
+        """Make a closed buffer's model and row durable, in one transaction.
+
+        Repeating it after a crash writes the same bits: the model's blob is named by its content.
+
+        Returns:
+            The reports that no later step can need.
+        """
+        model = encode_model(closing.round_id + 1, weights, self.task.manifest)
+        self.blobs.put_content(model.frame)
+        held = [(r, r.report) for r in self.engine.reported if r.report is not None]
+        opened_at = self._written.opened_at
+        superseded = self.engine.commit(closing)
+        now = self._clock.now()
+        with self.db.begin() as connection:
+            database.save_model(connection, database.ModelVersion(model.version, model.sha256, now))
+            database.save_round(connection, _row(closing, opened_at, superseded))
+            self.flush(connection)
+        self.flushed()
+        self.model = model
+        return [report for record, report in held if self.engine.live(record.assignment_id) is None]
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    def find(self, assignment_id: str, device_id: str) -> AssignmentRecord:
+        """An assignment of this device, live or over.
+
+        Raises:
+            UnknownAssignment: There is none.
+        """
+        record = self.engine.live(assignment_id)
+        if record is None:
+            with self.db.connect() as connection:
+                record = database.load_assignment(connection, assignment_id)
+        if record is None or record.device_id != device_id:
+            raise UnknownAssignment(f"no assignment {assignment_id} belongs to this device")
+        return record
+
+    def load_update(self, record: AssignmentRecord) -> npt.NDArray[np.float32]:
+        """A report's update, read back from its blob and checked again.
+
+        Raises:
+            StorageUnavailable: It is missing or damaged.
+        """
+        if record.report is None:
+            raise StorageUnavailable(f"assignment {record.assignment_id} has no report to read back")
+        body = self.blobs.get(record.report.blob_key)
+        if hashlib.sha256(body).hexdigest() != record.report.sha256:
+            raise StorageUnavailable(f"report {record.report.report_id} is damaged on disk")
+        return check_update(open_report(body, self._schema), self._schema)
+
+    def load_model(self, version: database.ModelVersion) -> GlobalModel:
+        """A model version's weights."""
+        frame = bytes(self.blobs.get_content(version.sha256))
+        return decode_model(version.version, frame, self.task.manifest)
+
+    def model_sha256(self, version: int) -> str:
+        """Content hash of a model version."""
+        model = self.model
+        if version == model.version:
+            return model.sha256
+        with self.db.connect() as connection:
+            return database.model_sha256(connection, version)
+
+    def _delete_orphans(self) -> None:
+        """Reports that were stored but never accepted, or not deleted before the last process died."""
+        wanted = {r.report.blob_key for r in self.engine.reported if r.report is not None}
+        for key in self.blobs.keys(_REPORTS):
+            if key not in wanted:
+                self.blobs.delete(key)
+
+
+def _row(closing: Closing, opened_at: float, superseded: int) -> database.CommittedRound:
+    reports = [(r.weight, r.report) for r in closing.counted if r.report is not None]
+    total_weight = sum(weight for weight, _ in reports)
+    return database.CommittedRound(
+        round_id=closing.round_id,
+        opened_at=opened_at,
+        closed_at=closing.closed_at,
+        reports=len(reports),
+        superseded=superseded,
+        total_weight=total_weight,
+        bytes_up=sum(report.num_bytes for _, report in reports),
+        train_loss=sum(weight * report.train_loss for weight, report in reports) / total_weight,
+        accepted_set_sha256=_set_hash([report for _, report in reports]),
+    )
+
+
+def _set_hash(reports: Sequence[ReportFile]) -> str:
+    """Identity of an accepted set: independent of the order of arrival."""
+    lines = sorted(f"{r.report_id} {r.sha256}" for r in reports)
+    return hashlib.sha256("\n".join(lines).encode("ascii")).hexdigest()
+
+
+def _differences(old_json: str, new_json: str) -> list[str]:
+    old, new = json.loads(old_json), json.loads(new_json)
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
