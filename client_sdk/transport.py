@@ -234,9 +234,9 @@ class HttpTransport:
         path = self._prefix + path
         headers = {"range": f"bytes={len(into)}-"} if into else {}
         with self._sent("GET", path, headers) as response:
+            if response.status_code == 416 and into:
+                return  # nothing lies beyond what we hold; the hash says whether that is the blob
             if response.status_code not in {200, 206}:
-                if response.status_code == 416:
-                    into.clear()  # what we hold cannot be a beginning of this blob
                 raise _refusal(response, path, self._read(response, MAX_JSON_BYTES))
             if response.status_code == 200:
                 into.clear()
