@@ -34,7 +34,8 @@ class SimulationConfig(BaseModel):
         rounds: Model updates until the run is over.
         model: Reference model.
         partition: How the training examples are dealt out; see ``partition.parse_partition``.
-        seed: Drives data, shuffles, selection, speeds, drop-outs and the model's initial weights.
+        seed: Drives partition, shuffles, selection, speeds and drop-outs. The model's initial weights are the same
+            for all seeds, so that one exported program serves them all.
         cohort: Reports per model update; None takes ``default_cohort``.
         overselect: Devices invited per report needed: ``concurrency = ceil(cohort * overselect)``.
         refill_at: Free slots before new devices are invited; None (all of them) makes rounds synchronous.

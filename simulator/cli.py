@@ -1,0 +1,206 @@
+"""``pocketfed simulate`` and ``pocketfed data``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EXIT_INTERRUPTED = 130
+
+_SIMULATE_EPILOG = """\
+examples:
+  a first run, some seconds; then open runs/first/report.html:
+    pocketfed simulate --devices 20 --rounds 5 --out runs/first
+
+  200 phones with two thirds of the classes each, on a real image data set:
+    pocketfed data fashion-mnist
+    pocketfed simulate --dataset fashion-mnist --model mlp --devices 200 --rounds 40 \\
+        --partition dirichlet:0.5 --out runs/fashion
+
+  one phone in ten vanishes; invite a third more than needed, keep the first to report:
+    pocketfed simulate --dropout 0.1 --overselect 1.3 --out runs/dropouts
+
+  asynchronous: a model update every 10 reports, 40 devices always at work, at most 8 versions behind:
+    pocketfed simulate --cohort 10 --overselect 4 --refill-at 1 --max-staleness 8 --rounds 60 --out runs/async
+
+  go on after Ctrl-C (or after the machine went down):
+    pocketfed simulate --resume --out runs/fashion
+
+What happens: the training data is dealt out to the devices, the model is exported to an ExecuTorch program (cached),
+a server starts on loopback, and every device runs the SDK against it over HTTP: enrol, check in, download, train,
+upload. Time is simulated, so a seed gives the same model however fast the machine is and however many workers run.
+The devices' keys are derived from the seed: simulation identities, never for a production server.
+
+DIR gets results.json (every figure), report.html (plots, opens offline), and what --resume needs.
+"""
+
+
+def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Fill the parser of ``pocketfed simulate``, and return the function that runs it."""
+    parser.description = (
+        "Train a model on a simulated fleet, and write a report.\n\n"
+        "Every device runs the real thing: the client SDK with an exported ExecuTorch program, over HTTP, against the\n"
+        "reference server. Only the devices' clock is simulated."
+    )
+    parser.epilog = _SIMULATE_EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    # Defaults are those of SimulationConfig; None tells what was given from what was not, which --resume must know.
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for results and report; new or empty")
+    what = parser.add_argument_group("what is trained")
+    add = what.add_argument
+    add("--dataset", choices=("digits", "fashion-mnist"), help="training data (default: digits)")
+    add("--model", choices=("softmax", "mlp", "cnn"), help="reference model (default: mlp)")
+    add("--devices", type=int, metavar="N", help="size of the fleet (default: 100)")
+    add("--partition", metavar="HOW", help="iid, dirichlet:ALPHA or shards:K (default: dirichlet:0.5)")
+    add("--seed", type=int, metavar="S", help="fixes the whole run (default: 1)")
+    rounds = parser.add_argument_group("rounds")
+    add = rounds.add_argument
+    add("--rounds", type=int, metavar="R", help="model updates (default: 30)")
+    add("--cohort", type=int, metavar="K", help="reports per model update (default: a fifth of the fleet, 10 or more)")
+    add("--overselect", type=float, metavar="X", help="devices invited per report needed, 1.0 or more (default: 1.0)")
+    add("--refill-at", type=int, metavar="N", help="asynchronous: invite again when N slots are free (default: all)")
+    add("--max-staleness", type=int, metavar="V", help="asynchronous: versions a report may be behind (default: 0)")
+    add("--dropout", type=float, metavar="P", help="probability that an invited device vanishes (default: 0)")
+    add(
+        "--server-lr",
+        dest="server_learning_rate",
+        type=float,
+        metavar="X",
+        help="scale of the mean update (default: 1)",
+    )
+    local = parser.add_argument_group("local training")
+    add = local.add_argument
+    add("--epochs", type=int, metavar="E", help="passes over a device's examples (default: 5)")
+    add("--batch-size", type=int, metavar="B", help="examples per step (default: 16)")
+    add("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: 0.1)")
+    add("--prox-mu", type=float, metavar="MU", help="FedProx's coefficient (default: 0, FedAvg)")
+    how = parser.add_argument_group("how it is carried out (does not change the result)")
+    add = how.add_argument
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="training threads (default: %(default)s)")
+    add(
+        "--runtime", choices=("auto", "native", "pybindings"), default="auto", help="ExecuTorch adapter (default: auto)"
+    )
+    add("--server", metavar="URL", help="use a running server: its clock, rounds and plan; not repeatable")
+    add("--resume", action="store_true", help="go on with the run in DIR; its configuration is kept")
+    add("--overwrite", action="store_true", help="replace an earlier run in DIR")
+    add("--no-progress", action="store_true", help="no progress on standard error")
+    return _run_simulate
+
+
+_CONFIG_FLAGS = (
+    "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "max_staleness",
+    "dropout", "server_learning_rate", "epochs", "batch_size", "learning_rate", "prox_mu",
+)  # fmt: skip
+
+
+def _run_simulate(args: argparse.Namespace) -> int:
+    from client_sdk.protocol.errors import ConfigurationError  # noqa: PLC0415 - keep --help cheap
+    from simulator.config import SimulationConfig  # noqa: PLC0415
+    from simulator.folder import RunFolder  # noqa: PLC0415
+
+    given: dict[str, Any] = {k: getattr(args, k) for k in _CONFIG_FLAGS if getattr(args, k) is not None}
+    if args.workers < 1:
+        raise ConfigurationError(f"--workers must be at least 1, got {args.workers}")
+    if args.resume and (args.server or args.overwrite):
+        raise ConfigurationError(
+            f"--resume goes on with a run on its own server; leave {'--server' if args.server else '--overwrite'} out"
+        )
+    config = SimulationConfig.parse(given)
+    if args.resume:
+        folder = RunFolder.resume(args.out, given)
+    else:
+        folder = RunFolder.begin(args.out, config, overwrite=args.overwrite)
+    with folder:
+        return _simulate(args, folder)
+
+
+def _simulate(args: argparse.Namespace, folder: Any) -> int:  # noqa: ANN401 - its type would load the simulator
+    from rich.console import Console  # noqa: PLC0415
+
+    from simulator.progress import LiveDisplay, SilentDisplay, plain_display  # noqa: PLC0415
+    from simulator.run import RunOptions, run_simulation  # noqa: PLC0415
+
+    console = Console(stderr=True, highlight=False)
+
+    def say(line: str) -> None:
+        if not args.no_progress:
+            console.print(line, markup=False)
+
+    def run(display: Any) -> int:  # noqa: ANN401 - any display
+        options = RunOptions(runtime=args.runtime, workers=args.workers, server=args.server, display=display, say=say)
+        results = run_simulation(folder, options)
+        return _tell(folder.path, results)
+
+    if args.no_progress:
+        return run(SilentDisplay())
+    if not console.is_terminal:
+        return run(plain_display())
+    with LiveDisplay(console) as live:
+        return run(live)
+
+
+def _tell(out: Path, results: Any) -> int:  # noqa: ANN401 - its type would load the simulator
+    from simulator.progress import human_bytes, human_time  # noqa: PLC0415
+
+    lines = [f"{results.status} after {len(results.rounds)} rounds in {human_time(results.seconds)}"]
+    if results.final_accuracy is not None:
+        lines.append(f"test accuracy   {results.final_accuracy:.4f}")
+    lines += [
+        f"model           {results.model_sha256 or '-'}",
+        f"traffic         {human_bytes(results.bytes_up)} up, {human_bytes(results.bytes_down)} down",
+        f"throughput      {results.clients_per_second:.0f} clients/s",
+        f"results         {out / 'results.json'}",
+        f"report          {out / 'report.html'}",
+    ]
+    print("\n".join(lines), flush=True)
+    if results.status == "completed":
+        return 0
+    print(f"interrupted; go on with: pocketfed simulate --resume --out {out}", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def data_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Fill the parser of ``pocketfed data``, and return the function that runs it."""
+    parser.description = (
+        "Fetch a data set for simulations.\n\n"
+        "fashion-mnist comes from Debian's package dataset-fashion-mnist (31 MB), without root; every file's SHA-256 is\n"
+        "compared with a pinned one. digits needs no fetching: scikit-learn brings it."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  pocketfed data fashion-mnist\n"
+        "  pocketfed data fashion-mnist --from ~/Downloads/fashion    (the four *-ubyte.gz files, from elsewhere)\n"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("dataset", choices=("digits", "fashion-mnist"), help="which data set")
+    parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="take the files from this folder")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="where to keep the files (default: where simulations look, $POCKETFED_CACHE/data or the user's cache folder)",
+    )  # fmt: skip
+    return _run_data
+
+
+def _run_data(args: argparse.Namespace) -> int:
+    from simulator.fetch import FASHION_MNIST, data_root, fetch, install_from_folder, is_current  # noqa: PLC0415
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if args.dataset == "digits":
+        print("digits comes with scikit-learn; nothing to fetch")
+        return 0
+    target = args.out or data_root() / FASHION_MNIST.dataset
+    if is_current(FASHION_MNIST, target):
+        say("all files are there and unharmed")
+    elif args.source:
+        install_from_folder(FASHION_MNIST, args.source, target, say)
+    else:
+        fetch(FASHION_MNIST, target, say)
+    print(target)
+    return 0

@@ -1,0 +1,128 @@
+"""The fleet's devices as SDK clients: real sessions, real HTTP, real programs; only their clock is simulated."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.client import MobileClient
+from client_sdk.programs import DownloadedPrograms, ReadBlob
+from client_sdk.protocol.errors import StaleReport
+from client_sdk.protocol.messages import Assignment, VirtualTiming
+from client_sdk.protocol.program import Program
+from client_sdk.store import BlobPool, MemoryDeviceStore
+from client_sdk.transport import HttpTransport, open_client
+from simulator.datasets import Split
+from simulator.journal import Reply
+from simulator.population import Population
+from simulator.sessions import Outcome, SessionEnd
+
+
+class ThreadPrograms:
+    """A program provider for many devices: what the server names is loaded once per thread that trains."""
+
+    def __init__(self, folder: Path, runtime: str) -> None:
+        self._folder = folder
+        self._runtime = runtime
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._all: list[DownloadedPrograms] = []
+
+    def open(self, assignment: Assignment, read: ReadBlob) -> Program:
+        """The assignment's program, for the calling thread."""
+        programs: DownloadedPrograms | None = getattr(self._local, "programs", None)
+        if programs is None:
+            with self._lock:
+                programs = DownloadedPrograms(self._folder / f"worker-{len(self._all)}", self._runtime)
+                self._all.append(programs)
+            self._local.programs = programs
+        return programs.open(assignment, read)
+
+    def close(self) -> None:
+        """Release all programs; no thread may be using one."""
+        for programs in self._all:
+            programs.close()
+
+
+class SdkDevices:
+    """All devices of a fleet against one server. Implements ``fleet.DeviceLink``.
+
+    Memory: one copy of the training data, one of each model and program; a few kilobytes a device besides.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        population: Population,
+        data: Split,
+        parts: Sequence[npt.NDArray[np.int64]],
+        *,
+        runtime: str,
+        workers: int,
+    ) -> None:
+        """Put the devices together; nothing is sent yet.
+
+        Args:
+            url: The server.
+            population: Who the devices are.
+            data: All training examples.
+            parts: Rows of each device.
+            runtime: ExecuTorch adapter.
+            workers: Threads that will train at once.
+        """
+        self._scratch = tempfile.TemporaryDirectory(prefix="pocketfed-simulate-")
+        # One connection for each worker, one for the check-ins.
+        self._http = open_client(url, max_connections=workers + 1)
+        self._programs = ThreadPrograms(Path(self._scratch.name), runtime)
+        pool = BlobPool()
+        self._transports: list[HttpTransport] = []
+        self._clients: list[MobileClient] = []
+        for device, rows in enumerate(parts):
+            identity = population.identity(device)
+            transport = HttpTransport(url, identity, client=self._http)
+            self._transports.append(transport)
+            self._clients.append(
+                MobileClient(
+                    None,
+                    population.profile(device),
+                    data=(data.x[rows], data.y[rows]),
+                    transport=transport,
+                    store=MemoryDeviceStore(identity, pool),
+                    programs=self._programs,
+                )
+            )
+
+    def check_in(self, device: int, timing: VirtualTiming | None) -> Reply:
+        """Offer a device for work; it enrols itself before its first time."""
+        return self._clients[device].check_in(timing)
+
+    def perform(self, device: int, assignment: Assignment) -> SessionEnd:
+        """Download, train, upload."""
+        counters = self._transports[device].counters
+        up, down = counters.bytes_up, counters.bytes_down
+        try:
+            self._clients[device].perform(assignment)
+            outcome = Outcome.ACCEPTED
+        except StaleReport:
+            outcome = Outcome.REFUSED
+        return SessionEnd(outcome, counters.bytes_up - up, counters.bytes_down - down)
+
+    def close(self) -> None:
+        """Release programs, connections and temporary files."""
+        self._programs.close()
+        self._http.close()
+        self._scratch.cleanup()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """``close``."""
+        self.close()

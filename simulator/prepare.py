@@ -1,0 +1,161 @@
+"""What a run needs before its first round: an exported program, the cost of a session, the server's configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from client_sdk.atomic import write_atomically
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.program import Manifest, Role
+from mobile_export.bundle import ProgramBundle
+from simulator.config import SimulationConfig
+from simulator.datasets import Dataset
+from simulator.embedded import write_server_config
+from simulator.errors import ResumeMismatch
+from simulator.folder import BUNDLE_FOLDER, SERVER_FOLDER, WORKLOAD_FILE, RunFolder
+from simulator.population import Population, Workload
+
+_INITIAL_WEIGHTS_SEED: Final = 0
+_EVALUATION_BATCH: Final = 256
+# A lease this many times the slowest device's typical session lets practically everybody finish (four standard
+# deviations of the jitter), and frees the slot of a vanished device soon enough.
+_LEASE_MARGIN: Final = 3.0
+_MIN_LEASE_S: Final = 60.0
+# What a frame's header adds to the numbers, roughly; only simulated durations depend on it.
+_FRAME_OVERHEAD_BYTES: Final = 700
+
+Say = Callable[[str], None]
+
+
+class SessionCosts(BaseModel):
+    """What durations are computed from; fixed when a run begins, so that a resumed one has the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flops_per_example: float = Field(gt=0)
+    program_bytes: int = Field(gt=0, description="program and manifest: a device's first download")
+    model_bytes: int = Field(gt=0)
+    report_bytes: int = Field(gt=0)
+
+    def workload(self, config: SimulationConfig, session: int) -> Workload:
+        """Cost of a device's ``session``-th session: the first one downloads the program too."""
+        down = self.model_bytes + (self.program_bytes if session == 0 else 0)
+        return Workload(self.flops_per_example, down, self.report_bytes, config.plan)
+
+
+def export_bundle(config: SimulationConfig, dataset: Dataset, folder: Path, say: Say) -> ProgramBundle:
+    """Export the run's model into ``folder``, or find it there."""
+    if (folder / "manifest.json").is_file():
+        return ProgramBundle.open(folder)
+    from mobile_export.export import ExportProgress, export_program  # noqa: PLC0415 - torch, only for a new run
+    from mobile_export.models import build_model  # noqa: PLC0415
+
+    def progress(step: ExportProgress) -> None:
+        if step.stage == "cached":
+            say(f"program: {config.model} found in the export cache")
+        elif step.done in {1, step.total}:
+            say(f"program: exporting {config.model}, step {step.done} of {step.total} (cached afterwards)")
+
+    return export_program(
+        build_model(config.model, dataset.feature_shape, dataset.num_classes, _INITIAL_WEIGHTS_SEED),
+        out_dir=folder,
+        batch_sizes={Role.TRAIN: (config.batch_size,), Role.EVALUATE: (_EVALUATION_BATCH,)},
+        feature_shape=dataset.feature_shape,
+        num_classes=dataset.num_classes,
+        model_name=config.model,
+        progress=progress,
+    )
+
+
+def session_costs(folder: RunFolder, dataset: Dataset, bundle: ProgramBundle) -> SessionCosts:
+    """Compute what a session costs, or read what was computed when the run began.
+
+    Raises:
+        ResumeMismatch: The file is damaged.
+    """
+    path = folder.path / WORKLOAD_FILE
+    if path.exists():
+        try:
+            return SessionCosts.model_validate_json(path.read_bytes())
+        except ValidationError as e:
+            raise ResumeMismatch(f"{path} is damaged: {e}") from e
+    vector_bytes = 4 * bundle.manifest.num_parameters + _FRAME_OVERHEAD_BYTES
+    costs = SessionCosts(
+        flops_per_example=_flops_per_example(folder.config.model, dataset),
+        program_bytes=bundle.manifest.program_bytes + len(bundle.manifest.to_json()),
+        model_bytes=vector_bytes,
+        report_bytes=vector_bytes,
+    )
+    write_atomically(path, costs.model_dump_json(indent=2).encode(), mode=0o644)
+    return costs
+
+
+def _flops_per_example(model_name: str, dataset: Dataset) -> float:
+    """Floating-point operations of one example's forward and backward pass."""
+    import torch  # noqa: PLC0415 - only for a new run
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
+
+    from mobile_export.models import build_model  # noqa: PLC0415
+
+    model = build_model(model_name, dataset.feature_shape, dataset.num_classes, _INITIAL_WEIGHTS_SEED)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *dataset.feature_shape)).sum().backward()
+    return float(counter.get_total_flops())
+
+
+def lease_s(config: SimulationConfig, population: Population, costs: SessionCosts, num_samples: Sequence[int]) -> float:
+    """A lease that practically every device that does not vanish can keep; whole virtual seconds."""
+    work = costs.workload(config, 0)
+    slowest = max(population.typical_duration_s(d, n, work) for d, n in enumerate(num_samples))
+    return max(_MIN_LEASE_S, math.ceil(_LEASE_MARGIN * slowest))
+
+
+def write_server(
+    folder: RunFolder, dataset: Dataset, *, lease: float, check_in_interval_s: float, largest_part: int
+) -> Path:
+    """Write the embedded server's validation data and configuration.
+
+    Returns:
+        The configuration file.
+    """
+    server = folder.path / SERVER_FOLDER
+    server.mkdir(exist_ok=True)
+    validation = server / "validation.npz"
+    np.savez(validation, x=dataset.validation.x, y=dataset.validation.y)
+    config = folder.config
+    task = {
+        "bundle": f"../{BUNDLE_FOLDER}",
+        "validation_data": validation.name,
+        "rounds": config.rounds,
+        "buffer_size": config.cohort_size,
+        "concurrency": config.concurrency,
+        "refill_at": config.refill_at,
+        "max_staleness": config.max_staleness,
+        "lease_s": lease,
+        "retry_min_s": check_in_interval_s / 2,
+        "retry_max_s": check_in_interval_s,
+        "weight_cap": largest_part,
+        "server_learning_rate": config.server_learning_rate,
+        "seed": config.seed,
+    }
+    return write_server_config(server, task, config.plan)
+
+
+def check_fit(manifest: Manifest, dataset: Dataset) -> None:
+    """Whether a foreign server's model takes this data set.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    if manifest.feature_shape != dataset.feature_shape or manifest.num_classes < dataset.num_classes:
+        raise ConfigurationError(
+            f"the server trains {manifest.model_name!r} on features {list(manifest.feature_shape)} with "
+            f"{manifest.num_classes} classes; {dataset.name} has {list(dataset.feature_shape)} with "
+            f"{dataset.num_classes}"
+        )

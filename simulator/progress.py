@@ -1,0 +1,121 @@
+"""How a run shows itself: a live line in a terminal, plain lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from simulator.monitor import Display, Standing
+from simulator.view import CommittedRound
+
+
+def human_bytes(count: float) -> str:
+    """A size in B, kB, MB, ... with three significant digits.
+
+    >>> human_bytes(203_560_000)
+    '204 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def human_time(seconds: float | None) -> str:
+    """A duration as m:ss or h:mm:ss; a dash while unknown.
+
+    >>> human_time(75.2)
+    '1:15'
+    """
+    if seconds is None:
+        return "-"
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+
+
+def _figures(standing: Standing) -> str:
+    accuracy, loss = "-", "-"
+    if standing.latest is not None and standing.latest.validation_accuracy is not None:
+        accuracy = f"{standing.latest.validation_accuracy:.3f}"
+        loss = "-" if standing.latest.validation_loss is None else f"{standing.latest.validation_loss:.3f}"
+    return (
+        f"validation accuracy {accuracy}  loss {loss}  up {human_bytes(standing.bytes_up)}  "
+        f"down {human_bytes(standing.bytes_down)}  {standing.clients_per_s:.0f} clients/s"
+    )
+
+
+class SilentDisplay:
+    """``--no-progress``."""
+
+    def show(self, standing: Standing) -> None:
+        """Nothing."""
+
+    def round_done(self, committed: CommittedRound, standing: Standing) -> None:
+        """Nothing."""
+
+
+class PlainDisplay:
+    """One line a round, for logs and pipes."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def show(self, standing: Standing) -> None:
+        """Nothing between rounds."""
+
+    def round_done(self, committed: CommittedRound, standing: Standing) -> None:
+        """One line."""
+        late = f" (+{committed.discarded} not needed)" if committed.discarded else ""
+        self._out.write(
+            f"round {committed.model_version}/{standing.of_rounds}  reports {committed.reports}{late}  "
+            f"{_figures(standing)}  ETA {human_time(standing.eta_s)}\n"
+        )
+        self._out.flush()
+
+
+class LiveDisplay:
+    """Two lines that redraw themselves, for a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = Live(Text("starting"), console=console, refresh_per_second=8, transient=False)
+
+    def show(self, standing: Standing) -> None:
+        """Redraw."""
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(
+            Text(f"round {standing.rounds}/{standing.of_rounds}"),
+            ProgressBar(total=standing.of_rounds, completed=standing.rounds, width=24),
+            Text(f"reports {standing.reports}/{standing.cohort}"),
+            ProgressBar(total=standing.cohort, completed=standing.reports, width=12),
+            Text(f"ETA {human_time(standing.eta_s)}"),
+        )
+        outer = Table.grid()
+        outer.add_row(grid)
+        outer.add_row(Text(_figures(standing)))
+        self._live.update(outer)
+
+    def round_done(self, committed: CommittedRound, standing: Standing) -> None:  # noqa: ARG002 - part of standing
+        """Redraw."""
+        self.show(standing)
+
+    def __enter__(self) -> LiveDisplay:
+        """Begin to draw."""
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last state on the screen."""
+        self._live.stop()
+
+
+def plain_display() -> Display:
+    """Plain lines on standard error."""
+    return PlainDisplay(sys.stderr)

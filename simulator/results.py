@@ -1,0 +1,128 @@
+"""``results.json``: what a run measured, in a closed schema that other tools can rely on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from client_sdk.atomic import write_atomically
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.messages import Sha256
+from client_sdk.protocol.profile import DeviceTier
+from simulator.config import SimulationConfig
+from simulator.folder import RESULTS_FILE
+
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RoundResult(_Frozen):
+    """One model update.
+
+    ``accuracy`` and ``loss`` are those of the new model on the server's validation data (null where the server has
+    none). ``bytes_up`` and ``bytes_down`` are the bodies that the devices assigned in this round sent and received,
+    measured on the wire, late and refused reports included.
+    """
+
+    round: int = Field(ge=1, description="1 for the first update; the version of the model it made")
+    accuracy: Fraction | None
+    loss: Loss | None
+    train_loss: Loss | None = Field(description="mean loss that the counted devices reported, weighted")
+    reports: Count = Field(description="reports in the update")
+    discarded: Count = Field(description="assignments that the commit made worthless: over-selection, staleness")
+    bytes_up: Count
+    bytes_down: Count
+    seconds: NonNegative = Field(description="wall-clock time of this machine")
+    opened_at_s: NonNegative = Field(description="the server's clock: virtual time unless the server was foreign")
+    closed_at_s: NonNegative
+    model_sha256: Sha256
+
+
+class TierResult(_Frozen):
+    """What became of the sessions of one device tier."""
+
+    tier: DeviceTier
+    devices: Count
+    counted: Count = Field(description="reports that are part of a model")
+    late: Count = Field(description="reports that came after their round had closed")
+    dropped: Count = Field(description="sessions that never reported")
+    unfinished: Count = Field(description="sessions that were under way when the run ended")
+
+
+class DatasetFacts(_Frozen):
+    """What was trained on."""
+
+    name: str
+    sha256: Sha256
+    train: Count
+    validation: Count
+    test: Count
+
+
+class SimulationResults(_Frozen):
+    """Everything a run measured.
+
+    ``final_accuracy`` is on the test split, which is read once, after the last round; null in an interrupted run.
+    """
+
+    format: Literal[1] = 1
+    status: Literal["completed", "interrupted"]
+    final_accuracy: Fraction | None
+    final_loss: Loss | None
+    model_sha256: Sha256 | None = Field(description="content hash of the latest model; null before the first round")
+    repeatable: bool = Field(description="whether the same command gives the same model_sha256 on this machine")
+    rounds: tuple[RoundResult, ...]
+    tiers: tuple[TierResult, ...]
+    sessions: Count = Field(description="sessions delivered, whether their report counted or came late")
+    seconds: NonNegative = Field(description="wall-clock time of all rounds; set-up is not in it")
+    clients_per_second: NonNegative = Field(description="sessions delivered per second of this process' rounds")
+    bytes_up: Count
+    bytes_down: Count
+    virtual_seconds: NonNegative | None = Field(
+        description="length of the run in virtual time; null on a foreign server"
+    )
+    config: SimulationConfig
+    server: str = Field(description="'embedded', or the address of the foreign server")
+    runtime: str = Field(description="ExecuTorch adapter that ran the programs")
+    workers: Count
+    dataset: DatasetFacts
+    parameters: Count = Field(description="length of the model's weight vector")
+    versions: dict[str, str]
+
+    def write(self, folder: Path) -> Path:
+        """Write ``results.json``: the old file or the new one, never a mix."""
+        path = folder / RESULTS_FILE
+        write_atomically(path, (self.model_dump_json(indent=2) + "\n").encode(), mode=0o644)
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what ``write`` wrote.
+
+        Raises:
+            ConfigurationError: Not such a file.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as e:
+            raise ConfigurationError(f"{path} is not a results file of this version: {e}") from e
+
+
+def versions() -> dict[str, str]:
+    """Releases of what produced the results."""
+    packages = ("pocketfed", "torch", "executorch", "numpy")
+    return {
+        **{name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,0 +1,328 @@
+"""One simulation, from its configuration to its report."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.protocol.errors import ConfigurationError, PocketfedError
+from client_sdk.protocol.frames import decode_frame
+from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, Manifest
+from client_sdk.runtime import load_program
+from server_ref.evaluation import Evaluation, ProgramEvaluator
+from simulator.config import SimulationConfig
+from simulator.datasets import Dataset, load_dataset
+from simulator.devices import SdkDevices
+from simulator.embedded import EmbeddedServer
+from simulator.fleet import VirtualFleet
+from simulator.folder import BUNDLE_FOLDER, JOURNAL_FILE, RunFolder
+from simulator.interrupt import stop_on_interrupt
+from simulator.journal import Journal
+from simulator.monitor import Display, RunMonitor
+from simulator.partition import deal, parse_partition
+from simulator.population import Population, Workload
+from simulator.prepare import check_fit, export_bundle, lease_s, session_costs, write_server
+from simulator.progress import SilentDisplay
+from simulator.report import write_report
+from simulator.results import DatasetFacts, SimulationResults, versions
+from simulator.sessions import Outcome, Session
+from simulator.view import ServerView
+from simulator.wall import WallFleet
+
+# The server scores models in the background; the last ones may still be under way when the last round is committed.
+_SCORED_WITHIN_S: Final = 120.0
+_SCORE_POLL_S: Final = 0.02
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; nothing here changes the outcome of a repeatable run.
+
+    Attributes:
+        runtime: ExecuTorch adapter: ``auto``, ``native`` or ``pybindings``.
+        workers: Training threads.
+        server: Address of a foreign server; None starts one.
+        display: Shows progress.
+        say: Is told about the stages, one line each.
+    """
+
+    runtime: str = "auto"
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    server: str | None = None
+    display: Display = field(default_factory=SilentDisplay)
+    say: Say = field(default=lambda _line: None)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The devices of a run and their data."""
+
+    population: Population
+    dataset: Dataset
+    parts: list[npt.NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, config: SimulationConfig) -> Fleet:
+        """Deal the data set out to the devices.
+
+        Raises:
+            DatasetUnavailable: It has to be fetched first.
+            PartitionError: More devices (or shards) than examples.
+        """
+        config.check()
+        dataset = load_dataset(config.dataset)
+        parts = deal(parse_partition(config.partition), dataset.train.y, config.devices, config.seed)
+        return cls(Population(config.seed, config.devices, config.dropout), dataset, parts)
+
+    @property
+    def num_samples(self) -> list[int]:
+        """Training examples of each device."""
+        return [len(part) for part in self.parts]
+
+    def label_counts(self) -> npt.NDArray[np.int64]:
+        """int64[devices, classes]: how many examples of each class a device holds."""
+        classes = self.dataset.num_classes
+        return np.stack([np.bincount(self.dataset.train.y[part], minlength=classes) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What is known when the last event is over."""
+
+    finished: bool
+    model_sha256: str | None
+    evaluation: Evaluation | None
+    counted: list[list[Session]]
+    manifest: Manifest
+    runtime: str
+
+
+def run_simulation(folder: RunFolder, options: RunOptions) -> SimulationResults:
+    """Run (or resume) the simulation that a folder is for, and write its results and report there.
+
+    Args:
+        folder: Configuration and place of the run.
+        options: How to carry it out.
+
+    Returns:
+        What ``results.json`` says. ``status`` is ``interrupted`` if a signal ended the run early; the folder can
+        then be resumed.
+
+    Raises:
+        PocketfedError: Set-up failed (a folder that was empty is empty again), or the run broke off (it can be
+            resumed).
+    """
+    config = folder.config
+    try:
+        fleet = Fleet.of(config)
+    except PocketfedError:
+        if folder.fresh:
+            folder.discard()
+        raise
+    options.say(
+        f"data: {config.dataset}, {len(fleet.dataset.train)} training examples dealt {config.partition} to "
+        f"{config.devices} devices"
+    )
+    with Journal(folder.path / JOURNAL_FILE) as journal, stop_on_interrupt(options.say) as stop:
+        attempt = _Attempt(folder, options, fleet, journal, stop)
+        monitor, ending = attempt.foreign(options.server) if options.server else attempt.embedded()
+        if not ending.finished:
+            journal.record_pause(monitor.open_round_s)
+        results = _results(folder, options, fleet, monitor, ending)
+    results.write(folder.path)
+    write_report(
+        folder.path,
+        results,
+        label_counts=fleet.label_counts(),
+        sessions=monitor.sessions,
+        counted=ending.counted,
+        tier_of=fleet.population.tier,
+    )
+    return results
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One process' part of a run."""
+
+    folder: RunFolder
+    options: RunOptions
+    fleet: Fleet
+    journal: Journal
+    stop: threading.Event
+
+    def embedded(self) -> tuple[RunMonitor, _Ending]:
+        """Against a server of our own, in virtual time."""
+        config, population = self.folder.config, self.fleet.population
+        try:
+            bundle = export_bundle(config, self.fleet.dataset, self.folder.path / BUNDLE_FOLDER, self.options.say)
+            costs = session_costs(self.folder, self.fleet.dataset, bundle)
+            server_config = write_server(
+                self.folder,
+                self.fleet.dataset,
+                lease=lease_s(config, population, costs, self.fleet.num_samples),
+                check_in_interval_s=population.check_in_interval_s,
+                largest_part=max(self.fleet.num_samples),
+            )
+        except BaseException:
+            if self.folder.fresh:
+                self.journal.close()
+                self.folder.discard()
+            raise
+        self.options.say("server: starting on loopback, on virtual time")
+        with EmbeddedServer(server_config) as server, ServerView(server.url) as view, self._devices(server.url) as link:
+            self.options.say(f"server: {server.url}; log in {server.log}")
+            monitor = self._monitor(view, of_rounds=config.rounds, cohort=config.cohort_size)
+            fleet = VirtualFleet(
+                population,
+                num_samples=self.fleet.num_samples,
+                work=lambda session: costs.workload(config, session),
+                link=link,
+                journal=self.journal,
+                observer=monitor,
+                workers=self.options.workers,
+                stop=self.stop,
+            )
+            try:
+                finished = fleet.run()
+                ending = self._end(view, monitor, bundle.path, finished=finished)
+            except PocketfedError:
+                # The cause, where the server is gone; else the error itself.
+                server.check()
+                raise
+        return monitor, ending
+
+    def foreign(self, url: str) -> tuple[RunMonitor, _Ending]:
+        """Against somebody else's server, in real time."""
+        config = self.folder.config
+        with ServerView(url) as view, tempfile.TemporaryDirectory(prefix="pocketfed-bundle-") as scratch:
+            task = view.task()
+            if task.virtual_clock:
+                raise ConfigurationError(
+                    f"the server at {url} runs on a simulation's virtual clock, which only the process that started "
+                    'it may drive; start a server with clock = "wall"'
+                )
+            bundle = Path(scratch)
+            (bundle / MANIFEST_FILE).write_bytes(view.blob(task.manifest_sha256))
+            (bundle / PROGRAM_FILE).write_bytes(view.blob(task.program_sha256))
+            check_fit(Manifest.from_json((bundle / MANIFEST_FILE).read_bytes()), self.fleet.dataset)
+            of_rounds = min(config.rounds, task.rounds - task.model_version)
+            self.options.say(
+                f"server: {url} (its own clock, rounds and training plan; this run is not repeatable), "
+                f"{of_rounds} rounds from model version {task.model_version} on"
+            )
+            with self._devices(url) as link:
+                monitor = self._monitor(
+                    view, of_rounds=of_rounds, cohort=task.buffer_size, first_version=task.model_version
+                )
+                fleet = WallFleet(
+                    self.fleet.population,
+                    link=link,
+                    observer=monitor,
+                    workers=self.options.workers,
+                    stop=self.stop,
+                    from_version=task.model_version,
+                    until_version=task.model_version + of_rounds,
+                    work=Workload(1.0, 0, 0, config.plan),
+                )
+                finished = fleet.run()
+                return monitor, self._end(view, monitor, bundle, finished=finished)
+
+    def _devices(self, url: str) -> SdkDevices:
+        return SdkDevices(
+            url,
+            self.fleet.population,
+            self.fleet.dataset.train,
+            self.fleet.parts,
+            runtime=self.options.runtime,
+            workers=self.options.workers,
+        )
+
+    def _monitor(self, view: ServerView, *, of_rounds: int, cohort: int, first_version: int = 0) -> RunMonitor:
+        return RunMonitor(
+            view.rounds,
+            self.journal,
+            self.options.display,
+            of_rounds=of_rounds,
+            cohort=cohort,
+            first_version=first_version,
+        )
+
+    def _end(self, view: ServerView, monitor: RunMonitor, bundle: Path, *, finished: bool) -> _Ending:
+        """Wait for the last validation figures; after the last round, read the test split, once."""
+        patience = threading.Event()
+        polls = round(_SCORED_WITHIN_S / _SCORE_POLL_S) if finished else 1
+        while not monitor.refresh() and (polls := polls - 1) > 0:
+            patience.wait(_SCORE_POLL_S)
+        task = view.task()
+        program = load_program(bundle, self.options.runtime)
+        try:
+            evaluation = None
+            if finished:
+                test = self.fleet.dataset.test
+                weights = np.frombuffer(decode_frame(view.blob(task.model_sha256)).payload, np.float32)
+                evaluation = ProgramEvaluator(program, test.x, test.y).evaluate(weights)
+            return _Ending(
+                finished=finished,
+                model_sha256=task.model_sha256 if task.model_version > 0 else None,
+                evaluation=evaluation,
+                counted=_counted(self.options, self.folder.config, monitor),
+                manifest=program.manifest,
+                runtime=type(program).__name__.removesuffix("Program").lower(),
+            )
+        finally:
+            program.close()
+
+
+def _counted(options: RunOptions, config: SimulationConfig, monitor: RunMonitor) -> list[list[Session]]:
+    if options.server is None:
+        return monitor.counted(config.max_staleness)
+    # A foreign server does not tell whose reports it counted; those that it took, it counted or may still count.
+    return [[s for s in monitor.sessions if s.end is not None and s.end.outcome is Outcome.ACCEPTED]]
+
+
+def _results(
+    folder: RunFolder, options: RunOptions, fleet: Fleet, monitor: RunMonitor, ending: _Ending
+) -> SimulationResults:
+    rounds = monitor.round_results()
+    standing = monitor.standing()
+    seconds = sum(r.seconds for r in rounds) + (0.0 if ending.finished else monitor.open_round_s)
+    evaluation, dataset = ending.evaluation, fleet.dataset
+    return SimulationResults(
+        status="completed" if ending.finished else "interrupted",
+        final_accuracy=None if evaluation is None else evaluation.accuracy,
+        final_loss=None if evaluation is None else evaluation.loss,
+        model_sha256=ending.model_sha256,
+        repeatable=options.server is None,
+        rounds=rounds,
+        tiers=monitor.tier_results(fleet.population, ending.counted),
+        sessions=standing.sessions,
+        seconds=seconds,
+        clients_per_second=standing.sessions / max(seconds, 1e-9),
+        bytes_up=standing.bytes_up,
+        bytes_down=standing.bytes_down,
+        virtual_seconds=None if options.server else (rounds[-1].closed_at_s if rounds else 0.0),
+        config=folder.config,
+        server=options.server or "embedded",
+        runtime=ending.runtime,
+        workers=options.workers,
+        dataset=DatasetFacts(
+            name=dataset.name,
+            sha256=dataset.sha256,
+            train=len(dataset.train),
+            validation=len(dataset.validation),
+            test=len(dataset.test),
+        ),
+        parameters=ending.manifest.num_parameters,
+        versions=versions(),
+    )
