@@ -192,7 +192,9 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--tier", choices=tuple(TIERS), default="mid", help="class of phone to report (default: %(default)s)"
     )
-    parser.add_argument("--name", metavar="NAME", help="label that the operator sees (default: none)")
+    parser.add_argument(
+        "--name", metavar="NAME", help="what the device calls itself in its progress lines (default: its id)"
+    )
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--once", action="store_true", help="leave after one accepted report")
     stop.add_argument(

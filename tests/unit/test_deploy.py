@@ -117,6 +117,11 @@ def test_the_service_is_confined():
     assert not SERVICE.get("privileged", False)
 
 
+def test_what_is_written_at_run_time_lies_where_it_may_be_written():
+    writable = (*SERVICE["tmpfs"], environment()["POCKETFED_DATA_DIR"])
+    assert environment()["NUMBA_CACHE_DIR"].startswith(writable)
+
+
 def test_the_service_s_data_outlives_it():
     volumes = dict(volume.split(":")[:2] for volume in SERVICE["volumes"])
     assert volumes["data"] == environment()["POCKETFED_DATA_DIR"]

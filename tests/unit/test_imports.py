@@ -63,6 +63,7 @@ RULES = {
             {
                 "numpy",
                 "numba",
+                "llvmlite",  # numba's own code generator, of the release that it pins
                 "torch",
                 "pydantic",
                 "pydantic_settings",
