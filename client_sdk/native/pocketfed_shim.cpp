@@ -204,7 +204,7 @@ struct TensorView {
       dim_order[at] = static_cast<uint8_t>(i);
       stride *= std::max<int64_t>(size, 1);
     }
-    if (tensor.data == nullptr && stride > 0) {
+    if (tensor.data == nullptr) {
       return fail(PF_INVALID_ARGUMENT, name + " has no data");
     }
     impl = std::make_unique<TensorImpl>(type, tensor.rank, sizes.data(), tensor.data, dim_order.data(),

@@ -278,15 +278,23 @@ def test_opening_and_closing_gives_memory_back(open_program: Opener):
     assert per_cycle < 4096  # the program alone is 14 times that
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.fixture(scope="module", params=["softmax_bundle", "cnn_bundle"])
+def both_runtimes(request: pytest.FixtureRequest) -> Iterator[tuple[Program, Program]]:
+    """One program, opened by each runtime."""
+    bundle = request.getfixturevalue(request.param)
+    native, bindings = load_program(bundle, "native"), load_program(bundle, "pybindings")
+    yield native, bindings
+    native.close()
+    bindings.close()
+
+
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), data=st.data())
-def test_native_and_bindings_give_the_same_bits(softmax_bundle: Path, seed: int, data: st.DataObject):
-    native, bindings = load_program(softmax_bundle, "native"), load_program(softmax_bundle, "pybindings")
+def test_both_runtimes_give_the_same_bits(both_runtimes: tuple[Program, Program], seed: int, data: st.DataObject):
+    native, bindings = both_runtimes
     spec = data.draw(st.sampled_from(native.manifest.methods))
     inputs = example(spec, native.manifest.num_classes, seed)
     assert_same_bits(native.run(spec.name, *inputs), bindings.run(spec.name, *inputs))
-    native.close()
-    bindings.close()
 
 
 def test_both_runtimes_have_the_operators_of_the_program(softmax_bundle: Path):

@@ -18,8 +18,8 @@ from client_sdk.training import LocalTrainer
 
 program = load_program({bundle!r}, {runtime!r}, threads={threads})
 rng = np.random.default_rng(0)
-x = rng.normal(size=(20, 6)).astype(np.float32)
-w = np.zeros(21, np.float32)
+x = rng.normal(size=(20, *program.manifest.feature_shape)).astype(np.float32)
+w = rng.normal(0, 0.1, program.manifest.num_parameters).astype(np.float32)
 plan = TrainingPlan(local_epochs=3, batch_size=8)
 result = LocalTrainer(program).train(w, x, rng.integers(0, 3, 20), plan, 7)
 print(result.weights.tobytes().hex())
@@ -58,19 +58,19 @@ def test_native_training_loads_neither_torch_nor_the_executorch_package(softmax_
     assert done.stderr == ""
 
 
-def test_a_native_training_process_stays_small(softmax_bundle: Path):
+def test_a_native_training_process_stays_small(cnn_bundle: Path):
     # VmHWM and not ru_maxrss: the latter is inherited from the process that forked this one.
     done = run_python(
-        train(softmax_bundle, "native")
+        train(cnn_bundle, "native")
         + "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[1]) < 120 * 1024
 
 
-def test_all_runtimes_and_thread_counts_train_to_the_same_bits(softmax_bundle: Path):
+def test_all_runtimes_and_thread_counts_train_to_the_same_bits(cnn_bundle: Path):
     done = [
-        run_python(train(softmax_bundle, *choice))
+        run_python(train(cnn_bundle, *choice))
         for choice in [("native", 1), ("native", 2), ("pybindings", 1), ("pybindings", 2)]
     ]
     assert [d.returncode for d in done] == [0] * 4, done

@@ -77,7 +77,7 @@ def reference(w0: np.ndarray, x: np.ndarray, y: np.ndarray, plan: TrainingPlan, 
     return TrainingResult(w, w - w0, n, steps, epoch_losses[0], epoch_losses[-1])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(plan=plans, n=sizes, seed=seeds)
 def test_training_is_sgd(program: Program, plan: TrainingPlan, n: int, seed: int):
     w, x, y = dataset(n, seed)
@@ -90,7 +90,7 @@ def test_training_is_sgd(program: Program, plan: TrainingPlan, n: int, seed: int
     assert math.isclose(found.last_epoch_loss, expected.last_epoch_loss, rel_tol=1e-4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plan=plans, n=sizes, seed=seeds)
 def test_training_twice_gives_the_same_bits_and_changes_no_input(
     program: Program, plan: TrainingPlan, n: int, seed: int
@@ -111,7 +111,7 @@ def test_training_twice_gives_the_same_bits_and_changes_no_input(
     assert [a.tobytes() for a in (w, x, y)] == before
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plan=plans, n=sizes, seed=seeds)
 def test_the_delta_is_the_difference_to_the_bit(program: Program, plan: TrainingPlan, n: int, seed: int):
     w, x, y = dataset(n, seed)
@@ -138,7 +138,7 @@ class GradOnly:
         self._program.close()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(plan=plans, n=sizes, seed=seeds)
 def test_the_fused_step_and_the_gradient_primitive_agree(program: Program, plan: TrainingPlan, n: int, seed: int):
     plan = plan.model_copy(update={"batch_size": 8})
@@ -149,7 +149,7 @@ def test_the_fused_step_and_the_gradient_primitive_agree(program: Program, plan:
     assert fused.steps == sliced.steps
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(n=sizes, seed=seeds, mu=st.floats(0.1, 5.0))
 def test_the_proximal_term_holds_the_weights_back(program: Program, n: int, seed: int, mu: float):
     w, x, y = dataset(n, seed)
@@ -160,7 +160,7 @@ def test_the_proximal_term_holds_the_weights_back(program: Program, n: int, seed
     assert distance[1] < distance[0]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(n=sizes, seed=seeds)
 def test_one_step_does_not_feel_the_proximal_term(program: Program, n: int, seed: int):
     w, x, y = dataset(n, seed)
@@ -171,7 +171,7 @@ def test_one_step_does_not_feel_the_proximal_term(program: Program, n: int, seed
     assert free.weights.tobytes() == held.weights.tobytes()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(n=st.integers(9, 50), seed=seeds)
 def test_the_seed_decides_the_order(program: Program, n: int, seed: int):
     w, x, y = dataset(n, seed)
