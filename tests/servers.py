@@ -27,6 +27,9 @@ from client_sdk.protocol.messages import (
 )
 from client_sdk.protocol.signing import device_id_of, sign_request
 
+_CLIENT = httpx.Client(trust_env=False, timeout=30)
+"""One pool of connections for all tests of a process."""
+
 _KILLING = """
 import os, signal, sys
 from pathlib import Path
@@ -66,11 +69,15 @@ class ServerProcess:
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
         self.process.kill()
-        self.process.wait()
+        self.wait()
 
     def wait(self) -> int:
         """Wait for the process to end by itself."""
-        return self.process.wait(timeout=60)
+        status = self.process.wait(timeout=60)
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+        return status
 
 
 def start_server(config: Path, *, kill_at: tuple[str, int] | None = None) -> ServerProcess:
@@ -84,7 +91,7 @@ def start_server(config: Path, *, kill_at: tuple[str, int] | None = None) -> Ser
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        process.wait()
+        ServerProcess(process, "").wait()
         raise RuntimeError(f"the server did not start:\n{(config.parent / 'server.log').read_text()}")
     return ServerProcess(process, json.loads(line)["url"])
 
@@ -97,9 +104,6 @@ def running_server(config: Path) -> Iterator[ServerProcess]:
         yield server
     finally:
         server.kill()
-        for stream in (server.process.stdin, server.process.stdout):
-            if stream is not None:
-                stream.close()
 
 
 @dataclass
@@ -108,7 +112,7 @@ class RawDevice:
 
     url: str
     key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(trust_env=False, timeout=30))
+    client: httpx.Client = field(default_factory=lambda: _CLIENT)
 
     @property
     def public_key(self) -> bytes:
@@ -166,6 +170,6 @@ def report_facts(assignment: Assignment, report_id: str | None = None) -> dict[s
 
 def get_json(url: str, path: str):
     """GET a public resource."""
-    response = httpx.get(url + path, trust_env=False, timeout=30)
+    response = _CLIENT.get(url + path)
     response.raise_for_status()
     return response.json()

@@ -36,8 +36,7 @@ class Run:
             try:
                 return action()
             except httpx.TransportError:
-                self.server.process.wait(timeout=30)
-                assert self.server.process.returncode == -9, "only the planned kill may end the server"
+                assert self.server.wait() == -9, "only the planned kill may end the server"
                 self.kills += 1
                 self.server = start_server(self.config)
                 for device in self.devices:
