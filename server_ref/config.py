@@ -122,9 +122,24 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
         config = Loaded(**(overrides or {}))
         config.task.policy()
     except ValidationError as e:
-        problems = "; ".join(f"{'.'.join(map(str, err['loc']))}: {err['msg']}" for err in e.errors())
-        raise ConfigurationError(f"configuration{f' {path}' if path else ''}: {problems}") from e
+        raise ConfigurationError(_explain(e, path)) from e
     return config
+
+
+_FLAGS = {"data_dir": "--data-dir", "task": "--bundle", "task.bundle": "--bundle"}
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    """One line: every setting that is wrong, and how to give the ones that are missing."""
+    problems = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "missing" and name in _FLAGS:
+            setting = "task.bundle" if name == "task" else name
+            problems.append(f"{setting} is missing (give {_FLAGS[name]}, or set it in the --config file)")
+        else:
+            problems.append(f"{name}: {problem['msg']}")
+    return f"configuration{f' {path}' if path else ''}: {'; '.join(problems)}"
 
 
 def _anchor(values: dict[str, Any], base: Path) -> None:

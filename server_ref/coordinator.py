@@ -126,6 +126,16 @@ class Coordinator:
                 self._background.evaluate(version.version, self._state.load_model(version).weights)
         # A buffer that was full when the last process died closes now.
         self._writer.submit(lambda _connection: None).result()
+        manifest, engine = self.task.manifest, self._state.engine
+        _log.info(
+            "task %s: %s with %d parameters, model version %d of %d, %d reports a round",
+            self.task.task_id,
+            manifest.model_name,
+            manifest.num_parameters,
+            engine.version,
+            engine.policy.rounds,
+            engine.policy.buffer_size,
+        )
 
     def stop(self) -> None:
         """Finish what is queued and close the stores."""

@@ -45,21 +45,27 @@ def serve(config: ServerConfig, *, on_event: Callable[[str], None] | None = None
         Exit status.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     coordinator = build_coordinator(config, on_event=on_event)
-    server = _AnnouncingServer(
-        uvicorn.Config(
-            create_app(coordinator),
-            host=config.host,
-            port=config.port,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            timeout_keep_alive=75,
+    # Before any socket is opened: what is wrong with the data directory is an error of this command.
+    coordinator.start()
+    try:
+        if config.exit_with_stdin:
+            _stop_when_stdin_closes()
+        server = _AnnouncingServer(
+            uvicorn.Config(
+                create_app(coordinator),
+                host=config.host,
+                port=config.port,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=75,
+            )
         )
-    )
-    if config.exit_with_stdin:
-        _stop_when_stdin_closes()
-    server.run()
+        server.run()
+    finally:
+        coordinator.stop()
     return 0 if server.started else 1
 
 

@@ -25,17 +25,13 @@ hash, train, upload one report. Errors are problem+json with a stable `type`. Te
 
 
 def create_app(coordinator: Coordinator) -> FastAPI:
-    """Build the application; its lifespan starts and stops the coordinator."""
+    """Build the application over a coordinator that the caller starts before, and stops after."""
     executor = ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="pocketfed-upload")
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        coordinator.start()
-        try:
-            yield
-        finally:
-            executor.shutdown()
-            coordinator.stop()
+        yield
+        executor.shutdown()
 
     app = FastAPI(title="pocketfed", version=version("pocketfed"), description=_DESCRIPTION, lifespan=lifespan)
     upload = ReportUpload(coordinator, executor, coordinator.max_report_bytes)

@@ -15,7 +15,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 
-from client_sdk.protocol.errors import StorageUnavailable, UnknownBlob
+from client_sdk.protocol.errors import ConfigurationError, StorageUnavailable, UnknownBlob
 
 
 class BlobStore:
@@ -24,10 +24,16 @@ class BlobStore:
     Args:
         root: Folder, created if needed.
         quota_bytes: Largest total size; None for no limit.
+
+    Raises:
+        ConfigurationError: The folder cannot be created.
     """
 
     def __init__(self, root: Path, quota_bytes: int | None = None) -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigurationError(f"cannot create {root}: {e.strerror or e}; choose another data_dir") from e
         self._root = root
         self._store = LocalStore(prefix=root, mkdir=True)
         self._quota = quota_bytes
