@@ -237,7 +237,10 @@ class DeviceSession:
     def on_report_lost(self) -> None:
         """The sealed report's bytes are gone or damaged: train again, under the same report id."""
         self._expect(Upload)
-        self._move(phase=Phase.TRAINING, report_sha256=None)
+        attempts = self._state.attempts + 1
+        self._move(phase=Phase.TRAINING, report_sha256=None, attempts=attempts)
+        if attempts >= self._policy.max_attempts:
+            self._stop = Stop("gave-up", f"the sealed report was lost {attempts} times; is the disk sound?")
 
     def on_abandoned(self) -> None:
         """The server took the assignment back."""

@@ -234,7 +234,7 @@ class ToyTransport:
         self.server.after("enrol")
         return EnrolReply(device_id=self.device_id)
 
-    def check_in(self, request: CheckInRequest) -> Assigned | Wait | Finished:
+    def check_in(self, _request: CheckInRequest) -> Assigned | Wait | Finished:
         self._begin("check-in")
         server = self.server
         assignment = server.outstanding.get(self.device_id)

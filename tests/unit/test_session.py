@@ -77,14 +77,14 @@ def reach(phase: Phase, **kwargs) -> DeviceSession:
     """A session that was led to a phase by ordinary events."""
     machine = session(**kwargs)
     steps = [
-        (Phase.ELIGIBLE, lambda: machine.on_eligible()),
-        (Phase.ELIGIBLE, lambda: machine.on_enrolled()),
+        (Phase.ELIGIBLE, machine.on_eligible),
+        (Phase.ELIGIBLE, machine.on_enrolled),
         (Phase.ASSIGNED, lambda: machine.on_check_in(Assigned(assignment=ASSIGNMENT))),
         (Phase.DOWNLOADING, lambda: machine.on_blob(MANIFEST)),
         (Phase.DOWNLOADING, lambda: machine.on_blob(PROGRAM)),
         (Phase.TRAINING, lambda: machine.on_blob(MODEL)),
         (Phase.SEALED, lambda: machine.on_sealed(FRAME_HASH)),
-        (Phase.UPLOADING, lambda: machine.on_upload_started()),
+        (Phase.UPLOADING, machine.on_upload_started),
         (Phase.DONE, lambda: machine.on_uploaded(ACCEPTED)),
     ]
     if phase is Phase.ABANDONING:
@@ -469,6 +469,18 @@ def test_lost_blobs_are_fetched_again_and_a_lost_report_is_trained_again_under_i
     machine = reach(Phase.UPLOADING)
     machine.on_report_lost()
     assert machine.next_action() == Train(ASSIGNMENT, REPORT)
+
+
+def test_a_disk_that_loses_every_report_is_noticed():
+    machine = reach(Phase.SEALED, max_attempts=3)
+    trainings = 0
+    while not isinstance(action := machine.next_action(), Stop):
+        if isinstance(action, Train):
+            trainings += 1
+            machine.on_sealed(FRAME_HASH)
+        else:
+            machine.on_report_lost()
+    assert (action.cause, trainings) == ("gave-up", 2)
 
 
 def test_a_blob_that_nobody_waits_for_is_refused():
