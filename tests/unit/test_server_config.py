@@ -1,0 +1,74 @@
+"""The server's configuration: precedence, typos, and what cannot work together."""
+
+from __future__ import annotations
+
+import pytest
+
+from client_sdk.protocol.errors import ConfigurationError
+from server_ref.config import load_config
+
+FILE = """
+data_dir = "state"
+[task]
+bundle = "bundle"
+rounds = 3
+buffer_size = 4
+[task.plan]
+learning_rate = 0.5
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "server.toml"
+    path.write_text(FILE)
+    return path
+
+
+def test_paths_in_the_file_are_relative_to_the_file(file):
+    config = load_config(file)
+    assert config.data_dir == file.parent / "state"
+    assert config.task.bundle == file.parent / "bundle"
+
+
+def test_flags_win_over_the_environment_and_the_environment_over_the_file(file, monkeypatch):
+    monkeypatch.setenv("POCKETFED_TASK__ROUNDS", "7")
+    monkeypatch.setenv("POCKETFED_TASK__BUFFER_SIZE", "8")
+    config = load_config(file, {"task": {"rounds": 9}})
+    assert (config.task.rounds, config.task.buffer_size, config.task.plan.learning_rate) == (9, 8, 0.5)
+
+
+def test_a_synchronous_round_is_the_default(file):
+    policy = load_config(file).task.policy()
+    assert (policy.buffer_size, policy.concurrency, policy.refill_at, policy.max_staleness) == (4, 4, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"task": {"roundz": 3}}, "task.roundz"),
+        ({"task": {"rounds": 0}}, "task.rounds"),
+        ({"task": {"plan": {"learning_rate": float("nan")}}}, "task.plan.learning_rate"),
+        ({"task": {"retry_min_s": 9.0, "retry_max_s": 1.0}}, "retry_max_s"),
+        ({"task": {"concurrency": 2}}, "concurrency=2 cannot fill buffer_size=4"),
+        ({"task": {"concurrency": 5, "refill_at": 6}}, "refill_at=6 can never be reached"),
+        ({"port": 70000}, "port"),
+        ({"clock": "sundial"}, "clock"),
+    ],
+)
+def test_what_cannot_be_is_named(file, overrides, says):
+    with pytest.raises(ConfigurationError, match=says):
+        load_config(file, overrides)
+
+
+def test_missing_settings_are_named_with_their_flags():
+    with pytest.raises(ConfigurationError, match=r"--data-dir.*--bundle"):
+        load_config()
+
+
+def test_unreadable_files_are_told(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot read"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[task\n")
+    with pytest.raises(ConfigurationError, match="not valid TOML"):
+        load_config(tmp_path / "bad.toml")
