@@ -101,7 +101,11 @@ class Transport(Protocol):
 
 
 def open_client(
-    base_url: str, *, max_connections: int = 4, connect_timeout_s: float = _CONNECT_TIMEOUT_S
+    base_url: str,
+    *,
+    max_connections: int = 4,
+    connect_timeout_s: float = _CONNECT_TIMEOUT_S,
+    read_timeout_s: float = _READ_TIMEOUT_S,
 ) -> httpx.Client:
     """An HTTP client that many devices of one process can share.
 
@@ -114,7 +118,7 @@ def open_client(
         verify=True if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         trust_env=url.host not in {"localhost", "127.0.0.1", "::1"},
         limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-        timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=connect_timeout_s),
+        timeout=httpx.Timeout(read_timeout_s, connect=connect_timeout_s),
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
     )
 

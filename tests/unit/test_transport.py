@@ -1,0 +1,434 @@
+"""The HTTP transport against a small real server that answers as each test says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from client_sdk.errors import BlobHashMismatch, InvalidReply, TransportUnavailable
+from client_sdk.identity import DeviceIdentity
+from client_sdk.protocol.errors import (
+    ConfigurationError,
+    ProtocolError,
+    RangeNotSatisfiable,
+    ServerBusy,
+    StaleReport,
+    UnknownBlob,
+)
+from client_sdk.protocol.messages import (
+    MAX_JSON_BYTES,
+    AbandonRequest,
+    Assigned,
+    CheckInRequest,
+    EnrolReply,
+    EnrolRequest,
+    ReportReply,
+)
+from client_sdk.protocol.signing import device_id_of, signing_device, verify_request
+from client_sdk.transport import HttpTransport, open_client
+from tests.devices import make_assignment, sha
+
+IDENTITY = DeviceIdentity.generate()
+REPORT, ASSIGNMENT = "1" * 32, "2" * 32
+ACCEPTED = ReportReply(report_id=REPORT, assignment_id=ASSIGNMENT).model_dump_json().encode()
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Answer:
+    """What to send; ``cut`` closes the connection after so many bytes of the body."""
+
+    status: int = 200
+    body: bytes = b"{}"
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None
+    length: int | None = None
+
+
+class Server:
+    """A real HTTP server whose answers are a function of the request."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.connections = 0
+        self.answer: Callable[[Request], Answer] = lambda _: Answer()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                outer.connections += 1
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+                outer.requests.append(request)
+                self.reply(outer.answer(request))
+
+            def reply(self, answer: Answer) -> None:
+                if answer.status == 0:  # hang up without a word
+                    self.close_connection = True
+                    return
+                self.send_response(answer.status)
+                chunked = answer.headers.get("transfer-encoding") == "chunked"
+                if not chunked:
+                    self.send_header(
+                        "content-length", str(len(answer.body) if answer.length is None else answer.length)
+                    )
+                for name, value in answer.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                body = answer.body if answer.cut is None else answer.body[: answer.cut]
+                with contextlib.suppress(ConnectionError):
+                    for at in range(0, len(body), 1 << 16):
+                        part = body[at : at + (1 << 16)]
+                        self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+                    if chunked and answer.cut is None:
+                        self.wfile.write(b"0\r\n\r\n")
+                self.close_connection |= answer.cut is not None
+
+            do_GET = do_POST = do_PUT = handle_any  # noqa: N815 - the names that http.server looks for
+
+            def log_message(self, *_: object) -> None:
+                """Quiet."""
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.http.shutdown()
+    thread.join()
+    server.http.server_close()
+
+
+@pytest.fixture
+def transport(server: Server) -> Iterator[HttpTransport]:
+    with HttpTransport(server.url, IDENTITY) as transport:
+        yield transport
+
+
+def problem(error: ProtocolError, **extra: object) -> Answer:
+    body = {"type": error.type_uri, "title": error.title, "status": error.http_status, "detail": error.detail} | extra
+    return Answer(error.http_status, json.dumps(body).encode(), {"content-type": "application/problem+json"})
+
+
+def test_requests_are_signed_by_the_device(server: Server, transport: HttpTransport):
+    answers = {
+        "/v1/devices": EnrolReply(device_id=IDENTITY.device_id).model_dump_json(),
+        "/v1/check-ins": json.dumps({"reply": Assigned(assignment=make_assignment()).model_dump(mode="json")}),
+        f"/v1/reports/{REPORT}": ACCEPTED.decode(),
+        f"/v1/assignments/{ASSIGNMENT}/abandon": "",
+    }
+    server.answer = lambda r: Answer(200 if answers[r.path] else 204, answers[r.path].encode())
+    assert transport.enrol(EnrolRequest(public_key=IDENTITY.public_key.hex())).device_id == IDENTITY.device_id
+    assert transport.check_in(CheckInRequest(num_samples=3)) == Assigned(assignment=make_assignment())
+    assert transport.upload(REPORT, b"frame") == ReportReply(report_id=REPORT, assignment_id=ASSIGNMENT)
+    transport.abandon(ASSIGNMENT, AbandonRequest(reason="no-memory"))
+    key = Ed25519PublicKey.from_public_bytes(IDENTITY.public_key)
+    assert [r.path for r in server.requests] == list(answers)
+    for request in server.requests:
+        assert signing_device(request.headers) == device_id_of(IDENTITY.public_key)
+        verify_request(key, request.headers, request.method, request.path, request.body)
+    assert server.requests[2].method == "PUT"
+    assert server.requests[2].body == b"frame"
+    assert server.connections == 1, "one connection serves them all"
+
+
+def test_a_prefix_in_the_address_is_part_of_the_signed_path(server: Server):
+    server.answer = lambda _: Answer(body=ACCEPTED)
+    with HttpTransport(server.url + "/fl/", IDENTITY) as transport:
+        transport.upload(REPORT, b"frame")
+    request = server.requests[0]
+    assert request.path == f"/fl/v1/reports/{REPORT}"
+    verify_request(
+        Ed25519PublicKey.from_public_bytes(IDENTITY.public_key), request.headers, "PUT", request.path, b"frame"
+    )
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_any_buffer_can_be_uploaded(server: Server, transport: HttpTransport, kind: type):
+    server.answer = lambda _: Answer(body=ACCEPTED)
+    transport.upload(REPORT, kind(b"frame"))
+    assert server.requests[0].body == b"frame"
+
+
+def test_bodies_are_counted_as_sent_and_received(server: Server, transport: HttpTransport):
+    blob = bytes(100_000)
+    server.answer = lambda r: Answer(body=blob if r.method == "GET" else ACCEPTED)
+    transport.upload(REPORT, b"x" * 1000)
+    transport.fetch(sha(blob), bytearray(), max_bytes=len(blob))
+    counters = transport.counters
+    assert (counters.requests, counters.bytes_up, counters.bytes_down) == (2, 1000, len(ACCEPTED) + len(blob))
+
+
+def test_devices_share_a_client_and_its_connections(server: Server):
+    server.answer = lambda _: Answer(body=ACCEPTED)
+    with open_client(server.url, max_connections=1) as client:
+        transports = [HttpTransport(server.url, DeviceIdentity.generate(), client=client) for _ in range(5)]
+        for transport in transports:
+            transport.upload(REPORT, b"frame")
+            transport.close()
+        assert len({signing_device(r.headers) for r in server.requests}) == 5
+        assert server.connections == 1
+        assert not client.is_closed
+
+
+def test_a_refusal_comes_back_as_the_error_it_was(server: Server, transport: HttpTransport):
+    server.answer = lambda _: problem(StaleReport("round 3 is over"))
+    with pytest.raises(StaleReport, match="round 3 is over") as caught:
+        transport.upload(REPORT, b"frame")
+    assert caught.value.retry_after_s is None
+
+
+def test_a_busy_server_says_when_to_come_back(server: Server, transport: HttpTransport):
+    server.answer = lambda _: problem(ServerBusy("full"), retry={"min_s": 3, "max_s": 9})
+    with pytest.raises(ServerBusy) as caught:
+        transport.check_in(CheckInRequest(num_samples=1))
+    assert caught.value.retry_after_s == (3, 9)
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_a_gateway_that_says_not_now_is_transient(server: Server, transport: HttpTransport, status: int):
+    server.answer = lambda _: Answer(status, b"<html>sorry</html>", {"retry-after": "7"})
+    with pytest.raises(TransportUnavailable, match=str(status)) as caught:
+        transport.check_in(CheckInRequest(num_samples=1))
+    assert caught.value.retry_after_s == (7, 14)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(200, b"<html>please log in</html>", {"content-type": "text/html"}),
+        Answer(200, b""),
+        Answer(200, b"[" * 10_000),
+        Answer(200, b'{"reply": {"status": "assigned"}}'),
+        Answer(200, b'{"reply": {"status": "finished", "model_version": 1, "extra": 1}}'),
+        Answer(200, b"\xff" * 100),
+        Answer(302, b"", {"location": "http://127.0.0.1:1/"}),
+        Answer(404, b"nothing here"),
+        Answer(400, b"{}", {"content-type": "application/problem+json"}),
+        Answer(400, b"x", {"content-type": "application/problem+json"}),
+        Answer(200, b"x" * (MAX_JSON_BYTES + 1)),
+        Answer(200, b"x" * (MAX_JSON_BYTES + 1), {"transfer-encoding": "chunked"}),
+        Answer(503, b"x" * (MAX_JSON_BYTES + 1), {"content-type": "application/problem+json"}),
+        Answer(200, b"{}", {"content-encoding": "gzip"}),
+    ],
+    ids=lambda a: f"{a.status}-{a.body[:12]!r}-{len(a.body)}",
+)
+def test_what_does_not_speak_the_protocol_is_told_apart(server: Server, transport: HttpTransport, answer: Answer):
+    server.answer = lambda _: answer
+    with pytest.raises(InvalidReply):
+        transport.check_in(CheckInRequest(num_samples=1))
+    assert len(server.requests) == 1, "redirects are not followed, garbage is not asked for twice"
+
+
+def test_an_endless_reply_is_cut_off(server: Server, transport: HttpTransport):
+    server.answer = lambda _: Answer(200, bytes(50_000_000), {"transfer-encoding": "chunked"})
+    with pytest.raises(InvalidReply, match="more than"):
+        transport.check_in(CheckInRequest(num_samples=1))
+    assert transport.counters.bytes_down < 1_000_000
+
+
+def test_another_device_id_than_the_keys_is_refused(server: Server, transport: HttpTransport):
+    server.answer = lambda _: Answer(body=EnrolReply(device_id="0" * 32).model_dump_json().encode())
+    with pytest.raises(InvalidReply, match="another device id"):
+        transport.enrol(EnrolRequest(public_key=IDENTITY.public_key.hex()))
+
+
+def test_nobody_listening_is_transient():
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # bound, not listening
+        url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
+        with HttpTransport(url, IDENTITY) as transport, pytest.raises(TransportUnavailable, match=url):
+            transport.check_in(CheckInRequest(num_samples=1))
+
+
+def test_a_server_that_never_answers_is_left(server: Server):
+    release = threading.Event()
+
+    def answer(_: Request) -> Answer:
+        release.wait()
+        return Answer(0)
+
+    server.answer = answer
+    try:
+        with (
+            open_client(server.url, read_timeout_s=0.05) as client,
+            pytest.raises(TransportUnavailable, match="timed out"),
+        ):
+            HttpTransport(server.url, IDENTITY, client=client).check_in(CheckInRequest(num_samples=1))
+    finally:
+        release.set()
+    assert len(server.requests) == 1, "a slow server is not asked twice at once"
+
+
+def test_a_connection_closed_without_a_word_is_tried_once_more_at_once(server: Server, transport: HttpTransport):
+    server.answer = lambda _: Answer(0) if len(server.requests) == 1 else Answer(body=ACCEPTED)
+    transport.upload(REPORT, b"frame")
+    assert [r.body for r in server.requests] == [b"frame", b"frame"]
+    assert (transport.counters.requests, transport.counters.bytes_up) == (2, 10)
+
+
+def test_a_server_that_always_hangs_up_is_unavailable(server: Server, transport: HttpTransport):
+    server.answer = lambda _: Answer(0)
+    with pytest.raises(TransportUnavailable):
+        transport.upload(REPORT, b"frame")
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "url", ["", "ftp://x", "http://", "http://[::1", "127.0.0.1:8080", "http://x/?q=1", "http://x/#f", "http://a\x00b"]
+)
+def test_an_address_that_is_none_is_refused_before_anything_is_sent(url: str):
+    with pytest.raises(ConfigurationError, match=r"URL|address"):
+        HttpTransport(url, IDENTITY)
+
+
+# --- downloads ---
+
+BLOB = bytes(i % 251 for i in range(300_000))
+
+
+def ranged(request: Request, blob: bytes = BLOB, cut: int | None = None) -> Answer:
+    """A server that honours ranges."""
+    asked = request.headers.get("range")
+    if asked is None:
+        return Answer(200, blob, cut=cut)
+    start = int(asked.removeprefix("bytes=").removesuffix("-"))
+    if start >= len(blob):
+        return problem(RangeNotSatisfiable(f"the blob has {len(blob)} bytes"))
+    return Answer(206, blob[start:], {"content-range": f"bytes {start}-{len(blob) - 1}/{len(blob)}"}, cut=cut)
+
+
+def fetch(transport: HttpTransport, into: bytearray | None = None, *, max_bytes: int = len(BLOB)) -> bytearray:
+    into = bytearray() if into is None else into
+    transport.fetch(sha(BLOB), into, max_bytes=max_bytes)
+    return into
+
+
+def test_a_blob_is_fetched_unsigned_and_whole(server: Server, transport: HttpTransport):
+    server.answer = ranged
+    assert fetch(transport) == BLOB
+    assert server.requests[0].path == f"/v1/blobs/{sha(BLOB)}"
+    assert "signature" not in server.requests[0].headers
+
+
+def test_a_cut_download_goes_on_where_it_was_cut(server: Server, transport: HttpTransport):
+    server.answer = lambda r: ranged(r, cut=70_000)
+    assert fetch(transport) == BLOB
+    starts = [r.headers.get("range") for r in server.requests]
+    assert starts == [None, "bytes=70000-", "bytes=140000-", "bytes=210000-", "bytes=280000-"]
+    assert transport.counters.bytes_down == len(BLOB), "no byte came twice"
+
+
+def test_a_chunked_download_that_lost_only_its_last_mark_is_complete(server: Server, transport: HttpTransport):
+    def answer(request: Request) -> Answer:
+        first = ranged(request, cut=len(BLOB))
+        if first.status == 200:
+            first.headers["transfer-encoding"] = "chunked"
+        return first
+
+    server.answer = answer
+    assert fetch(transport) == BLOB
+    assert server.requests[-1].headers["range"] == f"bytes={len(BLOB)}-"
+
+
+def test_resuming_is_bounded_and_the_next_call_goes_on(server: Server, transport: HttpTransport):
+    server.answer = lambda r: ranged(r, cut=10_000)
+    into = bytearray()
+    with pytest.raises(TransportUnavailable):
+        fetch(transport, into)
+    assert len(into) == 60_000
+    server.answer = ranged
+    fetch(transport, into)
+    assert into == BLOB
+    assert server.requests[-1].headers["range"] == "bytes=60000-"
+
+
+def test_no_progress_is_not_tried_again_at_once(server: Server, transport: HttpTransport):
+    server.answer = lambda r: ranged(r, cut=0)
+    with pytest.raises(TransportUnavailable):
+        fetch(transport)
+    assert len(server.requests) == 1
+
+
+def test_a_server_without_ranges_starts_over(server: Server, transport: HttpTransport):
+    server.answer = lambda _: Answer(200, BLOB, cut=50_000 if len(server.requests) == 1 else None)
+    assert fetch(transport) == BLOB
+
+
+@pytest.mark.parametrize("content_range", [None, "bytes 5-9/10", "bytes x-y/z", "pages 1-2/3"])
+def test_another_range_than_the_one_asked_for_is_refused(server: Server, transport: HttpTransport, content_range):
+    headers = {} if content_range is None else {"content-range": content_range}
+    server.answer = lambda _: Answer(206, BLOB[100:], headers)
+    into = bytearray(BLOB[:100])
+    with pytest.raises(InvalidReply, match="another range"):
+        fetch(transport, into)
+    assert into == b"", "the next attempt starts clean"
+
+
+@pytest.mark.parametrize(
+    "lie", [BLOB[:-1], BLOB + b"x", b"", bytes(len(BLOB))], ids=["short", "long", "empty", "zeros"]
+)
+def test_other_bytes_than_those_named_are_refused(server: Server, transport: HttpTransport, lie: bytes):
+    server.answer = lambda r: ranged(r, lie)
+    into = bytearray()
+    with pytest.raises(BlobHashMismatch):
+        fetch(transport, into, max_bytes=10**6)
+    assert into == b""
+
+
+def test_a_wrong_beginning_is_found_out_and_not_built_upon(server: Server, transport: HttpTransport):
+    server.answer = ranged
+    into = bytearray(b"not the beginning")
+    with pytest.raises(BlobHashMismatch):
+        fetch(transport, into)
+    assert fetch(transport, into) == BLOB
+
+
+@pytest.mark.parametrize("headers", [{}, {"transfer-encoding": "chunked"}], ids=["declared", "chunked"])
+def test_a_blob_larger_than_the_device_accepts_is_cut_off(server: Server, transport: HttpTransport, headers: dict):
+    server.answer = lambda _: Answer(200, BLOB, dict(headers))
+    into = bytearray()
+    with pytest.raises(InvalidReply, match=r"at most|more than"):
+        fetch(transport, into, max_bytes=100_000)
+    assert into == b""
+    assert transport.counters.bytes_down <= 200_000
+
+
+def test_an_absurd_declared_length_is_refused_before_anything_is_read(server: Server, transport: HttpTransport):
+    server.answer = lambda _: Answer(200, b"x", cut=1, length=10**18)
+    with pytest.raises(InvalidReply, match="announces"):
+        fetch(transport)
+    assert transport.counters.bytes_down == 0
+
+
+def test_an_unknown_blob_is_told(server: Server, transport: HttpTransport):
+    server.answer = lambda _: problem(UnknownBlob("gone"))
+    with pytest.raises(UnknownBlob):
+        fetch(transport)
