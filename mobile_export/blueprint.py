@@ -18,6 +18,7 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.frames import encode_frame
 from client_sdk.protocol.program import ParameterSpec, Role
 from mobile_export.checks import parameter_table
+from mobile_export.decompositions import DecompositionTable
 from mobile_export.errors import UnsupportedModel
 from mobile_export.methods import INPUT_NAMES, Loss, Methods
 from mobile_export.toolchain import trace, versions
@@ -93,6 +94,7 @@ def draw_blueprint(
     num_classes: int | None,
     model_name: str | None,
     constants: Mapping[str, int | float],
+    decompositions: DecompositionTable,
     traced: Callable[[str], None],
 ) -> Blueprint:
     """Check a model and its options (those of ``export_program``), and trace every method.
@@ -112,7 +114,7 @@ def draw_blueprint(
     methods: dict[str, TracedMethod] = {}
     for name, (role, batch_size) in roles.items():
         inputs = _example_inputs(role, batch_size, parameters, shape)
-        methods[name] = TracedMethod(role, batch_size, trace(functions.function(role), inputs), inputs)
+        methods[name] = TracedMethod(role, batch_size, trace(functions.function(role), inputs, decompositions), inputs)
         traced(name)
     return Blueprint(
         model_name=model_name or type(model).__name__,

@@ -133,13 +133,13 @@ def export_program(
         num_classes=num_classes,
         model_name=model_name,
         constants=constants or {},
+        decompositions=decomposition_table() if decompositions is None else decompositions,
         traced=lambda method: steps.finish("trace", method),
     )
     key = blueprint.content_key()
 
     def build(folder: Path) -> ProgramBundle:
-        table = decomposition_table() if decompositions is None else decompositions
-        bundle = _write_bundle(blueprint, key, table, folder, steps)
+        bundle = _write_bundle(blueprint, key, folder, steps)
         if not parity:
             bundle.load(runtime).close()
             return bundle
@@ -178,13 +178,11 @@ def _report(bundle: ProgramBundle) -> ParityReport:
     return bundle.parity
 
 
-def _write_bundle(
-    blueprint: Blueprint, key: str, table: DecompositionTable, folder: Path, steps: _Steps
-) -> ProgramBundle:
+def _write_bundle(blueprint: Blueprint, key: str, folder: Path, steps: _Steps) -> ProgramBundle:
     """Lower and serialise all methods, and write the three files; the folder is a scratch one."""
     edges = {}
     for name, method in blueprint.methods.items():
-        edges[name] = lower(method.graph, method.inputs, table)
+        edges[name] = lower(method.graph, method.inputs)
         steps.finish("lower", name)
     program = emit(edges, blueprint.constants)
     steps.finish("emit")

@@ -204,7 +204,8 @@ class _Gate:
             try:
                 actual = self.program.run(method.name, *inputs)
             except ProgramExecutionError as e:
-                raise ParityError(method.name, str(e), np.inf, self._tolerance, self._suspects(method.name)) from e
+                suspects = self._suspects(method.name)
+                raise ParityError(method.name, "", np.inf, self._tolerance, suspects, failure=str(e)) from e
             differences = self._compare(method, actual, expected)
             worst = max(differences, key=lambda d: d.error)
             if worst.error <= self._tolerance:

@@ -31,14 +31,17 @@ def versions() -> dict[str, str]:
     return {"executorch": importlib.metadata.version("executorch"), "torch": torch.__version__}
 
 
-def trace(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> torch.fx.GraphModule:
+def trace(
+    function: Callable[..., Any], inputs: tuple[torch.Tensor, ...], table: DecompositionTable
+) -> torch.fx.GraphModule:
     """Trace a method, gradients included, to a flat graph of ATen operators.
 
     ``torch.export`` cannot see through ``torch.func.grad``; ``make_fx`` can. Fake tensors make a branch on data an
-    error, where real ones would silently bake one side of it into the program.
+    error, where real ones would silently bake one side of it into the program. The rewrites of ``table`` apply here
+    and not later: they may lay tensors out otherwise than the operators they replace, and views depend on it.
 
     Raises:
-        UnsupportedModel: The model branches on data, or draws random numbers.
+        UnsupportedModel: The model branches on data, draws random numbers, or leaves torch (``.numpy()``).
     """
 
     def method(*arguments: torch.Tensor) -> Any:  # noqa: ANN401 - make_fx takes any structure of tensors
@@ -46,18 +49,44 @@ def trace(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> tor
         return function(*arguments)
 
     try:
-        module = make_fx(method, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        module = make_fx(method, decomposition_table=dict(table), tracing_mode="fake", _allow_non_fake_inputs=True)(
+            *inputs
+        )
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as e:
-        raise UnsupportedModel("", f"the model branches on the values of a tensor ({e}); use torch.where") from e
+        raise UnsupportedModel(
+            "", f"the model branches on the values of a tensor ({_first_line(e)}); use torch.where"
+        ) from e
+    except RuntimeError as e:
+        raise UnsupportedModel("", f"the model cannot be traced: {_first_line(e)}") from e
     check_graph(module.graph)
+    cancel_transposes(module)
     return module
 
 
-def lower(module: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...], table: DecompositionTable) -> Any:  # noqa: ANN401 - an untyped library's program
-    """Rewrite a traced method with the decomposition table, and turn it into ExecuTorch's edge dialect."""
+def cancel_transposes(module: torch.fx.GraphModule) -> None:
+    """Replace the transpose of a transpose by what was transposed.
+
+    Autograd leaves one such pair for each weight matrix; in eager mode they are views, in ExecuTorch each transpose
+    is a copy.
+    """
+    t = torch.ops.aten.t.default
+    for node in module.graph.nodes:
+        if node.target is t and node.args[0].target is t:
+            node.replace_all_uses_with(node.args[0].args[0])
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _first_line(error: Exception) -> str:
+    """Torch's messages go on for pages of advice on its own settings."""
+    return str(error).partition("\n")[0]
+
+
+def lower(module: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> Any:  # noqa: ANN401 - an untyped library's program
+    """Turn a traced method into core ATen operators, and these into ExecuTorch's edge dialect."""
     exir = _exir()
     with _quiet():
-        program = torch.export.export(module, inputs).run_decompositions(dict(table))
+        program = torch.export.export(module, inputs).run_decompositions(torch.export.default_decompositions())
         return exir.to_edge(program, compile_config=_edge_config(exir)).exported_program()
 
 
@@ -109,6 +138,8 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
+        # A convolution without a gradient for its input; the plan is right.
+        warnings.filterwarnings("ignore", message=r"Function .*'s \w+ kwarg value is None")
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
