@@ -224,6 +224,10 @@ class BudgetExceeded(PocketfedError):
     """An exact sum or encoding would leave its declared budget; the answer would no longer be exact."""
 
 
+class EmptyAggregate(PocketfedError):
+    """A mean over no updates was asked for."""
+
+
 # --- programs ------------------------------------------------------------------------------------------------
 
 
