@@ -60,7 +60,7 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     add("--seed", type=int, metavar="S", help="fixes the whole run (default: 1)")
     rounds = parser.add_argument_group("rounds")
     add = rounds.add_argument
-    add("--rounds", type=int, metavar="R", help="model updates (default: 30)")
+    add("--rounds", type=int, metavar="R", help="model updates (default: 60)")
     add("--cohort", type=int, metavar="K", help="reports per model update (default: a fifth of the fleet, 10 or more)")
     add("--overselect", type=float, metavar="X", help="devices invited per report needed, 1.0 or more (default: 1.0)")
     add("--refill-at", type=int, metavar="N", help="asynchronous: invite again when N slots are free (default: all)")
@@ -76,8 +76,8 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     local = parser.add_argument_group("local training")
     add = local.add_argument
     add("--epochs", type=int, metavar="E", help="passes over a device's examples (default: 5)")
-    add("--batch-size", type=int, metavar="B", help="examples per step (default: 16)")
-    add("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: 0.1)")
+    add("--batch-size", type=int, metavar="B", help="examples per step (default: 8 for digits, else 16)")
+    add("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: 0.5 for digits, else 0.1)")
     add("--prox-mu", type=float, metavar="MU", help="FedProx's coefficient (default: 0, FedAvg)")
     how = parser.add_argument_group("how it is carried out (does not change the result)")
     add = how.add_argument
@@ -168,8 +168,8 @@ def data_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespac
     """Fill the parser of ``pocketfed data``, and return the function that runs it."""
     parser.description = (
         "Fetch a data set for simulations.\n\n"
-        "fashion-mnist comes from Debian's package dataset-fashion-mnist (31 MB), without root; every file's SHA-256 is\n"
-        "compared with a pinned one. digits needs no fetching: scikit-learn brings it."
+        "fashion-mnist comes from Debian's package dataset-fashion-mnist (31 MB), without root; every file's SHA-256\n"
+        "is compared with a pinned one. digits needs no fetching: scikit-learn brings it."
     )
     parser.epilog = (
         "examples:\n"
@@ -181,7 +181,7 @@ def data_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespac
     parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="take the files from this folder")
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="where to keep the files (default: where simulations look, $POCKETFED_CACHE/data or the user's cache folder)",
+        help="where to keep the files (default: where simulations look: $POCKETFED_CACHE/data or the user's cache)",
     )  # fmt: skip
     return _run_data
 

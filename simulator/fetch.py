@@ -128,8 +128,6 @@ def fetch(package: DataPackage, target: Path, say: Progress) -> None:
             raise DatasetUnavailable(f"{tool} is not on this machine (it comes with Debian and Ubuntu); {by_hand}")
     with tempfile.TemporaryDirectory(prefix="pocketfed-data-") as temporary:
         folder = Path(temporary)
-        # apt drops its privileges to fetch; without this it warns about the folder that it cannot enter.
-        folder.chmod(0o755)
         say(f"downloading the Debian package {package.debian_package} (about 31 MB)")
         output = _download(package, folder, say)
         archives = list(folder.glob("*.deb"))
@@ -149,7 +147,8 @@ def fetch(package: DataPackage, target: Path, say: Progress) -> None:
 
 def _download(package: DataPackage, folder: Path, say: Progress) -> str:
     """Run ``apt-get download``, refreshing the package lists once where that is allowed; returns apt's output."""
-    command = ["apt-get", "download", package.debian_package]
+    # Run by root, apt drops its privileges to fetch, and then warns that it cannot write into our private folder.
+    command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", package.debian_package]
     status, output = _run(command, folder, say)
     if status == 0 or os.geteuid() != 0:
         return output

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from client_sdk.protocol.profile import DeviceTier
 from simulator.results import RoundResult, SimulationResults, TierResult
-from simulator.sessions import Outcome, Session
+from simulator.sessions import Session
 
 Figure = dict[str, Any]
 
@@ -203,59 +203,61 @@ def timeline(
     counted: Sequence[Sequence[Session]],
     tier_of: Callable[[int], DeviceTier],
 ) -> tuple[Figure, int]:
-    """Rounds as bars over time, with every report at its arrival.
+    """Rounds as bars, with every report at its arrival; time counts from the opening of each round.
 
     Returns:
         The figure, and the share of reports drawn as one in how many.
     """
     rounds = results.rounds
-    begin = rounds[0].opened_at_s if results.virtual_seconds is None else 0.0
-    scale, unit = _time_unit(rounds[-1].closed_at_s - begin)
-    place = {id(s): index + 1 for index, group in enumerate(counted) for s in group}
-    arrived = [s for s in sessions if s.arrives_s is not None and s.end is not None]
-    every = max(1, -(-len(arrived) // MAX_POINTS))
-    shown = arrived[::every]
-    data: list[Figure] = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": "round open",
-            "base": [(r.opened_at_s - begin) / scale for r in rounds],
-            "x": [(r.closed_at_s - r.opened_at_s) / scale for r in rounds],
-            "y": [r.round for r in rounds],
-            "width": 0.82,
-            "marker": {"color": "band", "line": {"width": 0}},
-            "hovertemplate": f"round %{{y}}: open for %{{x:.3g}} {unit}<extra></extra>",
-        }
-    ]
     foreign = results.virtual_seconds is None
-    for tier in TIER_NAMES:
-        points = [s for s in shown if tier_of(s.device) is tier and (foreign or id(s) in place)]
-        data.append(_points(points, place, scale, f"report, {TIER_NAMES[tier]}", (_TIER_COLOURS[tier], "circle")))
-    if not foreign:
-        late = [s for s in shown if id(s) not in place and s.end is not None and s.end.outcome is not Outcome.DROPPED]
-        data.append(_points(late, place, scale, "too late", ("muted", "x-thin")))
+    opened = {r.round: 0.0 if foreign else r.opened_at_s for r in rounds}
+    scale, unit = _time_unit(max(r.closed_at_s - r.opened_at_s for r in rounds))
+    # Which round each report belongs to: the one that counted it, or else the one that it was meant for.
+    place = {id(s): index + 1 for index, group in enumerate(counted) for s in group}
+    arrived = [s for s in sessions if s.arrives_s is not None and s.assignment.round_id + 1 in opened]
+    every = max(1, -(-len(arrived) // MAX_POINTS))
+    kinds: dict[str, tuple[str, str, list[tuple[float, int, int]]]] = {
+        f"report, {name}": (_TIER_COLOURS[tier], "circle", []) for tier, name in TIER_NAMES.items()
+    }
+    kinds["too late"] = ("muted", "x-thin", [])
+    for s in arrived[::every] if not foreign else []:
+        kind = f"report, {TIER_NAMES[tier_of(s.device)]}" if id(s) in place else "too late"
+        of_round = place.get(id(s), s.assignment.round_id + 1)
+        kinds[kind][2].append((round(((s.arrives_s or 0.0) - opened[of_round]) / scale, 4), of_round, s.device))
+    bars: Figure = {
+        "type": "bar",
+        "orientation": "h",
+        "name": "round open",
+        "x": [(r.closed_at_s - r.opened_at_s) / scale for r in rounds],
+        "y": [r.round for r in rounds],
+        "width": 0.84,
+        "marker": {"color": "band", "line": {"width": 0}},
+        "hovertemplate": f"round %{{y}}: open for %{{x:.3g}} {unit}<extra></extra>",
+    }
+    clock = "the server's time" if foreign else "virtual time"
     return {
-        "data": [trace for trace in data if trace["y"]],
+        "data": [bars, *(_points(name, *kind, unit) for name, kind in kinds.items() if kind[2])],
         "layout": {
-            "xaxis": _axis(f"{'time' if foreign else 'virtual time'} ({unit})", rangemode="tozero"),
-            "yaxis": _axis("round", autorange="reversed", **({"dtick": 1} if len(rounds) <= 20 else {})),
+            "xaxis": _axis(f"{clock} since the round opened ({unit})", rangemode="tozero"),
+            "yaxis": _axis(
+                "round",
+                range=[rounds[-1].round + 0.6, rounds[0].round - 0.6],
+                **({"dtick": 1} if len(rounds) <= 20 else {}),
+            ),
             "hovermode": "closest",
             "showlegend": True,
         },
     }, every
 
 
-def _points(
-    sessions: Sequence[Session], place: dict[int, int], scale: float, name: str, style: tuple[str, str]
-) -> Figure:
-    colour, symbol = style
+def _points(name: str, colour: str, symbol: str, marks: Sequence[tuple[float, int, int]], unit: str) -> Figure:
     return {
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "x": [round((s.arrives_s or 0.0) / scale, 4) for s in sessions],
-        "y": [place.get(id(s), s.assignment.round_id + 1) for s in sessions],
+        "x": [time for time, _, _ in marks],
+        "y": [of_round for _, of_round, _ in marks],
+        "text": [f"device {device}" for _, _, device in marks],
         "marker": {
             "color": colour,
             "symbol": symbol,
@@ -263,8 +265,7 @@ def _points(
             "opacity": 0.85,
             "line": {"color": colour, "width": 1},
         },
-        "text": [f"device {s.device}" for s in sessions],
-        "hovertemplate": "round %{y}, %{x}: %{text}<extra></extra>",
+        "hovertemplate": f"round %{{y}}, after %{{x}} {unit}: %{{text}}<extra></extra>",
     }
 
 

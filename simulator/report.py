@@ -147,12 +147,14 @@ def _tier_words(results: SimulationResults) -> str:
 
 
 def _timeline_words(results: SimulationResults, every: int) -> str:
-    words = "Each bar is the time in which a round's buffer was open; each mark is a report at its arrival."
-    if every > 1:
-        words += f" One report in {every} is drawn."
     if results.virtual_seconds is None:
-        return words + " Times are those of the server's own clock."
-    return words + " Time is simulated: it follows from the seed and the devices' profiles."
+        return "Each bar is the time in which a round's buffer was open, on the server's own clock."
+    words = (
+        "Each bar is the time in which a round's buffer was open; each mark is a report at its arrival. Time is "
+        "simulated: it follows from the seed and the devices' profiles. "
+        f"All rounds together took {human_time(results.virtual_seconds)} (minutes:seconds) of it."
+    )
+    return words if every == 1 else f"{words} One report in {every} is drawn."
 
 
 class _Page:

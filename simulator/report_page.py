@@ -95,7 +95,7 @@ SCRIPT: Final = """
         if (/^[xy]axis/.test(key)) { layout[key] = axis(layout[key]); }
       });
       Plotly.react(id, figure.data, layout,
-        { responsive: true, displaylogo: false, modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d'] });
+        { responsive: true, displayModeBar: false });
     });
   }
   draw();

@@ -117,7 +117,7 @@ def test_root_refreshes_old_package_lists_and_tries_again(tmp_path, tools, archi
 
 def test_a_user_is_told_to_refresh_the_lists_and_what_went_wrong(tmp_path, tools, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    tools(f"touch {tmp_path}/called-$1; echo \"E: Failed to fetch: Could not resolve 'mirror'\"; exit 100")
+    tools(f"touch {tmp_path}/called-$1 ; echo \"E: Failed to fetch: Could not resolve 'mirror'\"; exit 100")
     with pytest.raises(DatasetUnavailable, match=r"online\?.*apt-get update.*--from DIR.*\n.*Could not resolve"):
         fetch(PACKAGE, tmp_path / "to", ignore)
     assert not (tmp_path / "called-update").exists()
