@@ -25,17 +25,18 @@ def load_examples(path: Path) -> Examples:
         InvalidDataFile: Not such a file, or NaN, or nothing in it.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            # np.load answers a bare .npy with an array
-            names = set(archive.files) if isinstance(archive, np.lib.npyio.NpzFile) else set()
-            if not {"x", "y"} <= names:
-                raise InvalidDataFile(
-                    f"{path} holds {sorted(names) or 'no named arrays'}; it must hold x and y, "
-                    "as np.savez(file, x=..., y=...) writes them"
-                )
-            x, y = archive["x"], archive["y"]
+        # Opened here, because np.load leaves the file open where it fails.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            named = dict(archive) if isinstance(archive, np.lib.npyio.NpzFile) else {}  # a bare .npy gives an array
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as e:
         raise InvalidDataFile(f"{path} is not a readable .npz file of plain arrays: {e}") from e
+    if not {"x", "y"} <= set(named):
+        raise InvalidDataFile(
+            f"{path} holds {sorted(named) or 'no named arrays'}; it must hold x and y, "
+            "as np.savez(file, x=..., y=...) writes them"
+        )
+    x, y = named["x"], named["y"]
     if x.dtype != np.float32:
         raise InvalidDataFile(f"{path}: x is {x.dtype}; save it as float32 (x.astype(np.float32))")
     if y.dtype != np.int64:

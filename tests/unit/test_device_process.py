@@ -1,0 +1,170 @@
+"""What ``pocketfed device`` does around the client: data, state, signals, lines. The network is the toy server."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client_sdk import device, events
+from client_sdk.device import ProgressLines, run_device
+from client_sdk.errors import InvalidDataFile, StateDirLocked
+from client_sdk.protocol.errors import ConfigurationError, UnsupportedVersion
+from client_sdk.protocol.profile import DeviceTier
+from client_sdk.store import FileDeviceStore
+from tests.devices import WAIT, ToyProgram, ToyServer, make_assignment, make_data
+
+
+class ToyPrograms:
+    """Provides the toy program whatever the bundle holds."""
+
+    def __init__(self, *_: object) -> None:
+        self.program = ToyProgram()
+
+    def open(self, *_: object) -> ToyProgram:
+        return self.program
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.fixture
+def server(monkeypatch) -> ToyServer:
+    server = ToyServer(work=2)
+    monkeypatch.setattr(device, "HttpTransport", lambda _url, identity: server.device(identity.device_id))
+    monkeypatch.setattr(device, "DownloadedPrograms", ToyPrograms)
+    return server
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    x, y = make_data()
+    np.savez(tmp_path / "shard.npz", x=x, y=y)
+    return tmp_path / "shard.npz"
+
+
+def run(data: Path, tmp_path: Path, **changes: object) -> int:
+    return run_device(server_url="http://127.0.0.1:1", data=data, state_dir=tmp_path / "state", **changes)
+
+
+def test_a_device_runs_to_the_end_of_the_task_and_says_what_it_does(server, data, tmp_path, capsys):
+    assert run(data, tmp_path, tier=DeviceTier.HIGH_END, name="kitchen") == 0
+    assert len(server.reports) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert all(line.startswith("device kitchen: ") for line in lines)
+    assert "enrolled as" in lines[0]
+    assert any("trained on 20 examples; loss" in line for line in lines)
+    assert any("report accepted" in line for line in lines)
+    assert lines[-1].endswith("2 reports accepted")
+
+
+def test_the_next_run_goes_on_as_the_same_device(server, data, tmp_path):
+    assert run(data, tmp_path, max_reports=1) == 0
+    assert run(data, tmp_path, max_reports=1) == 0
+    assert len({device_id for device_id, _ in server.reports.values()}) == 1
+    assert server.requests.count("enrol") == 1
+    assert server.requests.count("fetch") == 3, "the second run has everything cached"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_cleanly_and_the_handlers_are_restored(server, data, tmp_path, number, capsys):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    server.before = lambda name: os.kill(os.getpid(), number) if name == "upload" else None
+    assert run(data, tmp_path) == 0
+    assert "state is kept; 1 report accepted" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    server.before = lambda _: None
+    assert run(data, tmp_path) == 0
+    assert len(server.reports) == 2
+
+
+def test_a_second_signal_ends_at_once_and_loses_nothing(server, data, tmp_path):
+    def twice(name: str) -> None:
+        if name == "upload":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    server.before = twice
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path)
+    server.before = lambda _: None
+    assert run(data, tmp_path) == 0
+    assert len(server.reports) == 2
+
+
+def test_outside_the_main_thread_no_handler_is_touched(server, data, tmp_path):
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run(data, tmp_path)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_what_made_the_device_give_up_is_raised(server, data, tmp_path):
+    def refuse(_: str) -> None:
+        raise UnsupportedVersion("this server speaks version 2")
+
+    server.before = refuse
+    with pytest.raises(UnsupportedVersion, match="version 2"):
+        run(data, tmp_path)
+    FileDeviceStore(tmp_path / "state").close()
+
+
+def test_bad_input_is_refused_before_anything_is_sent(server, data, tmp_path):
+    with pytest.raises(InvalidDataFile):
+        run(tmp_path / "missing.npz", tmp_path)
+    store = FileDeviceStore(tmp_path / "state")
+    with pytest.raises(StateDirLocked):
+        run(data, tmp_path)
+    store.close()
+    assert server.requests == []
+
+
+def test_a_bad_address_releases_the_state_directory(data, tmp_path):
+    with pytest.raises(ConfigurationError, match="server's address"):
+        run_device(server_url="ftp://x", data=data, state_dir=tmp_path / "state")
+    FileDeviceStore(tmp_path / "state").close()
+
+
+ASSIGNMENT = make_assignment(1)
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (events.Enrolled("ab" * 16), "enrolled as " + "ab" * 16),
+        (events.CheckedIn(ASSIGNMENT), "round 0: got model version 0; 600 s to report"),
+        (events.Downloaded("c" * 64, 1234567), "downloaded cccccccccccc (1,234,567 bytes)"),
+        (events.Downloaded("c" * 64, 0), None),
+        (events.TrainingProgress(10, 20, 0.5), None),
+        (events.TrainingProgress(20, 20, 0.5), "trained on 20 examples; loss 0.5000"),
+        (events.Uploaded("1" * 32, ASSIGNMENT, 40), "round 0: report accepted (40 bytes)"),
+        (events.Waiting(1.25, WAIT.reason), "waiting 1.2 s: round-full"),
+        (events.Dropped(ASSIGNMENT, "too late"), "round 0: dropped: too late"),
+        (events.Finished("finished", "the task is finished", 1), "the task is finished; 1 report accepted"),
+    ],
+)
+def test_each_event_has_its_line(event: events.Event, line: str | None):
+    stream = io.StringIO()
+    ProgressLines("d" * 32, stream)(event)
+    assert stream.getvalue() == ("" if line is None else f"device {'d' * 12}: {line}\n")
+
+
+def test_a_closed_terminal_does_not_lose_the_state(server, data, tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", Closed())
+        with pytest.raises(BrokenPipeError):
+            run(data, tmp_path)
+    assert run(data, tmp_path) == 0
+    assert len(server.reports) == 2
