@@ -1,0 +1,92 @@
+"""The commands of the simulator: help that teaches, and one line for what cannot be."""
+
+import subprocess
+import sys
+
+import pytest
+
+from client_sdk.cli import main
+from simulator import fetch
+
+
+def fails(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--devices", "0"], "--devices"),
+        (["--devices", "many"], "--devices"),
+        (["--devices", "2000"], "2000 devices cannot each get one of 1259"),
+        (["--devices", "5", "--cohort", "6"], "cohort of 6"),
+        (["--partition", "random"], "iid, dirichlet:ALPHA"),
+        (["--partition", "shards:99", "--devices", "100"], "need 9900 examples"),
+        (["--workers", "0"], "--workers"),
+        (["--model", "transformer"], "--model"),
+        (["--dataset", "imagenet"], "--dataset"),
+        (["--resume"], "no run to resume"),
+        (["--resume", "--overwrite"], "leave --overwrite out"),
+        (["--resume", "--server", "http://127.0.0.1:1"], "leave --server out"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, words):
+    out = tmp_path / "run"
+    message = fails(capsys, "simulate", *arguments, "--out", str(out))
+    assert words in message
+    assert "Traceback" not in message
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_a_data_set_that_is_not_here_names_the_command_that_fetches_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("POCKETFED_CACHE", str(tmp_path / "cache"))
+    message = fails(capsys, "simulate", "--dataset", "fashion-mnist", "--out", str(tmp_path / "run"))
+    assert "pocketfed data fashion-mnist" in message
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "file" in fails(capsys, "simulate", "--out", str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("simulate", ["examples:", "--resume --out", "dirichlet:0.5", "report.html", "never for a production server"]),
+        ("data", ["examples:", "--from", "Debian"]),
+    ],
+)
+def test_help_teaches_by_example(capsys, command, words):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in words:
+        assert word in text
+
+
+def test_help_loads_neither_torch_nor_numpy():
+    code = (
+        "import sys; from client_sdk.cli import main; main(['simulate', '--help']); main(['data', '--help']);"
+        "assert not {'torch', 'numpy', 'plotly', 'sklearn', 'rich'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_digits_needs_no_fetching(capsys):
+    assert main(["data", "digits"]) == 0
+    assert "nothing to fetch" in capsys.readouterr().out
+
+
+def test_data_from_a_folder_without_the_files_is_refused(tmp_path, capsys):
+    message = fails(capsys, "data", "fashion-mnist", "--from", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "lacks" in message
+    assert "train-images-idx3-ubyte.gz" in message
+
+
+def test_data_that_is_there_already_is_not_fetched_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fetch, "is_current", lambda _package, _folder: True)
+    assert main(["data", "fashion-mnist", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path)
+    assert "unharmed" in printed.err

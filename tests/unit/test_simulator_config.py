@@ -1,0 +1,83 @@
+"""What a simulation is: defaults that work, numbers that fit together, and refusals that name the flag."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client_sdk.protocol.errors import ConfigurationError
+from simulator.config import RECIPES, SimulationConfig, default_cohort
+from simulator.datasets import DATASETS
+from simulator.errors import PartitionError
+
+
+def test_nothing_given_is_a_run_that_works():
+    config = SimulationConfig.parse({})
+    config.check()
+    assert config.dataset == "digits"
+    assert config.cohort_size == 20
+
+
+def test_local_training_follows_the_data_set_unless_given():
+    fashion = SimulationConfig.parse({"dataset": "fashion-mnist", "learning_rate": None})
+    assert fashion.learning_rate == RECIPES["fashion-mnist"]["learning_rate"]
+    assert SimulationConfig.parse({"dataset": "fashion-mnist", "learning_rate": 0.7}).learning_rate == 0.7
+
+
+def test_there_is_a_recipe_for_every_data_set_and_the_defaults_are_that_of_the_default_one():
+    assert set(RECIPES) == set(DATASETS)
+    assert SimulationConfig.parse({"dataset": "digits"}) == SimulationConfig.parse({}) == SimulationConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"devices": 0}, "--devices.*greater than or equal to 1.*got 0"),
+        ({"devices": -3}, "--devices"),
+        ({"rounds": 0}, "--rounds"),
+        ({"cohort": 0}, "--cohort"),
+        ({"devices": 5, "cohort": 6}, "cohort of 6.*there are 5.*--cohort.*--devices"),
+        ({"devices": 10, "cohort": 8, "overselect": 1.5}, "--cohort 8 x --overselect 1.5 invites 12.*there are 10"),
+        ({"overselect": 0.5}, "--overselect"),
+        ({"refill_at": 99}, "--refill-at 99.*at most 20"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"dropout": float("nan")}, "--dropout"),
+        ({"learning_rate": 0}, "--lr"),
+        ({"learning_rate": float("inf")}, "--lr"),
+        ({"server_learning_rate": -1}, "--server-lr"),
+        ({"prox_mu": -0.1}, "--prox-mu"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 2**31}, "--seed"),
+        ({"epochs": 0}, "--epochs"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"max_staleness": -1}, "--max-staleness"),
+        ({"model": "transformer"}, "--model.*'softmax', 'mlp' or 'cnn'.*got 'transformer'"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_the_name_of_its_flag(values, words):
+    with pytest.raises(ConfigurationError, match=words):
+        SimulationConfig.parse(values)
+
+
+def test_an_unknown_partition_is_refused_with_the_known_ones():
+    with pytest.raises(PartitionError, match="iid, dirichlet:ALPHA"):
+        SimulationConfig.parse({"partition": "random"})
+
+
+@given(st.integers(1, 10_000))
+def test_the_default_cohort_always_fits(devices):
+    assert 1 <= default_cohort(devices) <= devices
+
+
+@given(st.integers(1, 100), st.floats(1, 10))
+def test_over_selection_invites_at_least_the_cohort(cohort, overselect):
+    config = SimulationConfig(devices=1000, cohort=cohort, overselect=overselect)
+    assert cohort <= config.concurrency <= cohort * overselect + 1
+
+
+def test_whole_multiples_invite_exactly_as_many():
+    assert SimulationConfig(cohort=10, overselect=1.1).concurrency == 11
+
+
+def test_differences_are_named_as_flags():
+    ours, theirs = SimulationConfig(seed=1, learning_rate=0.1), SimulationConfig(seed=2, learning_rate=0.1)
+    assert ours.differences(theirs) == ["--seed 1 (the run has 2)"]
