@@ -23,6 +23,9 @@ from mobile_export.errors import UnsupportedModel
 from mobile_export.methods import INPUT_NAMES, Loss, Methods
 from mobile_export.toolchain import trace, versions
 
+# The command line, the names to import, and models: what matters of a model is in its graphs.
+_NO_PART_OF_AN_EXPORT = ("__init__.py", "cli.py", "models.py")
+
 
 @dataclass(frozen=True)
 class TracedMethod:
@@ -214,5 +217,5 @@ def _graph_content(module: torch.fx.GraphModule) -> list[bytes]:
 def _exporter_source() -> bytes:
     """The sources of this package and of what it writes files with: another exporter, another key."""
     files = [Path(str(m.__file__)) for m in (client_sdk.protocol.frames, client_sdk.protocol.program)]
-    files += sorted(Path(__file__).parent.glob("*.py"))
+    files += sorted(f for f in Path(__file__).parent.glob("*.py") if f.name not in _NO_PART_OF_AN_EXPORT)
     return b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)

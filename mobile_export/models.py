@@ -180,7 +180,9 @@ def build_model(
     """
     entry = REFERENCE_MODELS.get(name)
     if entry is None:
-        raise ConfigurationError(f"no reference model is called {name!r}; there are {sorted(REFERENCE_MODELS)}")
+        raise ConfigurationError(
+            f"no reference model is called {name!r}; there are {', '.join(sorted(REFERENCE_MODELS))}"
+        )
     widths = entry.default_hidden if hidden is None else hidden
     if name == "softmax" and widths:
         raise ConfigurationError("softmax has no hidden layer; use mlp")

@@ -54,10 +54,10 @@ def trace(
         )
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as e:
         raise UnsupportedModel(
-            "", f"the model branches on the values of a tensor ({_first_line(e)}); use torch.where"
+            "", f"the model or the loss branches on the values of a tensor ({_first_line(e)}); use torch.where"
         ) from e
     except RuntimeError as e:
-        raise UnsupportedModel("", f"the model cannot be traced: {_first_line(e)}") from e
+        raise UnsupportedModel("", f"the model or the loss cannot be traced: {_first_line(e)}") from e
     check_graph(module.graph)
     cancel_transposes(module)
     return module
@@ -134,13 +134,14 @@ def _edge_config(exir: Any) -> Any:  # noqa: ANN401 - an untyped library's optio
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the toolchain's own deprecations and log lines; anything else passes."""
+    """Silence what the toolchain says about itself. No code of ours or of the user's runs in here."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         # A convolution without a gradient for its input; the plan is right.
         warnings.filterwarnings("ignore", message=r"Function .*'s \w+ kwarg value is None")
-        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:

@@ -1,0 +1,41 @@
+"""Tiny exported programs for tests, built once per machine: the export cache holds them, safely under pytest-xdist.
+
+All have 3 classes and one batch size per role: ``grad`` 4, ``train`` 4, ``evaluate`` 8, ``infer`` 4.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from client_sdk.protocol.program import Role
+from mobile_export import ProgramBundle, build_model, export_program
+
+BATCH_SIZES = {Role.GRAD: (4,), Role.TRAIN: (4,), Role.EVALUATE: (8,), Role.INFER: (4,)}
+NUM_CLASSES = 3
+FEATURE_SHAPES = {"softmax": (12,), "mlp": (12,), "cnn": (8, 8)}
+HIDDEN = {"softmax": None, "mlp": (8,), "cnn": (8,)}
+
+
+def tiny_model(name: str, seed: int = 0):
+    """The module that a tiny bundle was exported from."""
+    return build_model(name, FEATURE_SHAPES[name], NUM_CLASSES, seed, hidden=HIDDEN[name])
+
+
+def tiny_bundle(name: str, folder: Path) -> ProgramBundle:
+    """Export a tiny reference model into ``folder``, or copy it from the cache."""
+    return export_program(tiny_model(name), out_dir=folder, batch_sizes=BATCH_SIZES, model_name=f"tiny-{name}")
+
+
+def tiny_softmax_bundle(folder: Path) -> ProgramBundle:
+    """Softmax regression: 12 features, 39 parameters."""
+    return tiny_bundle("softmax", folder)
+
+
+def tiny_mlp_bundle(folder: Path) -> ProgramBundle:
+    """12-8-3 perceptron: 131 parameters."""
+    return tiny_bundle("mlp", folder)
+
+
+def tiny_cnn_bundle(folder: Path) -> ProgramBundle:
+    """The reference CNN on 8x8 images with 8 hidden units: 1,795 parameters."""
+    return tiny_bundle("cnn", folder)

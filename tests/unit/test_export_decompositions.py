@@ -1,0 +1,81 @@
+"""Each rewrite computes what the operator it replaces computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own idiom
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mobile_export.decompositions import decomposition_table
+from mobile_export.toolchain import cancel_transposes
+
+TABLE = decomposition_table()
+
+
+def rewritten(function, *inputs):
+    """Graph of a function after the rewrites, and what it calls."""
+    module = make_fx(function, decomposition_table=dict(TABLE))(*inputs)
+    return module, {n.target for n in module.graph.nodes if n.op == "call_function"}
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 3, 6, 8), {"kernel_size": 2}),
+        ((1, 1, 5, 5), {"kernel_size": 2}),
+        ((2, 2, 7, 7), {"kernel_size": 3, "stride": 2, "padding": 1}),
+        ((2, 2, 7, 7), {"kernel_size": 3, "stride": 1}),
+        ((2, 2, 7, 6), {"kernel_size": 2, "ceil_mode": True}),
+        ((3, 6, 6), {"kernel_size": 2}),
+        ((1, 1, 4, 4), {"kernel_size": 2, "dilation": 2}),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_max_pooling_has_its_gradient(shape, options, tied):
+    x = torch.zeros(shape) if tied else normal(*shape)
+
+    def gradient(x):
+        return torch.func.grad(lambda z: (F.max_pool2d(z, **options) ** 2 + F.max_pool2d(z, **options)).sum())(x)
+
+    module, called = rewritten(gradient, x)
+    assert torch.ops.aten.max_pool2d_with_indices_backward.default not in called
+    torch.testing.assert_close(module(x), gradient(x))
+
+
+@pytest.mark.parametrize(
+    "pad", [(-1, -1), (-1, 0, 0, -2), (1, -1), (-1, 2, 3, -1), (1, 1, 0, 0), (0, 0), (0, 0, -1, 1)]
+)
+def test_padding_by_negative_amounts_is_a_slice(pad):
+    x = normal(2, 5, 6)
+    module, _ = rewritten(lambda z: torch.constant_pad_nd(z, pad, 0.5), x)
+    assert torch.equal(module(x), torch.constant_pad_nd(x, pad, 0.5))
+    amounts = [n.args[1] for n in module.graph.nodes if n.target is torch.ops.aten.constant_pad_nd.default]
+    assert all(min(a) >= 0 for a in amounts)
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (0.5, 1), (1, 2.0), (0.25, -3)])
+@pytest.mark.parametrize("bias", [(4,), (3, 4), (1, 4), (3, 1)])
+def test_addmm_is_a_product_and_a_sum(bias, beta, alpha):
+    inputs = normal(*bias), normal(3, 5), normal(5, 4)
+    module, called = rewritten(lambda c, a, b: torch.addmm(c, a, b, beta=beta, alpha=alpha), *inputs)
+    assert torch.ops.aten.addmm.default not in called
+    torch.testing.assert_close(module(*inputs), torch.addmm(*inputs, beta=beta, alpha=alpha))
+
+
+def test_a_transpose_of_a_transpose_is_nothing():
+    def layer(w, x):
+        return torch.func.grad(lambda v: F.linear(x, v).square().sum())(w)
+
+    inputs = normal(3, 4), normal(5, 4)
+    module, _ = rewritten(layer, *inputs)
+    before, values = len(module.graph.nodes), module(*inputs)
+    cancel_transposes(module)
+    t = torch.ops.aten.t.default
+    assert len(module.graph.nodes) < before
+    assert not [n for n in module.graph.nodes if n.target is t and n.args[0].target is t]
+    assert torch.equal(module(*inputs), values)
