@@ -67,6 +67,8 @@ class Frame:
 
 def _header(entries: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """Canonical header of (name, dtype name, shape) entries, padded to the alignment."""
+    for text in (*(name for name, _, _ in entries), *metadata, *metadata.values()):
+        _check_text(text)
     header: dict[str, object] = {}
     if metadata:
         header[_METADATA] = {k: metadata[k] for k in sorted(metadata)}
@@ -77,6 +79,14 @@ def _header(entries: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[s
         offset = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     return raw + b" " * (-len(raw) % _ALIGNMENT)
+
+
+def _check_text(text: str) -> None:
+    """Refuse half a surrogate pair: JSON can escape it, but no UTF-8 string can hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise MalformedFrame("a name or metadata text is not Unicode") from e
 
 
 def encode_frame(tensors: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -90,16 +100,17 @@ def encode_frame(tensors: Mapping[str, npt.NDArray[np.generic]], metadata: Mappi
         The canonical bytes.
 
     Raises:
-        MalformedFrame: A dtype that frames do not carry, or a reserved name.
+        MalformedFrame: A dtype that frames do not carry, a reserved name, or text that is not Unicode.
     """
     entries: list[tuple[str, str, tuple[int, ...]]] = []
-    chunks: list[bytes] = []
+    chunks: list[memoryview] = []
     for name, tensor in tensors.items():
         dtype = _NAMES.get(tensor.dtype.newbyteorder("<"))
         if dtype is None or name == _METADATA:
             raise MalformedFrame(f"tensor {name!r} of dtype {tensor.dtype} cannot be framed")
         entries.append((name, dtype, tensor.shape))
-        chunks.append(np.ascontiguousarray(tensor, dtype=_DTYPES[dtype]).tobytes())
+        # Views, so that the join makes the only copy.
+        chunks.append(np.ascontiguousarray(tensor, dtype=_DTYPES[dtype]).reshape(-1).view(np.uint8).data)
     header = _header(entries, metadata or {})
     return b"".join([len(header).to_bytes(_LENGTH_BYTES, "little"), header, *chunks])
 
