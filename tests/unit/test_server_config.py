@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from client_sdk.protocol.errors import ConfigurationError
-from server_ref.config import load_config
+from server_ref.config import ServerConfig, TaskConfig, load_config
 
 FILE = """
 data_dir = "state"
@@ -72,3 +74,16 @@ def test_unreadable_files_are_told(tmp_path):
     (tmp_path / "bad.toml").write_text("[task\n")
     with pytest.raises(ConfigurationError, match="not valid TOML"):
         load_config(tmp_path / "bad.toml")
+
+
+def test_the_operators_page_names_every_setting_with_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    for model, prefix in ((ServerConfig, ""), (TaskConfig, "task.")):
+        for name, field in model.model_fields.items():
+            if name in {"task", "plan"}:
+                continue
+            [defaults] = [row[2] for row in rows if f"`{prefix}{name}`" in row[1]]
+            if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+                stated = [word.strip("` ") for word in defaults.split(",")]
+                assert field.default in [float(n) for n in stated if n.replace(".", "", 1).replace("e-", "").isdigit()]
