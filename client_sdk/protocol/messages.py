@@ -24,9 +24,9 @@ Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class Message(BaseModel):
-    """Base of all messages."""
+    """Base of all messages. Strict: ``true`` is no number, ``"3"`` is no 3; each value has one JSON form."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class EnrolRequest(Message):
@@ -141,6 +141,9 @@ class ReportReply(Message):
 
 class ReportFacts(Message):
     """What a report repeats of its assignment, carried as the frame's metadata (all values as strings)."""
+
+    # Read from a dict of strings, where the strict mode would want an enum's member.
+    model_config = ConfigDict(strict=False)
 
     protocol_version: Literal["1"] = "1"
     report_id: Id128

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from client_sdk.protocol.errors import AuthenticationFailed
 
 _PARAMS = '("@method" "@path" "content-digest");keyid="{key_id}";alg="ed25519"'
-_INPUT = re.compile(r'^sig1=\("@method" "@path" "content-digest"\);keyid="(?P<key_id>[0-9a-f]{32})";alg="ed25519"$')
+_INPUT = re.compile(r'sig1=\("@method" "@path" "content-digest"\);keyid="(?P<key_id>[0-9a-f]{32})";alg="ed25519"')
 
 
 def device_id_of(public_key: bytes) -> str:
@@ -65,7 +65,7 @@ def signing_device(headers: Mapping[str, str]) -> str:
     Raises:
         AuthenticationFailed: No signature, or not of this profile.
     """
-    match = _INPUT.match(headers.get("signature-input", ""))
+    match = _INPUT.fullmatch(headers.get("signature-input", ""))
     if match is None:
         raise AuthenticationFailed("the request carries no signature of the expected form")
     return match["key_id"]

@@ -1,0 +1,233 @@
+"""The control messages: closed schemas, bounded values, one JSON form."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from client_sdk.protocol import messages as m
+from client_sdk.protocol.errors import PROBLEM_PREFIX, ProtocolError, ServerBusy, StaleReport, from_problem
+from client_sdk.protocol.profile import DeviceTier
+from client_sdk.protocol.updates import UpdateKind
+from tests.devices import WAIT, make_assignment
+
+ID, HASH = "0123456789abcdef" * 2, "0123456789abcdef" * 4
+ASSIGNMENT = make_assignment(1).model_dump(mode="json")
+FACTS = {
+    "report_id": ID,
+    "assignment_id": ID,
+    "model_version": "3",
+    "parameter_table_sha256": HASH,
+    "kind": "delta",
+    "encoding": "f32",
+    "steps": "10",
+    "train_loss": "0.125",
+}
+GOOD: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (m.EnrolRequest, {"public_key": HASH, "tier": "low_end"}),
+    (m.EnrolReply, {"device_id": ID}),
+    (m.CheckInRequest, {"num_samples": 1}),
+    (m.CheckInRequest, {"num_samples": 10**9, "virtual": {"now_s": 0.5, "duration_s": None}}),
+    (m.CheckInReply, {"reply": {"status": "assigned", "assignment": ASSIGNMENT}}),
+    (m.CheckInReply, {"reply": WAIT.model_dump(mode="json")}),
+    (m.CheckInReply, {"reply": {"status": "finished", "model_version": 0}}),
+    (m.ReportReply, {"report_id": ID, "assignment_id": ID}),
+    (m.ReportFacts, FACTS),
+    (m.AbandonRequest, {"reason": "no-memory"}),
+    (m.AbandonRequest, {}),
+    (m.Problem, {"type": "about:blank", "title": "x", "status": 400, "anything": "else"}),
+]
+
+
+@pytest.mark.parametrize(("model", "content"), GOOD, ids=lambda v: getattr(v, "__name__", None))
+def test_a_message_survives_its_json(model: type[BaseModel], content: dict[str, Any]):
+    message = model.model_validate_json(json.dumps(content))
+    text = message.model_dump_json()
+    assert model.model_validate_json(text) == message
+    assert model.model_validate_json(text).model_dump_json() == text
+    assert len(text) < m.MAX_JSON_BYTES
+
+
+@pytest.mark.parametrize(("model", "content"), GOOD[:-1], ids=lambda v: getattr(v, "__name__", None))
+def test_messages_are_closed_and_frozen(model: type[BaseModel], content: dict[str, Any]):
+    with pytest.raises(ValidationError, match="extra"):
+        model.model_validate_json(json.dumps(content | {"surprise": 1}))
+    message = model.model_validate_json(json.dumps(content))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(message, next(iter(model.model_fields)), None)
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """The assignment with one value replaced (or removed, for Ellipsis)."""
+    content = json.loads(json.dumps(ASSIGNMENT))
+    *parents, last = path.split(".")
+    place = content
+    for parent in parents:
+        place = place[parent]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return content
+
+
+BAD: list[tuple[type[BaseModel], object]] = [
+    (m.EnrolRequest, {}),
+    (m.EnrolRequest, {"public_key": HASH[:-1]}),
+    (m.EnrolRequest, {"public_key": HASH.upper()}),
+    (m.EnrolRequest, {"public_key": HASH + "\n"}),
+    (m.EnrolRequest, {"public_key": HASH, "tier": "laptop"}),
+    (m.EnrolRequest, {"public_key": HASH, "protocol_version": 2}),
+    (m.EnrolReply, {"device_id": ID + "0"}),
+    (m.EnrolReply, {"device_id": 5}),
+    (m.CheckInRequest, {"num_samples": 0}),
+    (m.CheckInRequest, {"num_samples": -1}),
+    (m.CheckInRequest, {"num_samples": 10**9 + 1}),
+    (m.CheckInRequest, {"num_samples": 1.5}),
+    (m.CheckInRequest, {"num_samples": None}),
+    (m.CheckInRequest, {"num_samples": True}),
+    (m.CheckInRequest, {"num_samples": "5"}),
+    (m.CheckInRequest, {"num_samples": 5.0}),
+    (m.CheckInRequest, {"num_samples": 5, "virtual": {"now_s": "1", "duration_s": 1}}),
+    (m.CheckInRequest, {"num_samples": 5, "virtual": {"now_s": True, "duration_s": 1}}),
+    (m.CheckInRequest, {"num_samples": 1, "virtual": {"now_s": -1, "duration_s": 1}}),
+    (m.CheckInRequest, {"num_samples": 1, "virtual": {"now_s": 1e10, "duration_s": 1}}),
+    (m.CheckInRequest, {"num_samples": 1, "virtual": {"now_s": 1}}),
+    (m.CheckInRequest, []),
+    (m.CheckInReply, {"reply": {"status": "maybe"}}),
+    (m.CheckInReply, {"reply": {}}),
+    (m.CheckInReply, {"status": "finished", "model_version": 1}),
+    (m.CheckInReply, {"reply": {"status": "wait", "reason": "tea", "retry": {"min_s": 0, "max_s": 1}}}),
+    (m.RetryWindow, {"min_s": 2, "max_s": 1}),
+    (m.RetryWindow, {"min_s": -1, "max_s": 1}),
+    (m.RetryWindow, {"min_s": 0, "max_s": 2e9}),
+    (m.Assignment, changed("weight", 0)),
+    (m.Assignment, changed("assignment_number", -1)),
+    (m.Assignment, changed("shuffle_seed", 2**53)),
+    (m.Assignment, changed("max_report_bytes", 0)),
+    (m.Assignment, changed("lease_s", -1)),
+    (m.Assignment, changed("kind", "weights")),
+    (m.Assignment, changed("model_sha256", "x" * 64)),
+    (m.Assignment, changed("model_sha256", "../../etc/passwd")),
+    (m.Assignment, changed("plan", ...)),
+    (m.Assignment, changed("plan.batch_size", 0)),
+    (m.Assignment, changed("plan.batch_size", 10**6)),
+    (m.Assignment, changed("plan.local_epochs", 1001)),
+    (m.Assignment, changed("plan.learning_rate", 0)),
+    (m.Assignment, changed("plan.learning_rate", -0.1)),
+    (m.Assignment, changed("plan.prox_mu", -1)),
+    (m.Assignment, changed("plan.momentum", 0.9)),
+    (m.Assignment, changed("encoding.name", "f16")),
+    (m.Assignment, changed("encoding.max_abs", 0)),
+    (m.AbandonRequest, {"reason": "bored"}),
+    (m.ReportFacts, FACTS | {"model_version": "-1"}),
+    (m.ReportFacts, FACTS | {"model_version": "1" * 19}),
+    (m.ReportFacts, FACTS | {"model_version": 3}),
+    (m.ReportFacts, FACTS | {"train_loss": "nan"}),
+    (m.ReportFacts, FACTS | {"train_loss": "inf"}),
+    (m.ReportFacts, FACTS | {"train_loss": "0" * 33}),
+    (m.ReportFacts, FACTS | {"steps": "1.5"}),
+    (m.ReportFacts, FACTS | {"steps": "3\n"}),
+    (m.ReportFacts, FACTS | {"protocol_version": "2"}),
+    (m.ReportFacts, {k: v for k, v in FACTS.items() if k != "kind"}),
+]
+
+
+@pytest.mark.parametrize(("model", "content"), BAD, ids=lambda v: getattr(v, "__name__", None))
+def test_values_out_of_bounds_are_refused(model: type[BaseModel], content: object):
+    with pytest.raises(ValidationError):
+        model.model_validate_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("token", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(token: str):
+    for model, text in (
+        (m.RetryWindow, f'{{"min_s": 0, "max_s": {token}}}'),
+        (m.F32Encoding, f'{{"max_abs": {token}}}'),
+        (m.VirtualTiming, f'{{"now_s": {token}, "duration_s": null}}'),
+    ):
+        with pytest.raises(ValidationError):
+            model.model_validate_json(text)
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"[" * 50_000,
+        b'{"num_samples":' * 20_000,
+        b'{"num_samples":' + b"9" * 60_000 + b"}",
+        b'{"num_samples":1e' + b"9" * 1000 + b"}",
+        b"",
+        b"\x00",
+        b"\xff\xfe{",
+        b'{"num_samples":1}{"num_samples":1}',
+        b'{"num_samples":1',
+    ],
+    ids=lambda b: f"{b[:12]!r}-{len(b)}",
+)
+def test_json_bombs_and_garbage_are_refused(bomb: bytes):
+    with pytest.raises(ValidationError):
+        m.CheckInRequest.model_validate_json(bomb)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda c: st.dictionaries(st.sampled_from(["reply", "status", "assignment", "retry", "min_s"]), c, max_size=4),
+    )
+)
+def test_any_json_is_a_reply_or_a_validation_error(content: object):
+    with contextlib.suppress(ValidationError):
+        m.CheckInReply.model_validate_json(json.dumps(content))
+
+
+@given(loss=st.floats(allow_nan=False, allow_infinity=False))
+def test_every_finite_loss_can_be_reported(loss: float):
+    facts = m.ReportFacts.model_validate(FACTS | {"train_loss": repr(loss)})
+    assert float(facts.train_loss) == loss
+
+
+def test_facts_travel_as_strings_only():
+    facts = m.ReportFacts.model_validate(FACTS)
+    assert all(isinstance(v, str) for v in facts.model_dump(mode="json").values())
+    assert facts.kind is UpdateKind.DELTA
+
+
+# --- problems ---
+
+
+def all_errors(cls: type[ProtocolError] = ProtocolError) -> list[type[ProtocolError]]:
+    return [cls, *(e for sub in cls.__subclasses__() for e in all_errors(sub))]
+
+
+@pytest.mark.parametrize("error", all_errors(), ids=lambda e: e.slug)
+def test_an_error_comes_back_from_its_problem(error: type[ProtocolError]):
+    back = from_problem(error("why").type_uri, "why", http_status=error.http_status)
+    assert type(back) is error
+    assert str(back) == "why"
+
+
+def test_slugs_are_unique_and_stable_in_form():
+    slugs = [e.slug for e in all_errors()]
+    assert len(set(slugs)) == len(slugs)
+    assert all(slug == slug.lower() and " " not in slug for slug in slugs)
+
+
+def test_what_a_newer_server_says_is_still_told_apart():
+    new = PROBLEM_PREFIX + "from-the-future"
+    assert isinstance(from_problem(new, http_status=503), ServerBusy)
+    permanent = from_problem(new, http_status=409)
+    assert type(permanent) is ProtocolError
+    assert not permanent.retryable
+    assert "from-the-future" in str(permanent)
+
+
+def test_an_error_without_detail_says_its_title():
+    assert str(StaleReport()) == StaleReport.title
+    assert DeviceTier("low_end") is DeviceTier.LOW_END
