@@ -1,0 +1,264 @@
+"""Write the golden vectors: ``python -m tests.vectors.generate``.
+
+Each file is an object with ``description``, ``good`` and ``bad``. A host in another language passes when it decodes
+every good vector to the stated content, re-encodes it to the same bytes, and refuses every bad one with the stated
+error. The vectors change only with the protocol's version: ``tests/unit/test_vectors.py`` compares what this module
+makes with what is committed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client_sdk.protocol.frames import encode_frame
+from client_sdk.protocol.messages import (
+    REPORT_TENSOR,
+    AbandonRequest,
+    Assigned,
+    Assignment,
+    CheckInReply,
+    CheckInRequest,
+    EnrolReply,
+    EnrolRequest,
+    F32Encoding,
+    Finished,
+    Message,
+    Problem,
+    ReportFacts,
+    ReportReply,
+    RetryWindow,
+    VirtualTiming,
+    Wait,
+)
+from client_sdk.protocol.profile import DeviceTier
+from client_sdk.protocol.signing import device_id_of, sign_request
+from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.updates import UpdateKind
+
+FOLDER = Path(__file__).parent
+ID, OTHER_ID, HASH = "00112233445566778899aabbccddeeff", "f" * 32, "0123456789abcdef" * 4
+
+FACTS = ReportFacts(
+    report_id=ID,
+    assignment_id=OTHER_ID,
+    model_version="12",
+    parameter_table_sha256=HASH,
+    kind=UpdateKind.DELTA,
+    encoding="f32",
+    steps="6",
+    train_loss="0.4375",
+)
+ASSIGNMENT = Assignment(
+    assignment_id=OTHER_ID,
+    assignment_number=41,
+    task_id=ID,
+    round_id=12,
+    model_version=12,
+    model_sha256=HASH,
+    program_sha256=HASH[::-1],
+    manifest_sha256="a" * 64,
+    parameter_table_sha256="b" * 64,
+    kind=UpdateKind.DELTA,
+    encoding=F32Encoding(max_abs=1048576.0),
+    weight=20,
+    plan=TrainingPlan(local_epochs=2, batch_size=32, learning_rate=0.125, prox_mu=0.0, shuffle=True, max_steps=None),
+    shuffle_seed=9007199254740991,
+    lease_s=600.0,
+    max_report_bytes=65536,
+)
+
+
+def _tensors(tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    # Bits, not decimals: a decimal would test the other language's parser.
+    return [
+        {"name": name, "dtype": array.dtype.str.lstrip("<|"), "shape": list(array.shape), "data": array.tobytes().hex()}
+        for name, array in tensors.items()
+    ]
+
+
+def _raw(header: str, payload: bytes = b"") -> bytes:
+    raw = header.encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw + payload
+
+
+def frames() -> dict[str, Any]:
+    """Frames: bytes, and what is in them."""
+    f32 = np.array([1.0, -2.5, np.float32(1e-45), np.float32(3.4028235e38)], np.float32)
+    contents: dict[str, tuple[dict[str, np.ndarray], dict[str, str]]] = {
+        "empty": ({}, {}),
+        "a report": ({REPORT_TENSOR: f32}, FACTS.model_dump(mode="json")),
+        "a model of two parameters": (
+            {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(3, np.float32)},
+            {},
+        ),
+        "a scalar, nothing, and every dtype": (
+            {
+                "scalar": np.array(0.5, np.float32),
+                "nothing": np.zeros((0, 3), np.float32),
+                "f64": np.array([np.pi]),
+                "i64": np.array([-(2**63), 2**63 - 1]),
+                "u8": np.array([0, 255], np.uint8),
+            },
+            {},
+        ),
+        "special floats keep their bits": (
+            {"x": np.frombuffer(bytes.fromhex("0000c07f0000c0ff0000807f00000080"), np.float32)},
+            {},
+        ),
+        "escapes and order": ({'é"\\\n': f32[:1], "a": f32[1:2]}, {"z": "1", "a": "\u20ac\U0001f600"}),
+    }
+    good = [
+        {"name": name, "hex": encode_frame(t, m).hex(), "tensors": _tensors(t), "metadata": m}
+        for name, (t, m) in contents.items()
+    ]
+    whole = encode_frame({"w": np.ones(1, np.float32)})
+    entry = '{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    bad = {
+        "no bytes": (b"", "truncated-frame"),
+        "cut in the header's length": (whole[:7], "truncated-frame"),
+        "cut in the header": (whole[:20], "truncated-frame"),
+        "cut in the data": (whole[:-1], "truncated-frame"),
+        "a byte too many": (whole + b"\x00", "malformed-frame"),
+        "header length 2^64 - 1": (b"\xff" * 8 + b"{}", "oversized-body"),
+        "declares 10 GB": (
+            _raw('{"w":{"dtype":"F32","shape":[50000,50000],"data_offsets":[0,10000000000]}}', bytes(4)),
+            "oversized-body",
+        ),
+        "duplicate key": (_raw(entry[:-1] + "," + entry[1:], bytes(4)), "malformed-frame"),
+        "space in the header": (_raw(entry.replace(":", ": ", 1), bytes(4)), "malformed-frame"),
+        "shape of floats": (_raw(entry.replace("[1]", "[1.0]"), bytes(4)), "malformed-frame"),
+        "shape of booleans": (_raw(entry.replace("[1]", "[true]"), bytes(4)), "malformed-frame"),
+        "negative shape": (_raw(entry.replace("[1]", "[-1]"), bytes(4)), "malformed-frame"),
+        "unknown dtype": (_raw(entry.replace("F32", "BF16"), bytes(4)), "malformed-frame"),
+        "wrong offsets": (_raw(entry.replace("[0,4]", "[4,8]"), bytes(8)), "malformed-frame"),
+        "keys out of order": (
+            _raw('{"w":{"shape":[1],"dtype":"F32","data_offsets":[0,4]}}', bytes(4)),
+            "malformed-frame",
+        ),
+        "unescaped name": (_raw(entry.replace("w", "é"), bytes(4)), "malformed-frame"),
+        "half a surrogate pair": (_raw(entry.replace('"w"', '"\\ud800"'), bytes(4)), "malformed-frame"),
+        "metadata out of order": (_raw('{"__metadata__":{"b":"1","a":"1"}}'), "malformed-frame"),
+        "header is a list": (_raw("[]"), "malformed-frame"),
+        "header is not JSON": (_raw("{"), "malformed-frame"),
+        "not padded": (
+            (len(entry) + 1).to_bytes(8, "little") + entry.encode() + b" " + bytes(4),
+            "malformed-frame",
+        ),
+    }
+    return {
+        "description": "Binary frames (client_sdk.protocol.frames). hex: the frame; data: a tensor's little-endian "
+        "bytes; error: slug of the problem that refuses a bad frame.",
+        "good": good,
+        "bad": [{"name": name, "hex": data.hex(), "error": error} for name, (data, error) in bad.items()],
+    }
+
+
+def signatures() -> dict[str, Any]:
+    """Signed requests of one device."""
+    private = bytes(range(32))
+    key = Ed25519PrivateKey.from_private_bytes(private)
+    public = key.public_key().public_bytes_raw()
+    device = device_id_of(public)
+    requests = {
+        "a check-in": ("POST", "/v1/check-ins", b'{"protocol_version":1,"num_samples":20,"virtual":null}'),
+        "an upload": ("PUT", f"/v1/reports/{ID}", encode_frame({REPORT_TENSOR: np.ones(2, np.float32)})),
+        "no body": ("GET", "/v1/task", b""),
+        "an escaped path": ("POST", "/fl%20x/v1/devices", b"{}"),
+    }
+    good = [
+        {
+            "name": name,
+            "method": method,
+            "path": path,
+            "body": body.hex(),
+            "headers": sign_request(key, device, method, path, body),
+        }
+        for name, (method, path, body) in requests.items()
+    ]
+    first = good[0]
+    headers: dict[str, str] = sign_request(key, device, *requests["a check-in"])
+    changes: dict[str, dict[str, Any]] = {
+        "another body": {"body": b"{}".hex()},
+        "another method": {"method": "PUT"},
+        "another path": {"path": "/v1/devices"},
+        "another device": {
+            "headers": headers | {"signature-input": headers["signature-input"].replace(device, OTHER_ID)}
+        },
+        "no signature": {"headers": {k: v for k, v in headers.items() if k != "signature"}},
+        "no digest": {"headers": {k: v for k, v in headers.items() if k != "content-digest"}},
+        "a signature of zeros": {"headers": headers | {"signature": "sig1=:" + "A" * 86 + "==:"}},
+        "a signature that is not base64": {"headers": headers | {"signature": "sig1=:***:"}},
+        "a line break in the profile": {"headers": headers | {"signature-input": headers["signature-input"] + "\n"}},
+    }
+    return {
+        "description": "Request signatures (client_sdk.protocol.signing): HTTP Message Signatures with Ed25519 over "
+        "method, path and content digest. Ed25519 is deterministic: signing a good request gives these very headers.",
+        "private_key": private.hex(),
+        "public_key": public.hex(),
+        "device_id": device,
+        "good": good,
+        "bad": [first | change | {"name": name, "error": "authentication-failed"} for name, change in changes.items()],
+    }
+
+
+def messages() -> dict[str, Any]:
+    """Control messages: their JSON as this implementation writes it."""
+    good: list[Message] = [
+        EnrolRequest(public_key=HASH, tier=DeviceTier.LOW_END),
+        EnrolReply(device_id=ID),
+        CheckInRequest(num_samples=20),
+        CheckInRequest(num_samples=1, virtual=VirtualTiming(now_s=12.5, duration_s=None)),
+        CheckInReply(reply=Assigned(assignment=ASSIGNMENT)),
+        CheckInReply(reply=Wait(reason="round-full", retry=RetryWindow(min_s=1.0, max_s=5.0))),
+        CheckInReply(reply=Finished(model_version=40)),
+        ReportReply(report_id=ID, assignment_id=OTHER_ID),
+        FACTS,
+        AbandonRequest(reason="no-memory"),
+        Problem(
+            type="urn:pocketfed:problem:server-busy",
+            title="The server is busy.",
+            status=503,
+            detail="come back later",
+            retry=RetryWindow(min_s=2.0, max_s=10.0),
+        ),
+    ]
+    bad = [
+        ("EnrolRequest", {"public_key": HASH.upper()}, "hex is lower case"),
+        ("EnrolRequest", {"public_key": HASH, "protocol_version": 2}, "another protocol version"),
+        ("EnrolRequest", {"public_key": HASH, "tier": "laptop"}, "unknown tier"),
+        ("CheckInRequest", {"num_samples": 0}, "below the minimum"),
+        ("CheckInRequest", {"num_samples": "20"}, "a string is no number"),
+        ("CheckInRequest", {"num_samples": True}, "a boolean is no number"),
+        ("CheckInRequest", {"num_samples": 20, "name": "x"}, "unknown field"),
+        ("CheckInReply", {"reply": {"status": "maybe"}}, "unknown answer"),
+        ("CheckInReply", {"reply": {"status": "assigned"}}, "no assignment"),
+        ("RetryWindow", {"min_s": 2, "max_s": 1}, "ends before it begins"),
+        ("ReportFacts", FACTS.model_dump(mode="json") | {"model_version": 12}, "facts are strings"),
+        ("ReportFacts", FACTS.model_dump(mode="json") | {"train_loss": "nan"}, "not a finite number"),
+        ("AbandonRequest", {"reason": "bored"}, "unknown reason"),
+    ]
+    return {
+        "description": "Control messages (client_sdk.protocol.messages). A good one is accepted and written back with "
+        "the same fields; a bad one is refused with the problem malformed-message.",
+        "good": [{"type": type(x).__name__, "json": x.model_dump(mode="json")} for x in good],
+        "bad": [{"type": name, "json": content, "why": why} for name, content, why in bad],
+    }
+
+
+GENERATORS = {"frames.json": frames, "signatures.json": signatures, "messages.json": messages}
+
+
+def text_of(name: str) -> str:
+    """The content of one vector file."""
+    return json.dumps(GENERATORS[name](), indent=1, ensure_ascii=True) + "\n"
+
+
+if __name__ == "__main__":
+    for each in GENERATORS:
+        (FOLDER / each).write_text(text_of(each))
