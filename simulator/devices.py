@@ -16,6 +16,7 @@ from client_sdk.programs import DownloadedPrograms, ReadBlob
 from client_sdk.protocol.errors import StaleReport
 from client_sdk.protocol.messages import Assignment, VirtualTiming
 from client_sdk.protocol.program import Program
+from client_sdk.session_state import RetryPolicy
 from client_sdk.store import BlobPool, MemoryDeviceStore
 from client_sdk.transport import HttpTransport, open_client
 from simulator.datasets import Split
@@ -65,6 +66,7 @@ class SdkDevices:
         *,
         runtime: str,
         workers: int,
+        policy: RetryPolicy | None = None,
     ) -> None:
         """Put the devices together; nothing is sent yet.
 
@@ -75,6 +77,7 @@ class SdkDevices:
             parts: Rows of each device.
             runtime: ExecuTorch adapter.
             workers: Threads that will train at once.
+            policy: How devices wait after a failure; by default as real ones do.
         """
         self._scratch = tempfile.TemporaryDirectory(prefix="pocketfed-simulate-")
         # One connection for each worker, one for the check-ins.
@@ -95,6 +98,7 @@ class SdkDevices:
                     transport=transport,
                     store=MemoryDeviceStore(identity, pool),
                     programs=self._programs,
+                    policy=policy,
                 )
             )
 

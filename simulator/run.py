@@ -17,6 +17,7 @@ from client_sdk.protocol.errors import ConfigurationError, PocketfedError
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, Manifest
 from client_sdk.runtime import load_program
+from client_sdk.session_state import RetryPolicy
 from server_ref.evaluation import Evaluation, ProgramEvaluator
 from simulator.config import SimulationConfig
 from simulator.datasets import Dataset, load_dataset
@@ -40,6 +41,8 @@ from simulator.wall import WallFleet
 # The server scores models in the background; the last ones may still be under way when the last round is committed.
 _SCORED_WITHIN_S: Final = 120.0
 _SCORE_POLL_S: Final = 0.02
+
+_IMPATIENT: Final = RetryPolicy(base_s=0.05, cap_s=0.5, max_attempts=5)
 
 Say = Callable[[str], None]
 
@@ -246,6 +249,8 @@ class _Attempt:
             self.fleet.parts,
             runtime=self.options.runtime,
             workers=self.options.workers,
+            # Our own server, a process away: if it does not answer soon, it is gone.
+            policy=_IMPATIENT if self.options.server is None else None,
         )
 
     def _monitor(self, view: ServerView, *, of_rounds: int, cohort: int, first_version: int = 0) -> RunMonitor:

@@ -29,8 +29,8 @@ LABELS = np.array([[5, 0, 1], [0, 3, 0], [1, 1, 8], [2, 2, 0]])
 
 def round_result(number, **changes):
     values = {
-        "round": number, "accuracy": number / (number + 5), "loss": 1.5, "train_loss": 0.9, "reports": 2, "discarded": 1,
-        "bytes_up": 4000, "bytes_down": 5000, "seconds": 0.25, "opened_at_s": 10.0 * (number - 1),
+        "round": number, "accuracy": number / (number + 5), "loss": 1.5, "train_loss": 0.9, "reports": 2,
+        "discarded": 1, "bytes_up": 4000, "bytes_down": 5000, "seconds": 0.25, "opened_at_s": 10.0 * (number - 1),
         "closed_at_s": 10.0 * number, "model_sha256": HASH,
     }  # fmt: skip
     return RoundResult(**{**values, **changes})
