@@ -16,6 +16,7 @@ The engine is a cache of the assignments table: ``restore`` rebuilds it, ``take_
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -151,6 +152,13 @@ class RoundEngine:
         self._live: dict[str, AssignmentRecord] = {}
         self._by_device: dict[str, AssignmentRecord] = {}
         self._changed: dict[int, AssignmentRecord] = {}
+        # Views of the live records that keep every event O(log n): whose slot is taken, whose report is there, whose
+        # report has arrived by the virtual clock; and what time will change, soonest first.
+        self._busy: set[int] = set()
+        self._reported: dict[int, AssignmentRecord] = {}
+        self._arrived: set[int] = set()
+        self._deadlines: list[tuple[float, int, AssignmentRecord]] = []
+        self._arrivals: list[tuple[float, int, AssignmentRecord]] = []
 
     @classmethod
     def restore(
@@ -167,8 +175,7 @@ class RoundEngine:
         """Rebuild from the table's live rows."""
         engine = cls(policy, virtual_time=virtual_time, version=version, next_number=next_number, opened_at=opened_at)
         for record in live:
-            engine._live[record.assignment_id] = record
-            engine._by_device[record.device_id] = record
+            engine._enter(record)
         engine._inviting = inviting
         return engine
 
@@ -187,12 +194,12 @@ class RoundEngine:
     @property
     def reported(self) -> list[AssignmentRecord]:
         """Reports waiting in the open buffer, in order of arrival."""
-        return sorted((r for r in self._live.values() if r.state is AssignmentState.REPORTED), key=lambda r: r.order)
+        return sorted(self._reported.values(), key=lambda r: r.order)
 
     @property
     def outstanding(self) -> int:
         """Number of assignments without a report."""
-        return sum(r.state is AssignmentState.OUTSTANDING for r in self._live.values())
+        return len(self._live) - len(self._reported)
 
     def closing(self, now: float) -> Closing | None:
         """The buffer's contents if it can close now, else None.
@@ -201,9 +208,9 @@ class RoundEngine:
         device that checks in could still report earlier.
         """
         size = self.policy.buffer_size
-        reported = self.reported
-        if self.finished or len(reported) < size:
+        if self.finished or len(self._reported) < size:
             return None
+        reported = self.reported
         last = reported[size - 1]
         if self.virtual_time and last.order[0] > now:
             return None
@@ -219,13 +226,8 @@ class RoundEngine:
         """
         if not self.virtual_time or self.finished:
             return False
-        due = [r for r in self._live.values() if r.arrival is not None and r.arrival <= now]
-        return len(due) >= self.policy.buffer_size
-
-    def _busy(self, now: float) -> int:
-        if not self.virtual_time:
-            return self.outstanding
-        return sum(r.deadline > now if r.arrival is None else r.arrival > now for r in self._live.values())
+        self._advance(now)
+        return len(self._arrived) >= self.policy.buffer_size
 
     # --- events ------------------------------------------------------------------------------------------
 
@@ -251,7 +253,7 @@ class RoundEngine:
         held = self._by_device.get(device_id)
         if held is not None:
             return held if held.state is AssignmentState.OUTSTANDING else Waiting("already-reported")
-        free = self.policy.concurrency - self._busy(now)
+        free = self.policy.concurrency - len(self._busy)
         if free >= self.policy.refill_at:
             self._inviting = True
         if free <= 0 or not self._inviting:
@@ -274,7 +276,7 @@ class RoundEngine:
             arrival=arrival,
         )
         self.next_number += 1
-        self._live[record.assignment_id] = self._by_device[device_id] = record
+        self._enter(record)
         self._touch(record)
         return record
 
@@ -299,8 +301,10 @@ class RoundEngine:
         self.check_fresh(record, now)
         if not self.virtual_time:
             record.arrival = now
+            self._busy.discard(record.number)
         record.report = report
         record.state = AssignmentState.REPORTED
+        self._reported[record.number] = record
         self._touch(record)
         return True
 
@@ -345,9 +349,11 @@ class RoundEngine:
 
     def expire(self, now: float) -> None:
         """End the leases whose deadline has passed. In virtual time only drop-outs miss it."""
-        for record in list(self._live.values()):
-            missed = record.arrival is None if self.virtual_time else True
-            if record.state is AssignmentState.OUTSTANDING and missed and record.deadline < now:
+        self._advance(now)
+        while self._deadlines and self._deadlines[0][0] < now:
+            record = heapq.heappop(self._deadlines)[2]
+            missed = record.arrival is None or not self.virtual_time
+            if missed and record.state is AssignmentState.OUTSTANDING:
                 self._retire(record, AssignmentState.EXPIRED)
 
     def commit(self, closing: Closing) -> int:
@@ -381,6 +387,27 @@ class RoundEngine:
         self._changed.clear()
         return changed
 
+    def _enter(self, record: AssignmentRecord) -> None:
+        self._live[record.assignment_id] = self._by_device[record.device_id] = record
+        heapq.heappush(self._deadlines, (record.deadline, record.number, record))
+        if record.state is AssignmentState.REPORTED:
+            self._reported[record.number] = record
+        if self.virtual_time:
+            # A slot is taken until the report arrives; the server cannot know earlier that none will.
+            self._busy.add(record.number)
+            busy_until = record.deadline if record.arrival is None else record.arrival
+            heapq.heappush(self._arrivals, (busy_until, record.number, record))
+        elif record.state is AssignmentState.OUTSTANDING:
+            self._busy.add(record.number)
+
+    def _advance(self, now: float) -> None:
+        """Virtual time has reached ``now``, which never falls: slots become free, reports arrive."""
+        while self._arrivals and self._arrivals[0][0] <= now:
+            record = heapq.heappop(self._arrivals)[2]
+            self._busy.discard(record.number)
+            if record.arrival is not None and record.state in LIVE_STATES:
+                self._arrived.add(record.number)
+
     def _touch(self, record: AssignmentRecord) -> None:
         self._changed[record.number] = record
 
@@ -389,4 +416,7 @@ class RoundEngine:
         self._live.pop(record.assignment_id, None)
         if self._by_device.get(record.device_id) is record:
             del self._by_device[record.device_id]
+        self._busy.discard(record.number)
+        self._reported.pop(record.number, None)
+        self._arrived.discard(record.number)
         self._touch(record)
