@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
             batch_sizes=batch_sizes or DEFAULT_BATCH_SIZES,
             feature_shape=args.feature_shape,
             num_classes=args.classes,
-            model_name=args.model.rpartition(":")[2],
+            model_name=None if ":" in args.model else args.model,
             runtime=args.runtime,
             use_cache=not args.no_cache,
             progress=progress,

@@ -21,6 +21,7 @@ from client_sdk.protocol.errors import MissingOperator
 from mobile_export.checks import check_graph
 from mobile_export.decompositions import DecompositionTable
 from mobile_export.errors import UnsupportedModel
+from mobile_export.simplify import simplify
 
 # They log about themselves at import and during every export; nothing that a user could act on.
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
@@ -59,22 +60,8 @@ def trace(
     except RuntimeError as e:
         raise UnsupportedModel("", f"the model or the loss cannot be traced: {_first_line(e)}") from e
     check_graph(module.graph)
-    cancel_transposes(module)
+    simplify(module)
     return module
-
-
-def cancel_transposes(module: torch.fx.GraphModule) -> None:
-    """Replace the transpose of a transpose by what was transposed.
-
-    Autograd leaves one such pair for each weight matrix; in eager mode they are views, in ExecuTorch each transpose
-    is a copy.
-    """
-    t = torch.ops.aten.t.default
-    for node in module.graph.nodes:
-        if node.target is t and node.args[0].target is t:
-            node.replace_all_uses_with(node.args[0].args[0])
-    module.graph.eliminate_dead_code()
-    module.recompile()
 
 
 def _first_line(error: Exception) -> str:

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from client_sdk.protocol.program import Role
 from mobile_export import ProgramBundle, build_model, export_program
+
+# pytest-xdist uses the cores already; torch's threads would wait for one another.
+torch.set_num_threads(1)
 
 BATCH_SIZES = {Role.GRAD: (4,), Role.TRAIN: (4,), Role.EVALUATE: (8,), Role.INFER: (4,)}
 NUM_CLASSES = 3

@@ -8,7 +8,6 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mobile_export.decompositions import decomposition_table
-from mobile_export.toolchain import cancel_transposes
 
 TABLE = decomposition_table()
 
@@ -67,15 +66,20 @@ def test_addmm_is_a_product_and_a_sum(bias, beta, alpha):
     torch.testing.assert_close(module(*inputs), torch.addmm(*inputs, beta=beta, alpha=alpha))
 
 
-def test_a_transpose_of_a_transpose_is_nothing():
-    def layer(w, x):
-        return torch.func.grad(lambda v: F.linear(x, v).square().sum())(w)
+def test_the_gradient_of_relu_is_that_of_autograd():
+    x = torch.tensor([-2.0, -0.0, 0.0, 1e-38, 3.0, -torch.inf, torch.inf])
 
-    inputs = normal(3, 4), normal(5, 4)
-    module, _ = rewritten(layer, *inputs)
-    before, values = len(module.graph.nodes), module(*inputs)
-    cancel_transposes(module)
-    t = torch.ops.aten.t.default
-    assert len(module.graph.nodes) < before
-    assert not [n for n in module.graph.nodes if n.target is t and n.args[0].target is t]
-    assert torch.equal(module(*inputs), values)
+    def gradient(x):
+        return torch.func.grad(lambda z: (torch.relu(z) * torch.arange(1.0, 8)).sum())(x)
+
+    module, called = rewritten(gradient, x)
+    assert torch.ops.aten.threshold_backward.default not in called
+    assert torch.equal(module(x), gradient(x))
+    assert torch.isnan(module(x * torch.nan)).all() == torch.isnan(gradient(x * torch.nan)).all()
+
+
+def test_another_threshold_is_left_to_torch():
+    x = normal(9)
+    module, called = rewritten(torch.func.grad(lambda v: F.threshold(v, 0.5, 7.0).sum()), x)
+    assert torch.ops.aten.threshold_backward.default in called
+    assert torch.equal(module(x), (x > 0.5).float())
