@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 THREADS = min(4, os.cpu_count() or 1)
 """Beyond a few threads the memory is the limit."""
 
-_PARALLEL_FROM = 2**16
+_PARALLEL_FROM = 2**18
 """Elements below which waking a thread costs more than it saves."""
 
 _TASKS_PER_THREAD = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,9 @@ from client_sdk.protocol.errors import (
     ShapeMismatch,
     UpdateOutOfRange,
 )
-from server_ref.aggregation.accumulator import Header, Tally, addresses_of, vectors_of
+from server_ref.aggregation.accumulator import Accumulator, Header, Tally, addresses_of, vectors_of
 from server_ref.aggregation.blocks import fold_all_or_nothing
-from server_ref.aggregation.kernels import BLOCK, GROUP, fold_float32
+from server_ref.aggregation.kernels import BLOCK, GROUP, fold_float32, sum_bins
 from server_ref.aggregation.plan import AccumulatorPlan
 
 __all__ = ["AccumulatorPlan", "ExactAccumulator"]
@@ -30,8 +30,8 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
 _KIND = 1
-_BLOCKS_AT_ONCE = 16
-"""Blocks combined in one step of ``result``: its temporary arrays stay in the cache."""
+_BLOCKS_AT_ONCE = 4
+"""Blocks in one step through the bins: what is temporary stays in the cache."""
 
 
 class ExactAccumulator:
@@ -147,14 +147,15 @@ class ExactAccumulator:
             out[start : start + mean.size] = mean
 
     def _means(self) -> Iterator[tuple[int, Float64Array]]:
-        """First coordinate and mean of one stretch of coordinates after the other."""
+        """First coordinate and mean of one stretch of coordinates after the other, in a buffer that is used again."""
         if not self._tally.count:
             raise EmptyAggregate("a mean over no updates")
-        for block in range(0, len(self._bins), _BLOCKS_AT_ONCE):
-            bins = self._bins[block : block + _BLOCKS_AT_ONCE]
-            total = bins[:, 0] + bins[:, 1] if self._plan.num_bins == 2 else sum_of_three(*np.moveaxis(bins, 1, 0))
-            start = block * BLOCK
-            yield start, total.reshape(-1)[: self._size - start] / self._tally.total_weight
+        total = np.zeros(_BLOCKS_AT_ONCE * BLOCK)
+        for first in range(0, len(self._bins), _BLOCKS_AT_ONCE):
+            sum_bins(self._bins, first, min(first + _BLOCKS_AT_ONCE, len(self._bins)), total)
+            start = first * BLOCK
+            total /= self._tally.total_weight
+            yield start, total[: self._size - start]
 
     def to_bytes(self) -> bytes:
         """Header, then the bins one after the other as little-endian float64; see ``Accumulator``."""
@@ -190,6 +191,10 @@ class ExactAccumulator:
         return new
 
 
+if TYPE_CHECKING:
+    _conforms: type[Accumulator[np.float32]] = ExactAccumulator
+
+
 def _header(size: int, tally: Tally, plan: AccumulatorPlan) -> Header:
     return Header(
         kind=_KIND,
@@ -213,29 +218,3 @@ def _check_bin(column: Float64Array, grid: float, capacity: float) -> None:
             on_grid = np.rint(part / grid) * grid == part
         if not (on_grid & (np.abs(part) <= capacity) & ~(np.signbit(part) & (part == 0))).all():
             raise MalformedFrame("the accumulator's bins hold values that no sum within its bounds leaves there")
-
-
-def _two_sum(a: Float64Array, b: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """``a + b`` and its rounding error, exactly (Knuth)."""
-    s = a + b
-    a_part = s - b
-    return s, (a - a_part) + (b - (s - a_part))
-
-
-def sum_of_three(a: Float64Array, b: Float64Array, c: Float64Array) -> Float64Array:
-    """The sum of three float64 numbers, rounded once (``a + (b + c)`` rounds twice and can miss by one place).
-
-    The low parts are added with rounding to odd: a result that is not exact gets its last bit set, so that the final
-    addition sees on which side of a tie it lies.
-
-    Source: S. Boldo, G. Melquiond, "Emulation of a FMA and Correctly Rounded Sums: Proved Algorithms Using Rounding to
-    Odd", IEEE Transactions on Computers 57(4), 2008, section 5.
-    """
-    u_high, u_low = _two_sum(b, c)
-    t_high, t_low = _two_sum(a, u_high)
-    low, error = _two_sum(t_low, u_low)
-    bits = low.view(np.int64)
-    inexact_and_even = (error != 0) & (bits & 1 == 0)
-    # One place towards the error: away from zero if it has the same sign as the rounded sum.
-    bits += np.where(inexact_and_even, np.where((error > 0) == (low > 0), 1, -1), 0)
-    return t_high + low

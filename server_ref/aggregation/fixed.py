@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from client_sdk.protocol.errors import (
     UpdateOutOfRange,
 )
 from client_sdk.protocol.fixed_point import FixedPointGrid
-from server_ref.aggregation.accumulator import Header, Tally, addresses_of, vectors_of
+from server_ref.aggregation.accumulator import Accumulator, Header, Tally, addresses_of, vectors_of
 from server_ref.aggregation.blocks import fold_all_or_nothing
 from server_ref.aggregation.kernels import BLOCK, fold_int64
 
@@ -124,8 +124,8 @@ class Int64Accumulator:
             raise ShapeMismatch(f"the mean is float32[{self._size}], not {out.dtype}{list(out.shape)}")
         if not self._tally.count:
             raise EmptyAggregate("a mean over no updates")
-        for start in range(0, self._size, 16 * BLOCK):
-            stretch = slice(start, start + 16 * BLOCK)
+        for start in range(0, self._size, 4 * BLOCK):
+            stretch = slice(start, start + 4 * BLOCK)
             out[stretch] = self._grid.decode_mean(self.sums[stretch], self._tally.total_weight)
 
     def to_bytes(self) -> bytes:
@@ -155,6 +155,10 @@ class Int64Accumulator:
         new._tally = tally
         new._sums.reshape(-1)[:size] = sums
         return new
+
+
+if TYPE_CHECKING:
+    _conforms: type[Accumulator[np.int64]] = Int64Accumulator
 
 
 def _header(size: int, tally: Tally, grid: FixedPointGrid) -> Header:

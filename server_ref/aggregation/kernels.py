@@ -261,3 +261,51 @@ def fold_int64(  # noqa: PLR0917 - compiled functions are called by position
                 return block
         sums[block] = scratch
     return last
+
+
+@njit(nogil=True)
+def _two_sum(a: np.float64, b: np.float64) -> tuple[np.float64, np.float64]:
+    """``a + b`` and its rounding error, exactly (Knuth)."""
+    s = a + b
+    a_part = s - b
+    return s, (a - a_part) + (b - (s - a_part))
+
+
+@njit(nogil=True)
+def _sum_of_three(a: np.float64, b: np.float64, c: np.float64) -> np.float64:
+    """The sum of three numbers, rounded once; ``a + (b + c)`` rounds twice and can miss by one place.
+
+    The low parts are added with rounding to odd: an inexact result gets its last bit set, so that the final addition
+    sees on which side of a tie it lies.
+
+    Source: S. Boldo, G. Melquiond, "Emulation of a FMA and Correctly Rounded Sums: Proved Algorithms Using Rounding to
+    Odd", IEEE Transactions on Computers 57(4), 2008, section 5.
+    """
+    u_high, u_low = _two_sum(b, c)
+    t_high, t_low = _two_sum(a, u_high)
+    low, error = _two_sum(t_low, u_low)
+    bits = np.float64(low).view(np.int64)
+    if error != 0.0 and bits & 1 == 0:
+        # One place towards the error: away from zero if it has the sign of the rounded sum.
+        bits += 1 if (error > 0.0) == (low > 0.0) else -1
+    return t_high + np.int64(bits).view(np.float64)
+
+
+@njit("void(float64[:, :, ::1], int64, int64, float64[::1])", cache=True, nogil=True)
+def sum_bins(sums: Float64Array, first: int, last: int, total: Float64Array) -> None:
+    """Write the correctly rounded sum of the bins of the blocks ``first <= b < last``.
+
+    Args:
+        sums: Bins, float64[blocks, 2 or 3, BLOCK].
+        first: First block.
+        last: One past the last block.
+        total: Output, float64[at least (last - first) * BLOCK].
+    """
+    for block in range(first, last):
+        bins = sums[block]
+        out = total[(block - first) * BLOCK : (block - first + 1) * BLOCK]
+        for j in range(BLOCK):
+            if sums.shape[1] == 2:
+                out[j] = bins[0, j] + bins[1, j]
+            else:
+                out[j] = _sum_of_three(bins[0, j], bins[1, j], bins[2, j])

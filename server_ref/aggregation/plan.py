@@ -34,9 +34,8 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from functools import cached_property
 from itertools import pairwise
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +88,10 @@ class AccumulatorPlan(_Bounds):
         pydantic.ValidationError: A bound that is not a positive number of its kind.
     """
 
-    grid_exponents: tuple[int, ...] = Field(min_length=2, max_length=MAX_BINS, description="log2 of each bin's grid")
+    # Bounds of float32 and of the other fields give exponents from -304 to 157.
+    grid_exponents: tuple[Annotated[int, Field(ge=-400, le=200)], ...] = Field(
+        min_length=2, max_length=MAX_BINS, description="log2 of each bin's grid"
+    )
 
     @classmethod
     def for_bounds(cls, *, max_abs: float, max_weight: int, max_count: int, resolution: float) -> Self:
@@ -126,9 +128,9 @@ class AccumulatorPlan(_Bounds):
                 return cls(**bounds.model_dump(), grid_exponents=tuple(exponents))
             if len(exponents) == MAX_BINS:
                 raise BudgetExceeded(
-                    f"{MAX_BINS} bins do not hold an exact sum of {max_count} values from {resolution:g} to {max_abs:g} "
-                    f"with weights up to {max_weight}: raise resolution to {2.0 ** (exponents[-1] + _MANTISSA):.3g}, or "
-                    "lower max_abs, max_weight or max_count"
+                    f"{MAX_BINS} bins do not hold an exact sum of {max_count} values of {resolution:g} to {max_abs:g}, "
+                    f"with weights up to {max_weight}: raise resolution to {2.0 ** (exponents[-1] + _MANTISSA):.3g} "
+                    "or lower max_abs, max_weight or max_count"
                 )
 
     @model_validator(mode="after")
@@ -167,12 +169,12 @@ class AccumulatorPlan(_Bounds):
         """Smallest magnitude that is added exactly; at most ``resolution``. 0 is exact too."""
         return max(2.0 ** (self.grid_exponents[-1] + _MANTISSA), _SMALLEST_FLOAT32)
 
-    @cached_property
+    @property
     def grids(self) -> npt.NDArray[np.float64]:
         """The grids, float64[num_bins], coarsest first."""
         return np.ldexp(np.ones(self.num_bins), self.grid_exponents)
 
-    @cached_property
+    @property
     def limit_bits(self) -> np.int32:
         """Bit pattern of the largest float32 that does not exceed ``max_abs``."""
         limit = np.float32(self.max_abs)
