@@ -73,7 +73,9 @@ class ExportCache:
 
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator[Path]:
-        """Give a scratch folder that becomes the key's entry when the block ends without an error."""
+        """Give a scratch folder that becomes the key's entry when the block ends without an error. Hold the lock."""
+        for abandoned in self._root.glob(f".{key}.*"):  # by a killed process; we hold the key's lock
+            shutil.rmtree(abandoned, ignore_errors=True)
         with replacing_folder(self.folder(key)) as folder:
             yield folder
             (folder / CHECKSUM_FILE).write_text(checksums(folder))

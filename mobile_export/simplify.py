@@ -10,6 +10,10 @@ _PRODUCTS = (_aten.mm.default, _aten.bmm.default)
 
 def simplify(module: fx.GraphModule) -> None:
     """Rewrite a traced method in place; the values stay those of the same products, to rounding."""
+    for node in module.graph.nodes:
+        if node.target is _aten.view.default:
+            # Tensors may lie in memory otherwise than when the view was traced.
+            node.target = _aten.reshape.default
     for node in list(module.graph.nodes):
         _transpose_the_smaller(module.graph, node)
     for node in module.graph.nodes:

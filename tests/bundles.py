@@ -27,20 +27,8 @@ def tiny_model(name: str, seed: int = 0):
 
 
 def tiny_bundle(name: str, folder: Path) -> ProgramBundle:
-    """Export a tiny reference model into ``folder``, or copy it from the cache."""
+    """Export a tiny reference model into ``folder``, or copy it from the cache.
+
+    ``softmax`` has 12 features and 39 parameters, ``mlp`` is 12-8-3 with 131, ``cnn`` takes 8x8 images and has 1,795.
+    """
     return export_program(tiny_model(name), out_dir=folder, batch_sizes=BATCH_SIZES, model_name=f"tiny-{name}")
-
-
-def tiny_softmax_bundle(folder: Path) -> ProgramBundle:
-    """Softmax regression: 12 features, 39 parameters."""
-    return tiny_bundle("softmax", folder)
-
-
-def tiny_mlp_bundle(folder: Path) -> ProgramBundle:
-    """12-8-3 perceptron: 131 parameters."""
-    return tiny_bundle("mlp", folder)
-
-
-def tiny_cnn_bundle(folder: Path) -> ProgramBundle:
-    """The reference CNN on 8x8 images with 8 hidden units: 1,795 parameters."""
-    return tiny_bundle("cnn", folder)

@@ -15,11 +15,11 @@ from torch import nn
 from client_sdk.protocol.errors import ConfigurationError, MissingOperator, ProgramError
 from client_sdk.protocol.program import ParameterSpec, Program, Role
 from client_sdk.runtime import load_program
-from mobile_export import EagerProgram, ParityError, ProgramBundle, check_parity, export_program
+from mobile_export import EagerProgram, ParityError, ProgramBundle, build_model, check_parity, export_program
 from mobile_export.decompositions import decomposition_table
 from mobile_export.manifest import PlannedMethod
 from mobile_export.parity import likely_operators, parameter_error, relative_error
-from tests.bundles import FEATURE_SHAPES, tiny_bundle, tiny_model
+from tests.bundles import tiny_bundle, tiny_model
 
 aten = torch.ops.aten
 
@@ -37,10 +37,11 @@ def bundles(tmp_path_factory):
 
 
 @pytest.mark.parametrize("runtime", ["native", "pybindings"])
-@pytest.mark.parametrize("name", FEATURE_SHAPES)
-def test_the_reference_models_pass(bundles, name, runtime):
-    bundle = bundles(name)
-    report = check_parity(bundle, tiny_model(name), runtime=runtime, repeats=4)
+@pytest.mark.parametrize("name", ["softmax", "mlp", "cnn"])
+def test_the_reference_models_pass(bundles, cnn_bundle, name, runtime):
+    bundle = ProgramBundle.open(cnn_bundle) if name == "cnn" else bundles(name)
+    model = build_model("cnn", (8, 8), 10, seed=0) if name == "cnn" else tiny_model(name)
+    report = check_parity(bundle, model, runtime=runtime, repeats=4)
     assert report.worst.error <= report.tolerance == 1e-5
     assert report.repeats == 4
     assert [(o.method, o.output) for o in report.outputs] == [

@@ -15,14 +15,14 @@ from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FIL
 from mobile_export import bundle as bundle_module
 from mobile_export.bundle import ProgramBundle, refuse_foreign_folder, replacing_folder
 from mobile_export.cache import copy_bundle
-from tests.bundles import tiny_mlp_bundle, tiny_model
+from tests.bundles import tiny_bundle, tiny_model
 
 FILES = (PROGRAM_FILE, MANIFEST_FILE, WEIGHTS_FILE)
 
 
 @pytest.fixture(scope="module")
 def mlp(tmp_path_factory) -> ProgramBundle:
-    return tiny_mlp_bundle(tmp_path_factory.mktemp("bundles") / "mlp")
+    return tiny_bundle("mlp", tmp_path_factory.mktemp("bundles") / "mlp")
 
 
 @pytest.fixture

@@ -127,6 +127,21 @@ def test_a_damaged_entry_is_built_again(damaged, exported):
     assert contents(entry) == contents(entry_of(exported[0]))
 
 
+def test_what_a_killed_export_left_behind_is_swept(damaged):
+    folder, entry = damaged
+    litter = folder / "cache" / f".{entry.name}.abc"
+    (litter / "new").mkdir(parents=True)
+    other = folder / "cache" / ".0000.abc"
+    other.mkdir()
+    cache = ExportCache(folder / "cache")
+    with cache.locked(entry.name), cache.writing(entry.name) as scratch:
+        for name, data in contents(entry).items():
+            (scratch / name).write_bytes(data)
+    assert not litter.exists()
+    assert other.exists()
+    assert cache.find(entry.name, 1e-5) is not None
+
+
 def test_an_entry_under_another_key_is_not_believed(damaged):
     folder, entry = damaged
     entry.rename(entry.with_name("0" * 64))

@@ -18,12 +18,12 @@ from mobile_export.decompositions import decomposition_table
 from mobile_export.manifest import build_manifest, read_methods
 from mobile_export.methods import cross_entropy
 from mobile_export.toolchain import read_plans
-from tests.bundles import BATCH_SIZES, tiny_mlp_bundle, tiny_model
+from tests.bundles import BATCH_SIZES, tiny_bundle, tiny_model
 
 
 @pytest.fixture(scope="module")
 def mlp(tmp_path_factory) -> ProgramBundle:
-    return tiny_mlp_bundle(tmp_path_factory.mktemp("bundles") / "mlp")
+    return tiny_bundle("mlp", tmp_path_factory.mktemp("bundles") / "mlp")
 
 
 def test_every_role_and_batch_size_has_its_method(mlp):
