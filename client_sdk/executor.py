@@ -96,6 +96,7 @@ class ActionExecutor:
         self.cause: PocketfedError | None = None
         self._partial: dict[str, bytearray] = {}
         self._fetched: dict[str, Buffer] = {}
+        self._sealed: tuple[str, Buffer] | None = None
 
     def execute(
         self, action: Action, stop: threading.Event, virtual: VirtualTiming | None = None
@@ -234,7 +235,10 @@ class ActionExecutor:
             self.session.on_training_failed("training-failed", str(e), error=e)
         else:
             self._around.store.seal(report_id, frame)
-            self.session.on_sealed(hashlib.sha256(frame).hexdigest())
+            report_sha256 = hashlib.sha256(frame).hexdigest()
+            # This process need not read and hash again what it has just written.
+            self._sealed = (report_sha256, frame)
+            self.session.on_sealed(report_sha256)
             self._fetched.clear()
 
     def _make_report(self, assignment: Assignment, report_id: str, stop: threading.Event) -> bytes:
@@ -273,8 +277,8 @@ class ActionExecutor:
 
     def _upload(self, report_id: str) -> None:
         state = self.session.state
-        frame = self._around.store.sealed(report_id)
-        if frame is None or hashlib.sha256(frame).hexdigest() != state.report_sha256:
+        frame = self._sealed_frame(report_id, state.report_sha256)
+        if frame is None:
             self._around.store.discard(report_id)
             self.session.on_report_lost()
             return
@@ -283,6 +287,13 @@ class ActionExecutor:
         self.session.on_uploaded(self._around.transport.upload(report_id, frame))
         if self.session.state.accepted and state.assignment is not None:
             self._around.on_event(events.Uploaded(report_id, state.assignment, len(frame)))
+
+    def _sealed_frame(self, report_id: str, report_sha256: str | None) -> Buffer | None:
+        """The report's bytes if they are whole."""
+        if self._sealed is not None and self._sealed[0] == report_sha256:
+            return self._sealed[1]
+        frame = self._around.store.sealed(report_id)
+        return frame if frame is not None and hashlib.sha256(frame).hexdigest() == report_sha256 else None
 
     def _sleep(self, delay_s: float, reason: str, stop: threading.Event) -> None:
         self._around.on_event(events.Waiting(delay_s, reason))
@@ -295,6 +306,7 @@ class ActionExecutor:
         self._around.store.discard(action.report_id)
         self._partial.clear()
         self._fetched.clear()
+        self._sealed = None
         assignment = self.session.state.assignment
         self.session.on_discarded()
         if not action.accepted and assignment is not None:
