@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from client_sdk.protocol.errors import ConfigurationError, DuplicateReport, LeaseExpired, StaleReport
+from client_sdk.protocol.messages import WaitReason
 
 
 class AssignmentState(StrEnum):
@@ -119,7 +120,7 @@ class AssignmentRecord:
 class Waiting:
     """No assignment now, and why."""
 
-    reason: str
+    reason: WaitReason
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ MAX_JSON_BYTES = 64 * 1024
 REPORT_TENSOR = "update"
 """Name of the one tensor in a report's frame: the flat update in parameter-table order."""
 
+WaitReason = Literal["round-full", "already-reported"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Id128 = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="128 bits, hex")]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -114,7 +115,7 @@ class Wait(Message):
     """Check-in answer: no work now."""
 
     status: Literal["wait"] = "wait"
-    reason: Literal["round-full", "already-reported", "starting"]
+    reason: WaitReason
     retry: RetryWindow
 
 

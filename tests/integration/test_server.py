@@ -173,7 +173,13 @@ def fill_round_with_one_more(server, size: int) -> None:
 
 def test_ten_gigabytes_declared_are_refused_before_they_are_read(server):
     host, port = server.url.removeprefix("http://").split(":")
-    head = f"PUT /v1/reports/{'a' * 32} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {10 * 2**30}\r\nConnection: close\r\n\r\n"
+    lines = [
+        f"PUT /v1/reports/{'a' * 32} HTTP/1.1",
+        f"Host: {host}",
+        f"Content-Length: {10 * 2**30}",
+        "Connection: close",
+    ]
+    head = "\r\n".join([*lines, "", ""])
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(head.encode())
         answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
