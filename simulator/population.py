@@ -80,6 +80,8 @@ class Population:
         devices: How many; they are numbered from 0.
         dropout: Probability that a session never reports.
         check_in_interval_s: Mean time between two offers of a device that is not training, virtual seconds.
+        check_in_spread: How far a single such time may lie from the mean, as a fraction of it. Wide by default, so
+            that who comes first after a commit is a fresh draw every round.
         jitter: Standard deviation of the log of a session's duration around its device's typical one.
     """
 
@@ -87,6 +89,7 @@ class Population:
     devices: int
     dropout: float = 0.0
     check_in_interval_s: float = 60.0
+    check_in_spread: float = 0.5
     jitter: float = 0.25
     _prefix: bytes = field(init=False, repr=False)
 
@@ -128,8 +131,9 @@ class Population:
         return _to_ticks(self.check_in_interval_s * self._uniform("first-check-in", device))
 
     def pause_s(self, device: int, check_in: int) -> float:
-        """Time from the device's ``check_in``-th offer (or its end) to the next one: 50 to 150 % of the mean."""
-        return _to_ticks(self.check_in_interval_s * (0.5 + self._uniform("pause", device, check_in)))
+        """Time from the device's ``check_in``-th offer (or its end) to the next one."""
+        off = self.check_in_spread * (2 * self._uniform("pause", device, check_in) - 1)
+        return _to_ticks(self.check_in_interval_s * (1 + off))
 
     def retry_fraction(self, device: int, check_in: int) -> float:
         """Where in a retry window of the server the device comes back, in (0, 1)."""

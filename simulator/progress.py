@@ -41,13 +41,12 @@ def human_time(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
 
 
-def _figures(standing: Standing) -> str:
-    accuracy, loss = "-", "-"
-    if standing.latest is not None and standing.latest.validation_accuracy is not None:
-        accuracy = f"{standing.latest.validation_accuracy:.3f}"
-        loss = "-" if standing.latest.validation_loss is None else f"{standing.latest.validation_loss:.3f}"
+def _figures(scored: CommittedRound | None, standing: Standing) -> str:
+    accuracy = None if scored is None else scored.validation_accuracy
+    loss = None if scored is None else scored.validation_loss
     return (
-        f"validation accuracy {accuracy}  loss {loss}  up {human_bytes(standing.bytes_up)}  "
+        f"validation accuracy {'-' if accuracy is None else f'{accuracy:.3f}'}  "
+        f"loss {'-' if loss is None else f'{loss:.3f}'}  up {human_bytes(standing.bytes_up)}  "
         f"down {human_bytes(standing.bytes_down)}  {standing.clients_per_s:.0f} clients/s"
     )
 
@@ -76,7 +75,7 @@ class PlainDisplay:
         late = f" (+{committed.discarded} not needed)" if committed.discarded else ""
         self._out.write(
             f"round {committed.model_version}/{standing.of_rounds}  reports {committed.reports}{late}  "
-            f"{_figures(standing)}  ETA {human_time(standing.eta_s)}\n"
+            f"{_figures(committed, standing)}  ETA {human_time(standing.eta_s)}\n"
         )
         self._out.flush()
 
@@ -99,7 +98,7 @@ class LiveDisplay:
         )
         outer = Table.grid()
         outer.add_row(grid)
-        outer.add_row(Text(_figures(standing)))
+        outer.add_row(Text(_figures(standing.latest, standing)))
         self._live.update(outer)
 
     def round_done(self, committed: CommittedRound, standing: Standing) -> None:  # noqa: ARG002 - part of standing

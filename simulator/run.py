@@ -110,12 +110,13 @@ class _Ending:
     runtime: str
 
 
-def run_simulation(folder: RunFolder, options: RunOptions) -> SimulationResults:
+def run_simulation(folder: RunFolder, options: RunOptions, fleet: Fleet | None = None) -> SimulationResults:
     """Run (or resume) the simulation that a folder is for, and write its results and report there.
 
     Args:
         folder: Configuration and place of the run.
         options: How to carry it out.
+        fleet: Devices and data of the caller's own, instead of what the configuration names.
 
     Returns:
         What ``results.json`` says. ``status`` is ``interrupted`` if a signal ended the run early; the folder can
@@ -127,7 +128,7 @@ def run_simulation(folder: RunFolder, options: RunOptions) -> SimulationResults:
     """
     config = folder.config
     try:
-        fleet = Fleet.of(config)
+        fleet = fleet or Fleet.of(config)
     except PocketfedError:
         if folder.fresh:
             folder.discard()

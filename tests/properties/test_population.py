@@ -62,6 +62,8 @@ def test_pauses_lie_around_the_interval(seed, device, number):
     population = Population(seed, 1000, check_in_interval_s=60)
     assert 0 <= population.first_check_in_s(device) <= 60
     assert 30 <= population.pause_s(device, number) <= 90
+    steady = Population(seed, 1000, check_in_interval_s=60, check_in_spread=0.1)
+    assert 54 <= steady.pause_s(device, number) <= 66
 
 
 def test_tiers_come_in_their_shares_and_profiles_follow_them():
