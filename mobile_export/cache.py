@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +15,6 @@ from mobile_export.parity import ParityReport
 
 PARITY_FILE = "parity.json"
 CHECKSUM_FILE = "SHA256SUMS"
-
-
-def default_cache_folder() -> Path:
-    """``$POCKETFED_CACHE/exports``, else ``exports`` in the user's cache folder for pocketfed."""
-    if explicit := os.environ.get("POCKETFED_CACHE"):
-        return Path(explicit) / "exports"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketfed" / "exports"
 
 
 class ExportCache:

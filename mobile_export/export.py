@@ -10,10 +10,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from client_sdk.protocol.folders import cache_folder
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Role
 from mobile_export.blueprint import Blueprint, draw_blueprint, method_roles
 from mobile_export.bundle import ProgramBundle, refuse_foreign_folder, replacing_folder
-from mobile_export.cache import PARITY_FILE, ExportCache, copy_bundle, default_cache_folder
+from mobile_export.cache import PARITY_FILE, ExportCache, copy_bundle
 from mobile_export.decompositions import DecompositionTable, decomposition_table
 from mobile_export.manifest import build_manifest
 from mobile_export.methods import Loss, cross_entropy
@@ -158,7 +159,7 @@ def export_program(
             bundle = build(folder)
         return replace(bundle, path=target)
 
-    cache = ExportCache(default_cache_folder() if cache_dir is None else Path(cache_dir))
+    cache = ExportCache(cache_folder("exports") if cache_dir is None else Path(cache_dir))
     with cache.locked(key):
         entry = cache.find(key, tolerance)
         if entry is None:

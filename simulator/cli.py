@@ -79,13 +79,15 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     add("--batch-size", type=int, metavar="B", help="examples per step (default: 8 for digits, else 16)")
     add("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: 0.5 for digits, else 0.1)")
     add("--prox-mu", type=float, metavar="MU", help="FedProx's coefficient (default: 0, FedAvg)")
+    other = parser.add_argument_group("another server")
+    add = other.add_argument
+    add("--server", metavar="URL", help="use a running server: its clock, rounds, model and plan; not repeatable")
     how = parser.add_argument_group("how it is carried out (does not change the result)")
     add = how.add_argument
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="training threads (default: %(default)s)")
     add(
         "--runtime", choices=("auto", "native", "pybindings"), default="auto", help="ExecuTorch adapter (default: auto)"
     )
-    add("--server", metavar="URL", help="use a running server: its clock, rounds and plan; not repeatable")
     add("--resume", action="store_true", help="go on with the run in DIR; its configuration is kept")
     add("--overwrite", action="store_true", help="replace an earlier run in DIR")
     add("--no-progress", action="store_true", help="no progress on standard error")
@@ -94,7 +96,7 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 
 _CONFIG_FLAGS = (
     "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "max_staleness",
-    "dropout", "server_learning_rate", "epochs", "batch_size", "learning_rate", "prox_mu",
+    "dropout", "server_learning_rate", "epochs", "batch_size", "learning_rate", "prox_mu", "server",
 )  # fmt: skip
 
 
@@ -106,10 +108,8 @@ def _run_simulate(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {k: getattr(args, k) for k in _CONFIG_FLAGS if getattr(args, k) is not None}
     if args.workers < 1:
         raise ConfigurationError(f"--workers must be at least 1, got {args.workers}")
-    if args.resume and (args.server or args.overwrite):
-        raise ConfigurationError(
-            f"--resume goes on with a run on its own server; leave {'--server' if args.server else '--overwrite'} out"
-        )
+    if args.resume and args.overwrite:
+        raise ConfigurationError("--resume goes on with a run and --overwrite begins it anew; leave one of them out")
     config = SimulationConfig.parse(given)
     if args.resume:
         folder = RunFolder.resume(args.out, given)
@@ -132,7 +132,7 @@ def _simulate(args: argparse.Namespace, folder: Any) -> int:  # noqa: ANN401 - i
             console.print(line, markup=False)
 
     def run(display: Any) -> int:  # noqa: ANN401 - any display
-        options = RunOptions(runtime=args.runtime, workers=args.workers, server=args.server, display=display, say=say)
+        options = RunOptions(runtime=args.runtime, workers=args.workers, display=display, say=say)
         results = run_simulation(folder, options)
         return _tell(folder.path, results)
 
@@ -160,7 +160,8 @@ def _tell(out: Path, results: Any) -> int:  # noqa: ANN401 - its type would load
     print("\n".join(lines), flush=True)
     if results.status == "completed":
         return 0
-    print(f"interrupted; go on with: pocketfed simulate --resume --out {out}", file=sys.stderr)
+    if results.config.server is None:
+        print(f"interrupted; go on with: pocketfed simulate --resume --out {out}", file=sys.stderr)
     return EXIT_INTERRUPTED
 
 
@@ -187,7 +188,8 @@ def data_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespac
 
 
 def _run_data(args: argparse.Namespace) -> int:
-    from simulator.fetch import FASHION_MNIST, data_root, fetch, install_from_folder, is_current  # noqa: PLC0415
+    from client_sdk.protocol.folders import cache_folder  # noqa: PLC0415
+    from simulator.fetch import FASHION_MNIST, fetch, install_from_folder, is_current  # noqa: PLC0415
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -195,7 +197,7 @@ def _run_data(args: argparse.Namespace) -> int:
     if args.dataset == "digits":
         print("digits comes with scikit-learn; nothing to fetch")
         return 0
-    target = args.out or data_root() / FASHION_MNIST.dataset
+    target = args.out or cache_folder("data") / FASHION_MNIST.dataset
     if is_current(FASHION_MNIST, target):
         say("all files are there and unharmed")
     elif args.source:

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.folders import cache_folder
 from simulator.errors import DatasetUnavailable, MalformedDataset
-from simulator.fetch import FASHION_MNIST, data_root, is_current
+from simulator.fetch import FASHION_MNIST, is_current
 from simulator.idx import read_idx_gz
 
 # Fixes which examples are held out. Not an option: figures of different runs stay comparable.
@@ -102,7 +103,7 @@ def fashion_mnist(folder: Path | None = None) -> Dataset:
     Source:
         Xiao, Rasul, Vollgraf 2017, "Fashion-MNIST: a novel image dataset for benchmarking machine learning".
     """
-    folder = folder or data_root() / FASHION_MNIST.dataset
+    folder = folder or cache_folder("data") / FASHION_MNIST.dataset
     if not is_current(FASHION_MNIST, folder):
         raise DatasetUnavailable(
             f"fashion-mnist is not (or not completely) in {folder}; fetch it once: pocketfed data fashion-mnist"

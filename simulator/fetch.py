@@ -54,13 +54,6 @@ FASHION_MNIST = DataPackage(
 )
 
 
-def data_root(environ: Mapping[str, str] = os.environ) -> Path:
-    """Folder of all data sets: ``$POCKETFED_CACHE/data``, else under the XDG cache folder."""
-    if cache := environ.get("POCKETFED_CACHE"):
-        return Path(cache) / "data"
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pocketfed" / "data"
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from client_sdk.protocol.errors import PocketfedError, RuntimeUnavailable
+from client_sdk.protocol.folders import cache_folder
 
 SOURCE: Final = Path(__file__).with_name("pocketfed_shim.cpp")
 HEADER: Final = Path(__file__).with_name("pocketfed_shim.h")
@@ -77,14 +78,6 @@ class ExecutorchWheel:
         )
 
 
-def cache_folder() -> Path:
-    """Per-user cache: ``$POCKETFED_CACHE``, else ``$XDG_CACHE_HOME/pocketfed``, else ``~/.cache/pocketfed``."""
-    if explicit := os.environ.get("POCKETFED_CACHE"):
-        return Path(explicit)
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "pocketfed"
-
-
 def find_compiler() -> list[str]:
     """The C++ compiler's command: ``$CXX`` (which may carry arguments), else the first of ``COMPILERS`` on the path.
 
@@ -133,7 +126,7 @@ def library_path() -> Path:
     digest = hashlib.sha256()
     for part in (SOURCE.read_bytes(), HEADER.read_bytes(), "\0".join(_arguments(wheel)).encode()):
         digest.update(hashlib.sha256(part).digest())
-    return cache_folder() / "native" / f"pocketfed_shim-{digest.hexdigest()[:24]}.so"
+    return cache_folder("native") / f"pocketfed_shim-{digest.hexdigest()[:24]}.so"
 
 
 def ensure_built() -> Path:

@@ -12,7 +12,7 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Role
 from mobile_export import ProgramBundle, export_program
 from mobile_export.blueprint import draw_blueprint
-from mobile_export.cache import CHECKSUM_FILE, PARITY_FILE, ExportCache, default_cache_folder
+from mobile_export.cache import CHECKSUM_FILE, PARITY_FILE, ExportCache
 from mobile_export.decompositions import decomposition_table
 from mobile_export.methods import cross_entropy
 from tests.bundles import tiny_model
@@ -188,17 +188,6 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path):
         ExportCache(tmp_path / "file" / "cache").locked("key"),
     ):
         pytest.fail("the block must not run")
-
-
-def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("POCKETFED_CACHE", str(tmp_path / "a"))
-    assert default_cache_folder() == tmp_path / "a" / "exports"
-    monkeypatch.delenv("POCKETFED_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert default_cache_folder() == tmp_path / "b" / "pocketfed" / "exports"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache_folder() == tmp_path / ".cache" / "pocketfed" / "exports"
 
 
 class Tempered(nn.Module):

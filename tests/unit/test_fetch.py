@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from simulator.errors import DatasetUnavailable, MalformedDataset
-from simulator.fetch import FASHION_MNIST, DataPackage, data_root, fetch, install_from_folder, is_current
+from simulator.fetch import FASHION_MNIST, DataPackage, fetch, install_from_folder, is_current
 
 FILES = {"a.gz": b"first file", "b.gz": b"second file"}
 PACKAGE = DataPackage(
@@ -134,11 +134,6 @@ def test_a_damaged_package_is_refused(tmp_path, tools):
     tools("echo garbage > dataset-tiny_1_all.deb")
     with pytest.raises(MalformedDataset, match="could not unpack"):
         fetch(PACKAGE, tmp_path / "to", ignore)
-
-
-def test_the_cache_follows_the_environment():
-    assert str(data_root({"POCKETFED_CACHE": "/x"})) == "/x/data"
-    assert str(data_root({"XDG_CACHE_HOME": "/y"})) == "/y/pocketfed/data"
 
 
 def test_every_file_of_fashion_mnist_is_pinned():

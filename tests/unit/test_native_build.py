@@ -168,22 +168,6 @@ def test_an_executorch_without_headers_is_not_enough(tmp_path: Path, monkeypatch
         build.ExecutorchWheel.find()
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"POCKETFED_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/pocketfed"),
-        ({"HOME": "/c"}, "/c/.cache/pocketfed"),
-    ],
-)
-def test_where_the_cache_lies(environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch):
-    for name in ("POCKETFED_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert build.cache_folder() == Path(expected)
-
-
 def test_the_command_prints_an_error_and_no_traceback(cache: Path, tmp_path: Path):
     environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path)}
     done = subprocess.run(
