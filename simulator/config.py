@@ -35,7 +35,7 @@ def default_cohort(devices: int) -> int:
 
 
 class SimulationConfig(BaseModel):
-    """One simulation. Equal configurations give equal models, bit for bit, on one machine.
+    """One simulation. Equal configurations give equal models, bit for bit, on one machine (see ``repeatable``).
 
     Attributes:
         dataset: Name of a data set.
@@ -55,6 +55,7 @@ class SimulationConfig(BaseModel):
         prox_mu: FedProx's coefficient; 0 is FedAvg.
         server_learning_rate: Scale of the averaged update.
         dropout: Probability that an invited device never reports.
+        server: Address of a foreign server, which brings its own clock, rounds, model and plan; None for our own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,6 +77,7 @@ class SimulationConfig(BaseModel):
     prox_mu: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
     server_learning_rate: float = Field(1.0, gt=0, le=1e3, allow_inf_nan=False)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    server: str | None = None
 
     @field_validator("partition")
     @classmethod
@@ -91,6 +93,11 @@ class SimulationConfig(BaseModel):
     def concurrency(self) -> int:
         """Devices at work at once."""
         return math.ceil(round(self.cohort_size * self.overselect, 9))
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether equal configurations give equal models: not where a foreign server's clock decides."""
+        return self.server is None
 
     @property
     def plan(self) -> TrainingPlan:

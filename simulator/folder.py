@@ -86,6 +86,7 @@ class RunFolder:
         try:
             config = SimulationConfig.read(path / CONFIG_FILE)
             _check_same(config, given)
+            _check_own_server(path, config)
         except BaseException:
             lock.close()
             raise
@@ -140,6 +141,13 @@ def _check_same(config: SimulationConfig, given: Mapping[str, object]) -> None:
         raise ResumeMismatch(
             f"a resumed run keeps its configuration; {', '.join(differences)}. Leave these flags out, or start a new "
             "run"
+        )
+
+
+def _check_own_server(path: Path, config: SimulationConfig) -> None:
+    if config.server is not None:
+        raise ResumeMismatch(
+            f"the run in {path} used the server at {config.server}, which goes on without it; start a new run"
         )
 
 

@@ -107,7 +107,7 @@ def command_of(config: SimulationConfig) -> str:
         "partition": "--partition", "seed": "--seed", "cohort": "--cohort", "overselect": "--overselect",
         "refill_at": "--refill-at", "max_staleness": "--max-staleness", "epochs": "--epochs",
         "batch_size": "--batch-size", "learning_rate": "--lr", "prox_mu": "--prox-mu",
-        "server_learning_rate": "--server-lr", "dropout": "--dropout",
+        "server_learning_rate": "--server-lr", "dropout": "--dropout", "server": "--server",
     }  # fmt: skip
     always = {"dataset", "devices", "rounds", "model", "partition", "seed"}
     values = config.model_dump()
@@ -198,10 +198,13 @@ class _Page:
             + "</dl>"
         )
         if results.status == "interrupted":
-            self._parts.append(
-                '<p class="box">This run was interrupted. It goes on from where it stopped with '
-                "<code>pocketfed simulate --resume --out DIR</code>; test accuracy is measured when it is complete.</p>"
+            how = (
+                "It goes on from where it stopped with <code>pocketfed simulate --resume --out DIR</code>; test "
+                "accuracy is measured when it is complete."
+                if results.repeatable
+                else "The server goes on without it."
             )
+            self._parts.append(f'<p class="box">This run was interrupted. {how}</p>')
 
     def section(self, title: str) -> None:
         """A heading."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -35,7 +36,7 @@ from simulator.progress import SilentDisplay
 from simulator.report import write_report
 from simulator.results import DatasetFacts, SimulationResults, versions
 from simulator.sessions import Outcome, Session
-from simulator.view import ServerView
+from simulator.view import ServerView, TaskView
 from simulator.wall import WallFleet
 
 # The server scores models in the background; the last ones may still be under way when the last round is committed.
@@ -54,14 +55,12 @@ class RunOptions:
     Attributes:
         runtime: ExecuTorch adapter: ``auto``, ``native`` or ``pybindings``.
         workers: Training threads.
-        server: Address of a foreign server; None starts one.
         display: Shows progress.
         say: Is told about the stages, one line each.
     """
 
     runtime: str = "auto"
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    server: str | None = None
     display: Display = field(default_factory=SilentDisplay)
     say: Say = field(default=lambda _line: None)
 
@@ -137,9 +136,9 @@ def run_simulation(folder: RunFolder, options: RunOptions, fleet: Fleet | None =
         f"data: {config.dataset}, {len(fleet.dataset.train)} training examples dealt {config.partition} to "
         f"{config.devices} devices"
     )
-    with Journal(folder.path / JOURNAL_FILE) as journal, stop_on_interrupt(options.say) as stop:
-        attempt = _Attempt(folder, options, fleet, journal, stop)
-        monitor, ending = attempt.foreign(options.server) if options.server else attempt.embedded()
+    with Journal(folder.path / JOURNAL_FILE) as journal:
+        attempt = _Attempt(folder, options, fleet, journal)
+        monitor, ending = attempt.embedded() if config.server is None else attempt.foreign(config.server)
         if not ending.finished:
             journal.record_pause(monitor.open_round_s)
         results = _results(folder, options, fleet, monitor, ending)
@@ -163,12 +162,11 @@ class _Attempt:
     options: RunOptions
     fleet: Fleet
     journal: Journal
-    stop: threading.Event
 
     def embedded(self) -> tuple[RunMonitor, _Ending]:
         """Against a server of our own, in virtual time."""
         config, population = self.folder.config, self.fleet.population
-        try:
+        with self._beginning():
             bundle = export_bundle(config, self.fleet.dataset, self.folder.path / BUNDLE_FOLDER, self.options.say)
             costs = session_costs(self.folder, self.fleet.dataset, bundle)
             server_config = write_server(
@@ -178,13 +176,13 @@ class _Attempt:
                 check_in_interval_s=population.check_in_interval_s,
                 largest_part=max(self.fleet.num_samples),
             )
-        except BaseException:
-            if self.folder.fresh:
-                self.journal.close()
-                self.folder.discard()
-            raise
         self.options.say("server: starting on loopback, on virtual time")
-        with EmbeddedServer(server_config) as server, ServerView(server.url) as view, self._devices(server.url) as link:
+        with (
+            EmbeddedServer(server_config) as server,
+            ServerView(server.url) as view,
+            self._devices(server.url) as link,
+            stop_on_interrupt(self.options.say) as stop,
+        ):
             self.options.say(f"server: {server.url}; log in {server.log}")
             monitor = self._monitor(view, of_rounds=config.rounds, cohort=config.cohort_size)
             fleet = VirtualFleet(
@@ -195,7 +193,7 @@ class _Attempt:
                 journal=self.journal,
                 observer=monitor,
                 workers=self.options.workers,
-                stop=self.stop,
+                stop=stop,
             )
             try:
                 finished = fleet.run()
@@ -209,23 +207,17 @@ class _Attempt:
     def foreign(self, url: str) -> tuple[RunMonitor, _Ending]:
         """Against somebody else's server, in real time."""
         config = self.folder.config
-        with ServerView(url) as view, tempfile.TemporaryDirectory(prefix="pocketfed-bundle-") as scratch:
-            task = view.task()
-            if task.virtual_clock:
-                raise ConfigurationError(
-                    f"the server at {url} runs on a simulation's virtual clock, which only the process that started "
-                    'it may drive; start a server with clock = "wall"'
-                )
-            bundle = Path(scratch)
-            (bundle / MANIFEST_FILE).write_bytes(view.blob(task.manifest_sha256))
-            (bundle / PROGRAM_FILE).write_bytes(view.blob(task.program_sha256))
-            check_fit(Manifest.from_json((bundle / MANIFEST_FILE).read_bytes()), self.fleet.dataset)
+        with contextlib.ExitStack() as stack:
+            with self._beginning():
+                view = stack.enter_context(ServerView(url))
+                bundle = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pocketfed-bundle-")))
+                task = self._foreign_task(view, url, bundle)
             of_rounds = min(config.rounds, task.rounds - task.model_version)
             self.options.say(
                 f"server: {url} (its own clock, rounds and training plan; this run is not repeatable), "
                 f"{of_rounds} rounds from model version {task.model_version} on"
             )
-            with self._devices(url) as link:
+            with self._devices(url) as link, stop_on_interrupt(self.options.say) as stop:
                 monitor = self._monitor(
                     view, of_rounds=of_rounds, cohort=task.buffer_size, first_version=task.model_version
                 )
@@ -234,13 +226,36 @@ class _Attempt:
                     link=link,
                     observer=monitor,
                     workers=self.options.workers,
-                    stop=self.stop,
+                    stop=stop,
                     from_version=task.model_version,
                     until_version=task.model_version + of_rounds,
                     work=Workload(1.0, 0, 0, config.plan),
                 )
                 finished = fleet.run()
                 return monitor, self._end(view, monitor, bundle, finished=finished)
+
+    def _foreign_task(self, view: ServerView, url: str, bundle: Path) -> TaskView:
+        """The server's task, and its program unpacked into ``bundle``."""
+        task = view.task()
+        if task.virtual_clock:
+            raise ConfigurationError(
+                f"the server at {url} runs on a simulation's virtual clock, which only the process that started it may "
+                'drive; start a server with clock = "wall"'
+            )
+        (bundle / MANIFEST_FILE).write_bytes(view.blob(task.manifest_sha256))
+        (bundle / PROGRAM_FILE).write_bytes(view.blob(task.program_sha256))
+        check_fit(Manifest.from_json((bundle / MANIFEST_FILE).read_bytes()), self.fleet.dataset)
+        return task
+
+    @contextlib.contextmanager
+    def _beginning(self) -> Iterator[None]:
+        """Leaves nothing of a run that never began, so that the same command can be given again."""
+        try:
+            yield
+        except BaseException:
+            if self.folder.fresh:
+                self.folder.discard()
+            raise
 
     def _devices(self, url: str) -> SdkDevices:
         return SdkDevices(
@@ -251,7 +266,7 @@ class _Attempt:
             runtime=self.options.runtime,
             workers=self.options.workers,
             # Our own server, a process away: if it does not answer soon, it is gone.
-            policy=_IMPATIENT if self.options.server is None else None,
+            policy=_IMPATIENT if self.folder.config.server is None else None,
         )
 
     def _monitor(self, view: ServerView, *, of_rounds: int, cohort: int, first_version: int = 0) -> RunMonitor:
@@ -282,7 +297,7 @@ class _Attempt:
                 finished=finished,
                 model_sha256=task.model_sha256 if task.model_version > 0 else None,
                 evaluation=evaluation,
-                counted=_counted(self.options, self.folder.config, monitor),
+                counted=_counted(self.folder.config, monitor),
                 manifest=program.manifest,
                 runtime=type(program).__name__.removesuffix("Program").lower(),
             )
@@ -290,8 +305,8 @@ class _Attempt:
             program.close()
 
 
-def _counted(options: RunOptions, config: SimulationConfig, monitor: RunMonitor) -> list[list[Session]]:
-    if options.server is None:
+def _counted(config: SimulationConfig, monitor: RunMonitor) -> list[list[Session]]:
+    if config.server is None:
         return monitor.counted(config.max_staleness)
     # A foreign server does not tell whose reports it counted; those that it took, it counted or may still count.
     return [[s for s in monitor.sessions if s.end is not None and s.end.outcome is Outcome.ACCEPTED]]
@@ -309,7 +324,7 @@ def _results(
         final_accuracy=None if evaluation is None else evaluation.accuracy,
         final_loss=None if evaluation is None else evaluation.loss,
         model_sha256=ending.model_sha256,
-        repeatable=options.server is None,
+        repeatable=folder.config.repeatable,
         rounds=rounds,
         tiers=monitor.tier_results(fleet.population, ending.counted),
         sessions=standing.sessions,
@@ -317,9 +332,9 @@ def _results(
         clients_per_second=standing.sessions / max(seconds, 1e-9),
         bytes_up=standing.bytes_up,
         bytes_down=standing.bytes_down,
-        virtual_seconds=None if options.server else (rounds[-1].closed_at_s if rounds else 0.0),
+        virtual_seconds=None if folder.config.server else (rounds[-1].closed_at_s if rounds else 0.0),
         config=folder.config,
-        server=options.server or "embedded",
+        server=folder.config.server or "embedded",
         runtime=ending.runtime,
         workers=options.workers,
         dataset=DatasetFacts(

@@ -226,8 +226,10 @@ def test_a_folder_with_a_run_is_refused_without_resume(small, capsys):
 
 
 @pytest.fixture
-def foreign_server(small, tmp_path):
+def foreign_server(small, tmp_path, monkeypatch):
     """A server of somebody else, on the wall clock, with the same program."""
+    # What is exported in the shell must not reach a server that a simulation starts.
+    monkeypatch.setenv("POCKETFED_TASK__ROUNDS", "1")
     bundle = small[0] / "bundle"
     config = tmp_path / "foreign" / "config.toml"
     config.parent.mkdir()
@@ -241,7 +243,8 @@ def foreign_server(small, tmp_path):
 
 
 def test_a_foreign_server_is_used_on_its_own_clock_and_the_run_says_that_it_is_not_repeatable(foreign_server, tmp_path):
-    results = simulate(SMALL.model_copy(update={"dropout": 0.0}), tmp_path / "run", server=foreign_server.url)
+    config = SMALL.model_copy(update={"dropout": 0.0, "server": foreign_server.url})
+    results = simulate(config, tmp_path / "run")
     assert results.status == "completed"
     assert not results.repeatable
     assert results.server == foreign_server.url
@@ -249,8 +252,11 @@ def test_a_foreign_server_is_used_on_its_own_clock_and_the_run_says_that_it_is_n
     assert len(results.rounds) == 3
     assert results.final_accuracy > 0.5
     assert "gives another model" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(ResumeMismatch, match="goes on without it"):
+        resume(tmp_path / "run")
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path, capsys):
     assert main(["simulate", "--server", "http://127.0.0.1:9", "--out", str(tmp_path / "run")]) == 2
     assert "127.0.0.1:9" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
