@@ -131,17 +131,17 @@ def _simulate(args: argparse.Namespace, folder: Any) -> int:  # noqa: ANN401 - i
         if not args.no_progress:
             console.print(line, markup=False)
 
-    def run(display: Any) -> int:  # noqa: ANN401 - any display
-        options = RunOptions(runtime=args.runtime, workers=args.workers, display=display, say=say)
-        results = run_simulation(folder, options)
-        return _tell(folder.path, results)
+    def run(display: Any) -> Any:  # noqa: ANN401 - as above
+        return run_simulation(folder, RunOptions(runtime=args.runtime, workers=args.workers, display=display, say=say))
 
     if args.no_progress:
-        return run(SilentDisplay())
-    if not console.is_terminal:
-        return run(plain_display())
-    with LiveDisplay(console) as live:
-        return run(live)
+        results = run(SilentDisplay())
+    elif console.is_terminal:
+        with LiveDisplay(console) as live:
+            results = run(live)
+    else:
+        results = run(plain_display())
+    return _tell(folder.path, results)
 
 
 def _tell(out: Path, results: Any) -> int:  # noqa: ANN401 - its type would load the simulator

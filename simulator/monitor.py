@@ -102,6 +102,7 @@ class RunMonitor:
         self._scored = scored
         self._clock = clock
         self._known: dict[int, CommittedRound] = {}
+        self._latest: CommittedRound | None = None
         self._version = first_version
         self._shown = first_version
         self._reports = 0
@@ -162,14 +163,13 @@ class RunMonitor:
     def standing(self) -> Standing:
         """How far the run is."""
         done = self._version - self._first
-        scored = [r for r in self._known.values() if r.validation_accuracy is not None]
         eta = sum(self._recent) / len(self._recent) * (self._of_rounds - done) if self._recent else None
         return Standing(
             rounds=done,
             of_rounds=self._of_rounds,
             reports=min(self._reports, self._cohort),
             cohort=self._cohort,
-            latest=max(scored, key=lambda r: r.round_id, default=None),
+            latest=self._latest,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
             sessions=self._ended,
@@ -189,6 +189,7 @@ class RunMonitor:
             if self._scored and committed_next.validation_accuracy is None:
                 break
             self._shown += 1
+            self._latest = committed_next
             self._display.round_done(committed_next, self.standing())
         self._display.show(self.standing())
         return self._shown >= self._version

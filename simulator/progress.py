@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -84,10 +84,14 @@ class LiveDisplay:
     """Two lines that redraw themselves, for a terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._live = Live(Text("starting"), console=console, refresh_per_second=8, transient=False)
+        self._standing: Standing | None = None
+        self._live = Live(self, console=console, refresh_per_second=8)
 
-    def show(self, standing: Standing) -> None:
-        """Redraw."""
+    def __rich__(self) -> RenderableType:
+        """What to draw now; asked a few times a second, however often something happens."""
+        standing = self._standing
+        if standing is None:
+            return Text("")
         grid = Table.grid(padding=(0, 1))
         grid.add_row(
             Text(f"round {standing.rounds}/{standing.of_rounds}"),
@@ -96,14 +100,15 @@ class LiveDisplay:
             ProgressBar(total=standing.cohort, completed=standing.reports, width=12),
             Text(f"ETA {human_time(standing.eta_s)}"),
         )
-        outer = Table.grid()
-        outer.add_row(grid)
-        outer.add_row(Text(_figures(standing.latest, standing)))
-        self._live.update(outer)
+        return Group(grid, Text(_figures(standing.latest, standing)))
+
+    def show(self, standing: Standing) -> None:
+        """Draw this from now on."""
+        self._standing = standing
 
     def round_done(self, committed: CommittedRound, standing: Standing) -> None:  # noqa: ARG002 - part of standing
-        """Redraw."""
-        self.show(standing)
+        """Draw this from now on."""
+        self._standing = standing
 
     def __enter__(self) -> LiveDisplay:
         """Begin to draw."""
