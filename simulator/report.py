@@ -232,7 +232,7 @@ class _Page:
                 f"{_rounds_table(results.rounds)}</div></details>"
             )
         self.section("Configuration")
-        config = {k.replace("_", " "): v for k, v in results.config.model_dump().items() if k != "format"}
+        config = {k.replace("_", " "): v for k, v in results.config.model_dump(exclude={"format", "server"}).items()}
         config["cohort"] = results.config.cohort_size
         run = {
             "server": results.server,
