@@ -79,6 +79,7 @@ class DurableState:
             if found is None:
                 model = encode_model(0, self.task.initial_weights, self.task.manifest)
                 self.blobs.put_content(model.frame)
+                self.blobs.sync()
                 database.save_model(connection, database.ModelVersion(0, model.sha256, now))
                 database.save_task(connection, fresh)
             elif found.task_id != self.task.task_id:
@@ -118,7 +119,8 @@ class DurableState:
         self.model = self.load_model(latest)
 
     def flush(self, connection: Connection) -> None:
-        """Write what the engine changed since the last flush that became durable."""
+        """Write what the engine changed since the last flush that became durable, after the blobs that it names."""
+        self.blobs.sync()
         changes = self.engine.take_changes()
         if changes:
             database.save_assignments(connection, changes, self._first_new)

@@ -13,7 +13,7 @@ from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, 
 from client_sdk.protocol.messages import Assignment, F32Encoding
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
-from server_ref.aggregation.exact import AccumulatorPlan
+from server_ref.aggregation.plan import AccumulatorPlan
 from server_ref.config import TaskConfig
 from server_ref.models import decode_model
 from server_ref.rounds import AssignmentRecord
@@ -102,6 +102,7 @@ def load_task(config: TaskConfig) -> Task:
         "plan": config.plan.model_dump(mode="json"),
         "weight_cap": config.weight_cap,
         "max_abs": config.max_abs,
+        "resolution": config.resolution,
         "server_learning_rate": config.server_learning_rate,
         "buffer_size": config.buffer_size,
         "max_staleness": config.max_staleness,

@@ -1,7 +1,8 @@
 """Blobs through obstore: local disk here, an object store by the same interface.
 
-``put`` returns once the bytes would survive a power cut. obstore's local backend writes to a temporary file and
-renames it, but leaves flushing to the operating system, so the file and its folder are flushed here.
+A blob survives a power cut once ``put`` and then ``sync`` have returned. obstore's local backend writes to a temporary
+file and renames it, but leaves flushing to the operating system: ``put`` flushes the file, and ``sync`` flushes the
+folders that name it, once for all blobs of a batch.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ class BlobStore:
         self._store = LocalStore(prefix=root, mkdir=True)
         self._quota = quota_bytes
         self._lock = threading.Lock()
-        self._used = sum(meta["size"] for batch in obstore.list(self._store) for meta in batch)
-        self._flushed_folders: set[Path] = set()
+        self._used = 0
+        if quota_bytes is not None:
+            self._used = sum(meta["size"] for batch in obstore.list(self._store) for meta in batch)
+        self._unflushed: set[Path] = {root}
 
     @staticmethod
     def content_key(sha256: str) -> str:
@@ -47,7 +50,7 @@ class BlobStore:
         return f"content/{sha256[:2]}/{sha256}"
 
     def put(self, key: str, data: bytes) -> None:
-        """Write durably; replaces what was there.
+        """Write the bytes and flush them; replaces what was there. Durable after the next ``sync``.
 
         Raises:
             StorageUnavailable: The quota is reached, the disk is full or failing. Nothing is left behind.
@@ -55,11 +58,30 @@ class BlobStore:
         self._reserve(len(data))
         try:
             obstore.put(self._store, key, data)
-            self._flush(self._root / key)
+            path = self._root / key
+            _flush(path, os.O_RDONLY)
+            with self._lock:
+                self._unflushed.update(p for p in path.parents if p.is_relative_to(self._root))
         except (BaseError, OSError) as e:
             self._reserve(-len(data))
             self.delete(key)
             raise StorageUnavailable(f"cannot store {len(data)} bytes: {_reason(e)}") from e
+
+    def sync(self) -> None:
+        """Flush the folders of all blobs put so far.
+
+        Raises:
+            StorageUnavailable: The disk fails; the next call tries again.
+        """
+        with self._lock:
+            folders, self._unflushed = self._unflushed, set()
+        try:
+            for folder in sorted(folders, reverse=True):
+                _flush(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as e:
+            with self._lock:
+                self._unflushed |= folders
+            raise StorageUnavailable(f"cannot flush the blobs' folders: {_reason(e)}") from e
 
     def put_content(self, data: bytes) -> str:
         """Write under the content's SHA-256 and return it (hex); a no-op when it is there."""
@@ -105,7 +127,8 @@ class BlobStore:
     def delete(self, key: str) -> None:
         """Remove a blob; a no-op when it is not there."""
         try:
-            size = obstore.head(self._store, key)["size"]
+            # Only a quota needs to know how much becomes free.
+            size = 0 if self._quota is None else obstore.head(self._store, key)["size"]
             obstore.delete(self._store, key)
         except (BaseError, OSError):
             return
@@ -117,23 +140,13 @@ class BlobStore:
                 raise StorageUnavailable(f"the blob quota of {self._quota} bytes is reached")
             self._used += num_bytes
 
-    def _flush(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fdatasync(descriptor)
-        finally:
-            os.close(descriptor)
-        # The renamed entry, and once per folder the entries that lead to it.
-        folders = [path.parent]
-        if path.parent not in self._flushed_folders:
-            folders += [p for p in path.parent.parents if p.is_relative_to(self._root)]
-        for folder in folders:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        self._flushed_folders.add(path.parent)
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

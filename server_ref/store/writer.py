@@ -104,8 +104,7 @@ class GroupCommitWriter:
     def _run(self, batch: list[_Operation]) -> None:
         results: list[tuple[_Operation, Any, PocketfedError | None]] = []
         if self._stale and not self._reload():
-            for operation in batch:
-                operation.future.set_exception(StorageUnavailable("the database cannot be read now"))
+            _fail(batch, StorageUnavailable("the database cannot be read now"))
             return
         try:
             with self._engine.begin() as connection:
@@ -118,11 +117,7 @@ class GroupCommitWriter:
         except Exception as e:  # noqa: BLE001 - whatever it was, memory and database must agree again
             _log.error("a batch of %d writes was rolled back: %s", len(batch), e)
             self._reload()
-            storage = isinstance(e, (SQLAlchemyError, OSError))
-            for operation in batch:
-                operation.future.set_exception(
-                    StorageUnavailable("the database cannot be written now") if storage else ServerBusy(str(e))
-                )
+            _fail(batch, _as_refusal(e))
             return
         for operation, value, refusal in results:
             if refusal is None:
@@ -145,3 +140,17 @@ class GroupCommitWriter:
             return False
         self._stale = False
         return True
+
+
+def _fail(batch: list[_Operation], error: PocketfedError) -> None:
+    for operation in batch:
+        operation.future.set_exception(error)
+
+
+def _as_refusal(error: Exception) -> PocketfedError:
+    """What the devices of a lost batch are told: all of it can be tried again."""
+    if isinstance(error, PocketfedError):
+        return error
+    if isinstance(error, (SQLAlchemyError, OSError)):
+        return StorageUnavailable("the database cannot be written now")
+    return ServerBusy(str(error))

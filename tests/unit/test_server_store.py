@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -44,6 +46,24 @@ def test_content_is_named_by_its_hash_and_checked_against_it(tmp_path):
     (tmp_path / store.content_key(sha256)).write_bytes(b"mode1")
     with pytest.raises(StorageUnavailable, match="damaged"):
         store.get_content(sha256)
+
+
+def test_a_blob_is_flushed_and_then_the_folders_that_name_it(tmp_path, monkeypatch):
+    flushed: list[Path] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = BlobStore(tmp_path)
+    store.put("reports/a", b"one")
+    assert flushed == [tmp_path / "reports" / "a"]
+    store.sync()
+    assert flushed[1:] == [tmp_path / "reports", tmp_path]
+    store.sync()
+    assert len(flushed) == 3, "nothing new, nothing to flush"
 
 
 def test_the_quota_counts_what_is_there_across_restarts(tmp_path):
