@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from simulator.datasets import Dataset, Split, load_dataset
     from simulator.folder import RunFolder
     from simulator.population import Population
+    from simulator.prepare import Fleet
     from simulator.results import SimulationResults
-    from simulator.run import Fleet, RunOptions, run_simulation
+    from simulator.run import RunOptions, run_simulation
 
 _HOME = {
     "Dataset": "datasets",
-    "Fleet": "run",
+    "Fleet": "prepare",
     "Population": "population",
     "RunFolder": "folder",
     "RunOptions": "run",

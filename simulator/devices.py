@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.client import MobileClient
+from client_sdk.identity import DeviceIdentity
 from client_sdk.programs import DownloadedPrograms, ReadBlob
 from client_sdk.protocol.errors import StaleReport
 from client_sdk.protocol.messages import Assignment, VirtualTiming
 from client_sdk.protocol.program import Program
 from client_sdk.session_state import RetryPolicy
 from client_sdk.store import BlobPool, MemoryDeviceStore
-from client_sdk.transport import HttpTransport, open_client
+from client_sdk.transport import Transport
 from simulator.datasets import Split
 from simulator.journal import Reply
 from simulator.population import Population
@@ -59,36 +60,32 @@ class SdkDevices:
 
     def __init__(
         self,
-        url: str,
+        connect: Callable[[DeviceIdentity], Transport],
         population: Population,
         data: Split,
         parts: Sequence[npt.NDArray[np.int64]],
         *,
         runtime: str,
-        workers: int,
         policy: RetryPolicy | None = None,
     ) -> None:
         """Put the devices together; nothing is sent yet.
 
         Args:
-            url: The server.
+            connect: Gives each device its way to the server.
             population: Who the devices are.
             data: All training examples.
             parts: Rows of each device.
             runtime: ExecuTorch adapter.
-            workers: Threads that will train at once.
             policy: How devices wait after a failure; by default as real ones do.
         """
         self._scratch = tempfile.TemporaryDirectory(prefix="pocketfed-simulate-")
-        # One connection for each worker, one for the check-ins.
-        self._http = open_client(url, max_connections=workers + 1)
         self._programs = ThreadPrograms(Path(self._scratch.name), runtime)
         pool = BlobPool()
-        self._transports: list[HttpTransport] = []
+        self._transports: list[Transport] = []
         self._clients: list[MobileClient] = []
         for device, rows in enumerate(parts):
             identity = population.identity(device)
-            transport = HttpTransport(url, identity, client=self._http)
+            transport = connect(identity)
             self._transports.append(transport)
             self._clients.append(
                 MobileClient(
@@ -118,9 +115,8 @@ class SdkDevices:
         return SessionEnd(outcome, counters.bytes_up - up, counters.bytes_down - down)
 
     def close(self) -> None:
-        """Release programs, connections and temporary files."""
+        """Release programs and temporary files."""
         self._programs.close()
-        self._http.close()
         self._scratch.cleanup()
 
     def __enter__(self) -> Self:

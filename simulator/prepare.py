@@ -1,13 +1,15 @@
-"""What a run needs before its first round: an exported program, the cost of a session, the server's configuration."""
+"""What a run needs before its first round: devices with data, a program, the cost of a session, a server's settings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client_sdk.atomic import write_atomically
@@ -15,10 +17,11 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Manifest, Role
 from mobile_export.bundle import ProgramBundle
 from simulator.config import SimulationConfig
-from simulator.datasets import Dataset
+from simulator.datasets import Dataset, load_dataset
 from simulator.embedded import write_server_config
 from simulator.errors import ResumeMismatch
 from simulator.folder import BUNDLE_FOLDER, SERVER_FOLDER, WORKLOAD_FILE, RunFolder
+from simulator.partition import deal, parse_partition
 from simulator.population import Population, Workload
 
 _INITIAL_WEIGHTS_SEED: Final = 0
@@ -31,6 +34,38 @@ _MIN_LEASE_S: Final = 60.0
 _FRAME_OVERHEAD_BYTES: Final = 700
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The devices of a run and their data."""
+
+    population: Population
+    dataset: Dataset
+    parts: list[npt.NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, config: SimulationConfig) -> Fleet:
+        """Deal the data set out to the devices.
+
+        Raises:
+            DatasetUnavailable: It has to be fetched first.
+            PartitionError: More devices (or shards) than examples.
+        """
+        config.check()
+        dataset = load_dataset(config.dataset)
+        parts = deal(parse_partition(config.partition), dataset.train.y, config.devices, config.seed)
+        return cls(Population(config.seed, config.devices, config.dropout), dataset, parts)
+
+    @property
+    def num_samples(self) -> list[int]:
+        """Training examples of each device."""
+        return [len(part) for part in self.parts]
+
+    def label_counts(self) -> npt.NDArray[np.int64]:
+        """int64[devices, classes]: how many examples of each class a device holds."""
+        classes = self.dataset.num_classes
+        return np.stack([np.bincount(self.dataset.train.y[part], minlength=classes) for part in self.parts])
 
 
 class SessionCosts(BaseModel):

@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, Manifest
 from client_sdk.runtime import load_program
 from client_sdk.session_state import RetryPolicy
+from client_sdk.transport import HttpTransport, Transport, open_client
 from server_ref.evaluation import Evaluation, ProgramEvaluator
 from simulator.config import SimulationConfig
-from simulator.datasets import Dataset, load_dataset
 from simulator.devices import SdkDevices
 from simulator.embedded import EmbeddedServer
 from simulator.fleet import VirtualFleet
 from simulator.folder import BUNDLE_FOLDER, JOURNAL_FILE, RunFolder
 from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
+from simulator.loopback import LoopbackConnections, LoopbackTransport
 from simulator.monitor import Display, RunMonitor
-from simulator.partition import deal, parse_partition
-from simulator.population import Population, Workload
-from simulator.prepare import check_fit, export_bundle, lease_s, session_costs, write_server
+from simulator.population import Workload
+from simulator.prepare import Fleet, check_fit, export_bundle, lease_s, session_costs, write_server
 from simulator.progress import SilentDisplay
 from simulator.report import write_report
 from simulator.results import DatasetFacts, SimulationResults, versions
@@ -43,6 +43,7 @@ from simulator.wall import WallFleet
 _SCORED_WITHIN_S: Final = 120.0
 _SCORE_POLL_S: Final = 0.02
 
+# Our own server, a process away: if it does not answer soon, it is gone.
 _IMPATIENT: Final = RetryPolicy(base_s=0.05, cap_s=0.5, max_attempts=5)
 
 Say = Callable[[str], None]
@@ -63,38 +64,6 @@ class RunOptions:
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     display: Display = field(default_factory=SilentDisplay)
     say: Say = field(default=lambda _line: None)
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """The devices of a run and their data."""
-
-    population: Population
-    dataset: Dataset
-    parts: list[npt.NDArray[np.int64]]
-
-    @classmethod
-    def of(cls, config: SimulationConfig) -> Fleet:
-        """Deal the data set out to the devices.
-
-        Raises:
-            DatasetUnavailable: It has to be fetched first.
-            PartitionError: More devices (or shards) than examples.
-        """
-        config.check()
-        dataset = load_dataset(config.dataset)
-        parts = deal(parse_partition(config.partition), dataset.train.y, config.devices, config.seed)
-        return cls(Population(config.seed, config.devices, config.dropout), dataset, parts)
-
-    @property
-    def num_samples(self) -> list[int]:
-        """Training examples of each device."""
-        return [len(part) for part in self.parts]
-
-    def label_counts(self) -> npt.NDArray[np.int64]:
-        """int64[devices, classes]: how many examples of each class a device holds."""
-        classes = self.dataset.num_classes
-        return np.stack([np.bincount(self.dataset.train.y[part], minlength=classes) for part in self.parts])
 
 
 @dataclass(frozen=True)
@@ -180,7 +149,8 @@ class _Attempt:
         with (
             EmbeddedServer(server_config) as server,
             ServerView(server.url) as view,
-            self._devices(server.url) as link,
+            contextlib.closing(LoopbackConnections(server.url)) as connections,
+            self._devices(lambda identity: LoopbackTransport(connections, identity), _IMPATIENT) as link,
             stop_on_interrupt(self.options.say) as stop,
         ):
             self.options.say(f"server: {server.url}; log in {server.log}")
@@ -217,7 +187,12 @@ class _Attempt:
                 f"server: {url} (its own clock, rounds and training plan; this run is not repeatable), "
                 f"{of_rounds} rounds from model version {task.model_version} on"
             )
-            with self._devices(url) as link, stop_on_interrupt(self.options.say) as stop:
+            # One connection for each worker, one for the check-ins.
+            http = stack.enter_context(open_client(url, max_connections=self.options.workers + 1))
+            with (
+                self._devices(lambda identity: HttpTransport(url, identity, client=http), None) as link,
+                stop_on_interrupt(self.options.say) as stop,
+            ):
                 monitor = self._monitor(
                     view, of_rounds=of_rounds, cohort=task.buffer_size, first_version=task.model_version
                 )
@@ -257,16 +232,10 @@ class _Attempt:
                 self.folder.discard()
             raise
 
-    def _devices(self, url: str) -> SdkDevices:
+    def _devices(self, connect: Callable[[DeviceIdentity], Transport], policy: RetryPolicy | None) -> SdkDevices:
+        fleet = self.fleet
         return SdkDevices(
-            url,
-            self.fleet.population,
-            self.fleet.dataset.train,
-            self.fleet.parts,
-            runtime=self.options.runtime,
-            workers=self.options.workers,
-            # Our own server, a process away: if it does not answer soon, it is gone.
-            policy=_IMPATIENT if self.folder.config.server is None else None,
+            connect, fleet.population, fleet.dataset.train, fleet.parts, runtime=self.options.runtime, policy=policy
         )
 
     def _monitor(self, view: ServerView, *, of_rounds: int, cohort: int, first_version: int = 0) -> RunMonitor:

@@ -20,11 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simulator.config import SimulationConfig
-from simulator.datasets import Dataset, Split
-from simulator.folder import RunFolder
-from simulator.population import Population
-from simulator.run import Fleet, RunOptions, run_simulation
+from simulator import Dataset, Fleet, Population, RunFolder, RunOptions, SimulationConfig, Split, run_simulation
 
 SAMPLES = 20
 FEATURES, HIDDEN, CLASSES = 784, 64, 10
