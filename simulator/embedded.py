@@ -125,11 +125,6 @@ class EmbeddedServer:
         reader.join(_READY_WITHIN_S)
         return lines[0] if lines else b""
 
-    @property
-    def pid(self) -> int | None:
-        """Process id of the running child."""
-        return None if self._process is None else self._process.pid
-
     def check(self) -> None:
         """Say what happened where the child has ended by itself.
 

@@ -214,7 +214,7 @@ def timeline(
     scale, unit = _time_unit(max(r.closed_at_s - r.opened_at_s for r in rounds))
     # Which round each report belongs to: the one that counted it, or else the one that it was meant for.
     place = {id(s): index + 1 for index, group in enumerate(counted) for s in group}
-    arrived = [s for s in sessions if s.arrives_s is not None and s.assignment.round_id + 1 in opened]
+    arrived = [s for s in sessions if s.arrives_s is not None and s.round_id + 1 in opened]
     every = max(1, -(-len(arrived) // MAX_POINTS))
     kinds: dict[str, tuple[str, str, list[tuple[float, int, int]]]] = {
         f"report, {name}": (_TIER_COLOURS[tier], "circle", []) for tier, name in TIER_NAMES.items()
@@ -222,7 +222,7 @@ def timeline(
     kinds["too late"] = ("muted", "x-thin", [])
     for s in arrived[::every] if not foreign else []:
         kind = f"report, {TIER_NAMES[tier_of(s.device)]}" if id(s) in place else "too late"
-        of_round = place.get(id(s), s.assignment.round_id + 1)
+        of_round = place.get(id(s), s.round_id + 1)
         kinds[kind][2].append((round(((s.arrives_s or 0.0) - opened[of_round]) / scale, 4), of_round, s.device))
     bars: Figure = {
         "type": "bar",

@@ -69,11 +69,11 @@ class SessionPool:
         self._journal = journal
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="device")
 
-    def start(self, session: Session) -> Future[SessionEnd]:
+    def start(self, device: int, assignment: Assignment) -> Future[SessionEnd]:
         """Begin a session, or take over the end that the journal knows."""
-        known = self._journal.done.pop(session.assignment.assignment_id, None)
+        known = self._journal.done.pop(assignment.assignment_id, None)
         if known is None:
-            return self._pool.submit(self._perform, session.device, session.assignment)
+            return self._pool.submit(self._perform, device, assignment)
         future: Future[SessionEnd] = Future()
         future.set_result(known)
         return future
@@ -196,15 +196,16 @@ class VirtualFleet:
         duration = self._duration(device)
         self._sessions[device] += 1
         if duration is None or duration > assignment.lease_s:
-            session = Session(device, assignment, now, None, SessionEnd(Outcome.DROPPED))
+            session = Session.of(device, assignment, now, None)
+            session.end = SessionEnd(Outcome.DROPPED)
             self._observer.assigned(session)
             self._observer.ended(session)
             # Back only when the server has given it up: until then it would be handed the same assignment.
             self._schedule_check_in(device, now + assignment.lease_s)
             return
-        session = Session(device, assignment, now, now + duration)
+        session = Session.of(device, assignment, now, now + duration)
         self._observer.assigned(session)
-        self._running[device] = (session, pool.start(session))
+        self._running[device] = (session, pool.start(device, assignment))
         heapq.heappush(self._events, (now + duration, _Kind.ARRIVAL, device))
 
     def _arrive(self, device: int) -> bool:

@@ -125,7 +125,7 @@ class RunMonitor:
         self._ended += 1
         self._bytes_up += session.end.bytes_up
         self._bytes_down += session.end.bytes_down
-        if session.assignment.model_version == self._version:
+        if session.model_version == self._version:
             self._reports += 1
         if not self._journal.replaying:
             self.delivered += 1
@@ -199,8 +199,8 @@ class RunMonitor:
         up, down = Counter[int](), Counter[int]()
         for session in self.sessions:
             if session.end is not None:
-                up[session.assignment.round_id] += session.end.bytes_up
-                down[session.assignment.round_id] += session.end.bytes_down
+                up[session.round_id] += session.end.bytes_up
+                down[session.round_id] += session.end.bytes_down
         return tuple(
             RoundResult(
                 round=r + 1,

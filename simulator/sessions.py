@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 from client_sdk.protocol.messages import Assignment
 
@@ -28,28 +29,38 @@ class SessionEnd:
     bytes_down: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class Session:
-    """One assignment of one device.
+    """One assignment of one device; small, because a run keeps all of them for its report.
 
     Attributes:
         device: Number of the device.
-        assignment: What it was asked to do.
+        number: Number of the assignment.
+        round_id: Round in which it was given.
+        model_version: Model that it starts from.
         started_s: Virtual time of the assignment; on a foreign server, seconds since the run began.
         arrives_s: When its report arrives; None if it never will, or while nobody knows.
         end: None while it lasts.
     """
 
     device: int
-    assignment: Assignment
+    number: int
+    round_id: int
+    model_version: int
     started_s: float
     arrives_s: float | None
     end: SessionEnd | None = None
 
+    @classmethod
+    def of(cls, device: int, assignment: Assignment, started_s: float, arrives_s: float | None) -> Self:
+        """The session that an assignment begins."""
+        a = assignment
+        return cls(device, a.assignment_number, a.round_id, a.model_version, started_s, arrives_s)
+
     @property
     def order(self) -> tuple[float, int]:
         """Place of its report among all: arrival, then assignment number."""
-        return (float("inf") if self.arrives_s is None else self.arrives_s, self.assignment.assignment_number)
+        return (float("inf") if self.arrives_s is None else self.arrives_s, self.number)
 
 
 def counted_sessions(sessions: Iterable[Session], reports: Iterable[int], max_staleness: int) -> list[list[Session]]:
@@ -72,7 +83,7 @@ def counted_sessions(sessions: Iterable[Session], reports: Iterable[int], max_st
         counted: list[Session] = []
         rest: list[Session] = []
         for session in pending:
-            age = version - session.assignment.model_version
+            age = version - session.model_version
             if 0 <= age <= max_staleness and len(counted) < wanted:
                 counted.append(session)
             elif age < max_staleness:

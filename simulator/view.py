@@ -17,7 +17,6 @@ class TaskView(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    model_name: str
     model_version: int
     model_sha256: str
     manifest_sha256: str

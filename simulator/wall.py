@@ -112,7 +112,7 @@ class WallFleet:
         self._advance(assignment.model_version)
         if self._version >= self._until:
             return True
-        session = Session(device, assignment, self._now(), None)
+        session = Session.of(device, assignment, self._now(), None)
         number, self._sessions[device] = self._sessions[device], self._sessions[device] + 1
         self._observer.assigned(session)
         if self._population.duration_s(device, number, 1, self._work) is None:

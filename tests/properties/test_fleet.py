@@ -175,7 +175,7 @@ def test_what_counted_is_told_from_virtual_times_alone(policy, population):
         _, watcher = run(link, Path(folder) / "j", population, 2)
     told = counted_sessions(watcher.sessions, [len(counted) for _, counted in link.accepted], policy.max_staleness)
     assert [[n for n, _ in counted] for _, counted in link.accepted] == [
-        sorted(s.assignment.assignment_number for s in counted) for counted in told
+        sorted(s.number for s in counted) for counted in told
     ]
 
 
@@ -208,7 +208,7 @@ def test_over_selection_takes_the_first_to_arrive(tmp_path):
     _, watcher = run(link, tmp_path / "j", Population(5, 20))
     ((_, counted),) = link.accepted
     assert len(watcher.sessions) > 4, "more were invited than needed"
-    arrivals = sorted((s.arrives_s, s.assignment.assignment_number) for s in watcher.sessions)
+    arrivals = sorted((s.arrives_s, s.number) for s in watcher.sessions)
     assert [number for number, _ in counted] == sorted(number for _, number in arrivals[:4])
 
 

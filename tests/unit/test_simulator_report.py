@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from client_sdk.protocol.errors import ConfigurationError
-from client_sdk.protocol.messages import Assignment, F32Encoding
 from client_sdk.protocol.profile import DeviceTier
-from client_sdk.protocol.training import TrainingPlan
-from client_sdk.protocol.updates import UpdateKind
 from simulator import figures
 from simulator.config import SimulationConfig
 from simulator.progress import human_bytes, human_time
@@ -54,13 +51,7 @@ def results(rounds=3, **changes):
 
 
 def session(device, round_id, arrives_s, outcome=Outcome.ACCEPTED):
-    assignment = Assignment(
-        assignment_id="0" * 32, assignment_number=device, task_id="0" * 32, round_id=round_id, model_version=round_id,
-        model_sha256=HASH, program_sha256=HASH, manifest_sha256=HASH, parameter_table_sha256=HASH,
-        kind=UpdateKind.DELTA, encoding=F32Encoding(max_abs=1), weight=1, plan=TrainingPlan(), shuffle_seed=1,
-        lease_s=60, max_report_bytes=1000,
-    )  # fmt: skip
-    return Session(device, assignment, 10.0 * round_id, arrives_s, SessionEnd(outcome))
+    return Session(device, device, round_id, round_id, 10.0 * round_id, arrives_s, SessionEnd(outcome))
 
 
 def report(folder, facts, sessions=(), counted=()):
