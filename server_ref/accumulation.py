@@ -34,26 +34,36 @@ class BufferSum:
     def reset(self) -> None:
         """Forget everything; the durable set rebuilds it."""
         self._sum = ExactAccumulator(self._size, self._plan)
-        self._folded: set[int] = set()
+        self._folded: dict[int, AssignmentRecord] = {}
 
     def fold(self, record: AssignmentRecord, update: npt.NDArray[np.float32]) -> None:
         """Add one accepted report; a no-op if it is in already."""
         if record.number not in self._folded:
             self._sum.add(update, record.weight)
-            self._folded.add(record.number)
+            self._folded[record.number] = record
 
     def mean(self, counted: Sequence[AssignmentRecord]) -> npt.NDArray[np.float64]:
-        """Weighted mean over exactly these reports; what is not folded yet is read back.
+        """Weighted mean over exactly these reports.
+
+        What is not folded yet is read back; what was folded and does not count after all (over-selection in virtual
+        time) is taken out again, which is exact.
 
         Returns:
             float64[d], the correctly rounded sum over the total weight.
         """
-        wanted = {r.number for r in counted}
-        if not self._folded <= wanted:
+        wanted = {r.number: r for r in counted}
+        extra = [r for number, r in self._folded.items() if number not in wanted]
+        if len(extra) > len(wanted):
             self.reset()
-        missing = [r for r in counted if r.number not in self._folded]
-        for start in range(0, len(missing), _READ_AHEAD):
-            part = missing[start : start + _READ_AHEAD]
-            self._sum.add_many([self._load(r) for r in part], [r.weight for r in part])
-            self._folded.update(r.number for r in part)
+        elif extra:
+            taken_out = ExactAccumulator(self._size, self._plan)
+            self._add(taken_out, extra)
+            self._sum.subtract(taken_out)
+        self._add(self._sum, [r for number, r in wanted.items() if number not in self._folded])
+        self._folded = wanted
         return self._sum.result()
+
+    def _add(self, total: ExactAccumulator, records: Sequence[AssignmentRecord]) -> None:
+        for start in range(0, len(records), _READ_AHEAD):
+            part = records[start : start + _READ_AHEAD]
+            total.add_many([self._load(r) for r in part], [r.weight for r in part])

@@ -241,15 +241,17 @@ class Coordinator:
 
     # --- what anybody may read ---------------------------------------------------------------------------
 
+    def current_model(self, sha256: str) -> bytes | None:
+        """The newest model's bytes, if that is what the hash names; never waits."""
+        model = self._state.model
+        return model.frame if sha256 == model.sha256 else None
+
     def blob(self, sha256: str) -> bytes:
-        """A model, program or manifest by content hash.
+        """A model, program or manifest by content hash, read from disk.
 
         Raises:
             UnknownBlob: No such blob.
         """
-        model = self._state.model
-        if sha256 == model.sha256:
-            return model.frame
         if _SHA256.fullmatch(sha256) is None:
             raise UnknownBlob("a blob's name is its SHA-256 in lower-case hex")
         return bytes(self._state.blobs.get_content(sha256))
@@ -335,9 +337,7 @@ class Coordinator:
                 self._background.delete(file.blob_key)
                 raise
             if accepted:
-                if not self._clock.is_virtual:
-                    # In virtual time only the close decides what is counted; the sum is folded then.
-                    self._to_fold.append((record, update))
+                self._to_fold.append((record, update))
                 self.metrics.reports.labels("accepted").inc()
                 self.metrics.report_bytes.inc(file.num_bytes)
             elif record.report is not None and record.report.blob_key != file.blob_key:

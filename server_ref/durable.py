@@ -105,7 +105,8 @@ class DurableState:
             live = database.load_live_assignments(connection)
             self._first_new = database.next_assignment_number(connection)
         if self._clock.is_virtual:
-            self._clock.advance(state.clock_now)
+            # Time is written with a round; between two rounds the assignments tell how far it had come.
+            self._clock.advance(max([state.clock_now, *(r.issued_at for r in live)]))
         self._written = self._flushed = state
         self.engine = RoundEngine.restore(
             self._policy,
@@ -128,8 +129,9 @@ class DurableState:
             self._written,
             inviting=self.engine.inviting,
             opened_at=self.engine.opened_at,
-            clock_now=self._clock.now() if self._clock.is_virtual else 0.0,
         )
+        if self._clock.is_virtual and state.opened_at != self._written.opened_at:
+            state = replace(state, clock_now=self._clock.now())
         if state != self._written:
             database.save_task(connection, state)
         self._flushed = state

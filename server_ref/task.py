@@ -92,7 +92,8 @@ def load_task(config: TaskConfig) -> Task:
     plan_of_sum = AccumulatorPlan.for_bounds(
         max_abs=config.max_abs,
         max_weight=config.weight_cap,
-        max_count=config.buffer_size,
+        # What can be folded at once: a full buffer, and in virtual time reports that turn out not to count.
+        max_count=config.buffer_size + (config.concurrency or config.buffer_size),
         resolution=config.resolution,
     )
     manifest_sha256 = hashlib.sha256(manifest_json).hexdigest()

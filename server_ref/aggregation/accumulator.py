@@ -82,6 +82,18 @@ class Accumulator(Protocol[Update_contra]):
         """
         ...
 
+    def subtract(self, other: Self) -> None:
+        """Take out everything that ``other`` holds, all of which was folded into this one before.
+
+        The bytes are then those of an accumulator that never had it. ``other`` stays as it is.
+
+        Raises:
+            ConfigurationError: Other bounds.
+            ShapeMismatch: Another size.
+            BudgetExceeded: ``other`` holds more than this one.
+        """
+        ...
+
     def result(self) -> npt.NDArray[np.float64]:
         """The weighted mean: the correctly rounded sum, divided by ``total_weight``.
 
@@ -145,6 +157,21 @@ class Tally:
         if count > max_count:
             raise BudgetExceeded(f"{count} addends; this sum declares at most {max_count} (raise max_count)")
         return Tally(count, self.total_weight + other.total_weight)
+
+    def minus(self, other: Tally) -> Tally:
+        """The tally without the other's addends.
+
+        Raises:
+            BudgetExceeded: The other has more than this one.
+        """
+        left = Tally(self.count - other.count, self.total_weight - other.total_weight)
+        # Every addend left weighs at least 1.
+        if left.count < 0 or left.total_weight < left.count or (left.count == 0 and left.total_weight):
+            raise BudgetExceeded(
+                f"{other.count} addends of weight {other.total_weight} are not among {self.count} of weight "
+                f"{self.total_weight}"
+            )
+        return left
 
 
 def vectors_of(

@@ -104,13 +104,23 @@ class Int64Accumulator:
 
     def merge(self, other: Self) -> None:
         """Fold what another accumulator of the same grid and size holds; see ``Accumulator``."""
+        self._check_alike(other)
+        tally = self._tally.plus(other._tally, max_count=self._grid.max_count)
+        self._sums += other._sums
+        self._tally = tally
+
+    def subtract(self, other: Self) -> None:
+        """Take out what was folded before; see ``Accumulator``."""
+        self._check_alike(other)
+        tally = self._tally.minus(other._tally)
+        self._sums -= other._sums
+        self._tally = tally
+
+    def _check_alike(self, other: Self) -> None:
         if other._grid != self._grid:
             raise ConfigurationError("accumulators merge only if their grids are equal: declare the same bounds")
         if other._size != self._size:
             raise ShapeMismatch(f"a sum of {other._size} coordinates does not merge into one of {self._size}")
-        tally = self._tally.plus(other._tally, max_count=self._grid.max_count)
-        self._sums += other._sums
-        self._tally = tally
 
     def result(self) -> Float64Array:
         """The weighted mean, float64[size]; see ``Accumulator``."""

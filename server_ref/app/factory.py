@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server_ref.app import openapi, problems
-from server_ref.app.routes import ReportUpload, device_router, public_router
+from server_ref.app.device_api import ROUTE_KEY, DeviceApi
+from server_ref.app.routes import public_router
 from server_ref.coordinator import Coordinator
+from server_ref.metrics import Metrics
 
 _UPLOAD_THREADS = 8
 """Uploads checked and flushed at once; flushing waits for the disk, so more than cores is right."""
@@ -24,7 +25,7 @@ hash, train, upload one report. Errors are problem+json with a stable `type`. Te
 """
 
 
-def create_app(coordinator: Coordinator) -> FastAPI:
+def create_app(coordinator: Coordinator) -> ASGIApp:
     """Build the application over a coordinator that the caller starts before, and stops after."""
     executor = ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="pocketfed-upload")
 
@@ -34,22 +35,18 @@ def create_app(coordinator: Coordinator) -> FastAPI:
         executor.shutdown()
 
     app = FastAPI(title="pocketfed", version=version("pocketfed"), description=_DESCRIPTION, lifespan=lifespan)
-    upload = ReportUpload(coordinator, executor, coordinator.max_report_bytes)
-    app.router.routes.append(Route("/v1/reports/{report_id}", upload, methods=["PUT"], include_in_schema=False))
-    app.include_router(device_router(coordinator))
     app.include_router(public_router(coordinator))
     problems.install(app)
     openapi.install(app)
-    app.add_middleware(_CountRequests, coordinator=coordinator)
-    return app
+    return _CountRequests(DeviceApi(coordinator, executor, app), coordinator.metrics)
 
 
 class _CountRequests:
     """Counts requests by route template and status: bounded labels, whatever paths a client invents."""
 
-    def __init__(self, app: ASGIApp, coordinator: Coordinator) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
-        self._requests = coordinator.metrics.requests
+        self._requests = metrics.requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,11 +55,8 @@ class _CountRequests:
 
         async def count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                path = getattr(route, "path", None)
-                if path is None and isinstance(scope.get("endpoint"), ReportUpload):
-                    path = "/v1/reports/{report_id}"
-                self._requests.labels(path or "unmatched", str(message["status"])).inc()
+                route = scope.get(ROUTE_KEY) or getattr(scope.get("route"), "path", "unmatched")
+                self._requests.labels(route, str(message["status"])).inc()
             await send(message)
 
         await self._app(scope, receive, count)

@@ -285,6 +285,33 @@ def test_an_output_of_another_form_is_refused(kind: Kind, out: np.ndarray):
 
 
 @every_kind
+@pytest.mark.parametrize("taken", [0, 1, 3, 8])
+def test_taking_out_what_was_folded_leaves_the_bytes_of_the_rest(kind: Kind, taken: int):
+    rng = np.random.default_rng(taken)
+    updates = [kind.update(rng, 5000) for _ in range(8)]
+    weights = [int(w) for w in rng.integers(1, MAX_WEIGHT + 1, 8)]
+    whole, out, rest = (kind.make(5000) for _ in range(3))
+    whole.add_many(updates, weights)
+    out.add_many(updates[:taken], weights[:taken])
+    rest.add_many(updates[taken:], weights[taken:])
+    whole.subtract(out)
+    assert whole.to_bytes() == rest.to_bytes()
+
+
+@every_kind
+def test_what_is_not_in_it_cannot_be_taken_out(kind: Kind):
+    accumulator = filled(kind, 3, 10)
+    before = accumulator.to_bytes()
+    with pytest.raises(BudgetExceeded):
+        accumulator.subtract(filled(kind, 4, 10))
+    with pytest.raises(ConfigurationError):
+        accumulator.subtract(kind.other(10))
+    with pytest.raises(ShapeMismatch):
+        accumulator.subtract(kind.make(11))
+    assert accumulator.to_bytes() == before
+
+
+@every_kind
 def test_only_like_merges_with_like(kind: Kind):
     accumulator = filled(kind, 3, 10)
     before = accumulator.to_bytes()

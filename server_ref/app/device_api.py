@@ -1,0 +1,145 @@
+"""The routes that devices use, as one bare ASGI application in front of the framework.
+
+Each device costs three requests a round, so this is where a server spends its time: the framework's routing,
+dependency and body machinery would double it. What is signed are the bytes as sent, so every route reads its own body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, Future
+from typing import TypeVar
+
+from fastapi import Response
+from pydantic import BaseModel
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from client_sdk.protocol.errors import ServerBusy
+from client_sdk.protocol.messages import MAX_JSON_BYTES, AbandonRequest, CheckInRequest, EnrolRequest, ReportReply
+from server_ref.app.problems import problem_response
+from server_ref.app.requests import authenticate, headers_of, parse, parse_range, read_body, verify_with
+from server_ref.coordinator import Coordinator
+
+ROUTE_KEY = "pocketfed.route"
+"""Key of the ASGI scope that names the matched route, for metrics."""
+
+_ANSWER_WITHIN_S = 60.0
+T = TypeVar("T")
+Handler = Callable[[Scope, Receive, str], Awaitable[Response]]
+
+
+class DeviceApi:
+    """Serves the device routes, and hands everything else to ``fallback``.
+
+    Args:
+        coordinator: Answers.
+        executor: Threads for checking and storing reports.
+        fallback: The application behind.
+    """
+
+    def __init__(self, coordinator: Coordinator, executor: Executor, fallback: ASGIApp) -> None:
+        self._coordinator = coordinator
+        self._executor = executor
+        self._fallback = fallback
+        # (method, prefix, suffix) -> template, handler; between prefix and suffix lies the path's one parameter.
+        self._routes: dict[tuple[str, str, str], tuple[str, Handler]] = {
+            ("POST", "devices", ""): ("/v1/devices", self._enrol),
+            ("POST", "check-ins", ""): ("/v1/check-ins", self._check_in),
+            ("PUT", "reports", ""): ("/v1/reports/{report_id}", self._report),
+            ("GET", "blobs", ""): ("/v1/blobs/{sha256}", self._blob),
+            ("POST", "assignments", "abandon"): ("/v1/assignments/{assignment_id}/abandon", self._abandon),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        found = self._match(scope) if scope["type"] == "http" else None
+        if found is None:
+            await self._fallback(scope, receive, send)
+            return
+        (scope[ROUTE_KEY], handler), parameter = found
+        try:
+            response = await handler(scope, receive, parameter)
+        except Exception as e:  # noqa: BLE001 - the one place where a device's error becomes an answer
+            response = problem_response(e)
+        await response(scope, receive, send)
+
+    def _match(self, scope: Scope) -> tuple[tuple[str, Handler], str] | None:
+        head, _, path = scope["path"][1:].partition("/")
+        if head != "v1":
+            return None
+        name, _, rest = path.partition("/")
+        parameter, _, suffix = rest.partition("/")
+        route = self._routes.get((scope["method"], name, suffix))
+        takes_parameter = name not in {"devices", "check-ins"}
+        return None if route is None or takes_parameter != bool(parameter) else (route, parameter)
+
+    async def _enrol(self, scope: Scope, receive: Receive, _parameter: str) -> Response:
+        headers = headers_of(scope)
+        body = await read_body(receive, headers, MAX_JSON_BYTES)
+        message = parse(EnrolRequest, body)
+        # Signed by the key being enrolled: proof that the device holds it.
+        verify_with(message.public_key, scope, headers, body)
+        reply = await _answer(self._coordinator.enrol(message))
+        return _json(reply)
+
+    async def _check_in(self, scope: Scope, receive: Receive, _parameter: str) -> Response:
+        headers = headers_of(scope)
+        body = await read_body(receive, headers, MAX_JSON_BYTES)
+        device_id = authenticate(self._coordinator, scope, headers, body)
+        reply = await _answer(self._coordinator.check_in(device_id, parse(CheckInRequest, body)))
+        return _json(reply)
+
+    async def _abandon(self, scope: Scope, receive: Receive, assignment_id: str) -> Response:
+        headers = headers_of(scope)
+        body = await read_body(receive, headers, MAX_JSON_BYTES)
+        device_id = authenticate(self._coordinator, scope, headers, body)
+        parse(AbandonRequest, body)
+        await _answer(self._coordinator.abandon(device_id, assignment_id))
+        return Response(status_code=204)
+
+    async def _report(self, scope: Scope, receive: Receive, report_id: str) -> Response:
+        headers = headers_of(scope)
+        body = await read_body(receive, headers, self._coordinator.max_report_bytes)
+
+        def work() -> Future[ReportReply]:
+            # Hashing, checking and flushing release the interpreter's lock: off the event loop, all cores help.
+            device_id = authenticate(self._coordinator, scope, headers, body)
+            return self._coordinator.report(device_id, report_id, body)
+
+        future = await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        reply = await _answer(future)
+        return _json(reply)
+
+    async def _blob(self, scope: Scope, _receive: Receive, sha256: str) -> Response:
+        asked = headers_of(scope)
+        etag = f'"{sha256}"'
+        headers = {"etag": etag, "cache-control": "public, max-age=31536000, immutable", "accept-ranges": "bytes"}
+        if asked.get("if-none-match") == etag:
+            return Response(status_code=304, headers=headers)
+        data = self._coordinator.current_model(sha256)
+        if data is None:
+            data = await asyncio.to_thread(self._coordinator.blob, sha256)
+        part = parse_range(asked.get("range"), len(data))
+        status = 200
+        if part is not None:
+            headers["content-range"] = f"bytes {part[0]}-{part[1] - 1}/{len(data)}"
+            data, status = data[part[0] : part[1]], 206
+        self._coordinator.metrics.download_bytes.inc(len(data))
+        return Response(data, status_code=status, media_type="application/octet-stream", headers=headers)
+
+
+async def _answer(future: Future[T]) -> T:
+    """Wait for a write to be durable, but not forever.
+
+    Raises:
+        ServerBusy: It takes too long; the request may be repeated.
+    """
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(future), _ANSWER_WITHIN_S)
+    except TimeoutError as e:
+        raise ServerBusy("the server did not get to it in time") from e
+
+
+def _json(message: BaseModel) -> Response:
+    return Response(message.model_dump_json(), media_type="application/json")
