@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import obstore
 from obstore.exceptions import BaseError
@@ -42,7 +42,7 @@ class BlobStore:
         self._used = 0
         if quota_bytes is not None:
             self._used = sum(meta["size"] for batch in obstore.list(self._store) for meta in batch)
-        self._unflushed: set[Path] = {root}
+        self._unflushed: set[str] = set()
 
     @staticmethod
     def content_key(sha256: str) -> str:
@@ -58,10 +58,9 @@ class BlobStore:
         self._reserve(len(data))
         try:
             obstore.put(self._store, key, data)
-            path = self._root / key
-            _flush(path, os.O_RDONLY)
+            _flush(f"{self._root}/{key}", os.O_RDONLY)
             with self._lock:
-                self._unflushed.update(p for p in path.parents if p.is_relative_to(self._root))
+                self._unflushed.add(key.rpartition("/")[0])
         except (BaseError, OSError) as e:
             self._reserve(-len(data))
             self.delete(key)
@@ -76,8 +75,10 @@ class BlobStore:
         with self._lock:
             folders, self._unflushed = self._unflushed, set()
         try:
-            for folder in sorted(folders, reverse=True):
-                _flush(folder, os.O_RDONLY | os.O_DIRECTORY)
+            # A folder's own name is an entry too: up to the root, longest path first.
+            paths = {p for f in folders if f for p in (PurePath(f), *PurePath(f).parents)}
+            for path in sorted(paths, key=lambda p: -len(p.parts)):
+                _flush(f"{self._root}/{path}", os.O_RDONLY | os.O_DIRECTORY)
         except OSError as e:
             with self._lock:
                 self._unflushed |= folders
@@ -141,7 +142,7 @@ class BlobStore:
             self._used += num_bytes
 
 
-def _flush(path: Path, flags: int) -> None:
+def _flush(path: str, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
