@@ -159,7 +159,7 @@ class Coordinator:
             return EnrolReply(device_id=device_id)
 
         def remember(done: Future[EnrolReply]) -> None:
-            if done.exception() is None:
+            if not done.cancelled() and done.exception() is None:
                 with self._lock:
                     self._devices[device_id] = (request.public_key, request.tier.value)
 

@@ -136,7 +136,8 @@ async def _answer(future: Future[T]) -> T:
         ServerBusy: It takes too long; the request may be repeated.
     """
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), _ANSWER_WITHIN_S)
+        # Shielded: the write goes on, and the repeated request finds what it made.
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), _ANSWER_WITHIN_S)
     except TimeoutError as e:
         raise ServerBusy("the server did not get to it in time") from e
 

@@ -102,6 +102,8 @@ class GroupCommitWriter:
                 return
 
     def _run(self, batch: list[_Operation]) -> None:
+        # Whoever gave up before its turn is left out; from here on a future can no longer be cancelled.
+        batch = [operation for operation in batch if operation.future.set_running_or_notify_cancel()]
         results: list[tuple[_Operation, Any, PocketfedError | None]] = []
         if self._stale and not self._reload():
             _fail(batch, StorageUnavailable("the database cannot be read now"))

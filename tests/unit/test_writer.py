@@ -129,6 +129,23 @@ def test_work_after_a_commit_that_fails_is_repeated_from_durable_state(counter, 
     assert writer.submit(counter.increment).result() == 2
 
 
+def test_a_request_given_up_before_its_turn_is_left_out_and_the_writer_lives(counter, writer):
+    gate, started = threading.Event(), threading.Event()
+
+    def block(_connection):
+        started.set()
+        return gate.wait(30)
+
+    blocking = writer.submit(block)
+    assert started.wait(30)
+    given_up = writer.submit(counter.increment)
+    assert given_up.cancel()
+    assert not blocking.cancel(), "what runs cannot be given up"
+    gate.set()
+    assert writer.submit(counter.increment).result(30) == 1
+    assert blocking.result(30)
+
+
 def test_a_stopped_writer_refuses(counter):
     writer = GroupCommitWriter(counter.engine, counter)
     writer.start()
