@@ -145,7 +145,11 @@ class RawDevice:
     def upload(self, assignment: Assignment, update: np.ndarray, **changes: str) -> httpx.Response:
         facts = report_facts(assignment) | changes
         report_id = facts["report_id"]
-        return self.send("PUT", f"/v1/reports/{report_id}", encode_frame({REPORT_TENSOR: update}, facts))
+        response = self.send("PUT", f"/v1/reports/{report_id}", encode_frame({REPORT_TENSOR: update}, facts))
+        # A report is acknowledged before the buffer it fills is closed. Writes are done in order: once another one is
+        # answered, the buffer has closed.
+        self.enrol()
+        return response
 
     def weights(self, assignment: Assignment) -> np.ndarray:
         response = self.client.get(f"{self.url}/v1/blobs/{assignment.model_sha256}")
