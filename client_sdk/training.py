@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from client_sdk.protocol.errors import ConfigurationError, ProgramInputError, TrainingDiverged, UnknownMethod
+from client_sdk.protocol.errors import ConfigurationError, ProgramInputError, TrainingDiverged
 from client_sdk.protocol.program import Float32Array, MethodSpec, Program, Role
 from client_sdk.protocol.training import TrainingPlan
 
@@ -123,19 +123,9 @@ class LocalTrainer:
             rate = np.array([plan.learning_rate], np.float32)
         if not (np.isfinite(rate[0]) and rate[0] > 0):
             raise ConfigurationError(f"learning_rate {plan.learning_rate} is zero or infinite as a float32")
-        manifest = self._program.manifest
-        size = plan.batch_size
-        if size in manifest.batch_sizes(Role.TRAIN):
-            method = manifest.method(Role.TRAIN, size)
-            return _FusedStep(self._program, method.name, self._batch(method), x, y, rate)
-        slices = [b for b in manifest.batch_sizes(Role.GRAD) if size % b == 0]
-        if slices:
-            method = manifest.method(Role.GRAD, max(slices))
-            return _SlicedStep(self._program, method.name, self._batch(method), x, y, rate)
-        raise UnknownMethod(
-            f"{manifest.model_name} cannot train with batch size {size}; choose one of "
-            f"{list(manifest.batch_sizes(Role.TRAIN))} or a multiple of one of {list(manifest.batch_sizes(Role.GRAD))}"
-        )
+        method = self._program.manifest.training_method(plan.batch_size)
+        kind = _FusedStep if method.role is Role.TRAIN else _SlicedStep
+        return kind(self._program, method.name, self._batch(method), x, y, rate)
 
     def _batch(self, spec: MethodSpec) -> _Batch:
         """The buffers for a method; ``train`` and ``grad`` of one size share them."""

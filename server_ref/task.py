@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, ProtocolError
+from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, ProtocolError, UnknownMethod
 from client_sdk.protocol.messages import Assignment, F32Encoding
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
@@ -67,7 +67,7 @@ def load_task(config: TaskConfig) -> Task:
     """Read and check a bundle.
 
     Raises:
-        ConfigurationError: Files missing or weights that do not fit.
+        ConfigurationError: Files missing, weights that do not fit, or a plan that the program cannot train.
         ManifestError: Unreadable manifest.
         ProgramHashMismatch: The program or the weights are not those of the manifest.
         BudgetExceeded: The declared bounds leave no exact sum.
@@ -85,6 +85,11 @@ def load_task(config: TaskConfig) -> Task:
         raise ProgramHashMismatch(f"{config.bundle / PROGRAM_FILE} is not the program its manifest describes")
     if hashlib.sha256(frame).hexdigest() != manifest.initial_weights_sha256:
         raise ProgramHashMismatch(f"{config.bundle / WEIGHTS_FILE} are not the weights its manifest describes")
+    try:
+        # Otherwise every device would find out by itself, one failed training after the other.
+        manifest.training_method(config.plan.batch_size)
+    except UnknownMethod as e:
+        raise ConfigurationError(f"task.plan.batch_size: {e}; or export the bundle with that size") from e
     try:
         weights = decode_model(0, frame, manifest).weights
     except ProtocolError as e:

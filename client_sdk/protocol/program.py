@@ -171,6 +171,23 @@ class Manifest(_Frozen):
             )
         return max(found, key=lambda m: m.batch_size)
 
+    def training_method(self, batch_size: int) -> MethodSpec:
+        """The method that trains in batches of this size: the fused step, else sums over the largest fitting slices.
+
+        Raises:
+            UnknownMethod: The program can do neither; the message lists what it can.
+        """
+        fused, slices = self.batch_sizes(Role.TRAIN), self.batch_sizes(Role.GRAD)
+        if batch_size in fused:
+            return self.method(Role.TRAIN, batch_size)
+        fitting = [size for size in slices if batch_size % size == 0]
+        if fitting:
+            return self.method(Role.GRAD, max(fitting))
+        raise UnknownMethod(
+            f"{self.model_name} cannot train with batch size {batch_size}; choose one of {list(fused)} "
+            f"or a multiple of one of {list(slices)}"
+        )
+
     def named(self, name: str) -> MethodSpec:
         """The method called ``name``.
 

@@ -16,7 +16,7 @@ from client_sdk.protocol.errors import PROBLEM_PREFIX
 from client_sdk.protocol.frames import encode_frame
 from client_sdk.protocol.messages import REPORT_TENSOR, Finished, VirtualTiming, Wait
 from client_sdk.protocol.program import Manifest
-from tests.servers import RawDevice, get_json, report_facts, running_server, write_config
+from tests.servers import RawDevice, get_json, report_facts, running_server, start_server, write_config
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +324,12 @@ def test_a_data_directory_belongs_to_one_task(tmp_path, softmax_bundle, size):
     # More rounds are the same task: it goes on.
     with running_server(write_config(tmp_path, softmax_bundle, rounds=2)) as server:
         assert RawDevice(server.url).enrol().assigned().model_version == 1
+
+
+def test_a_plan_that_the_bundle_cannot_train_is_refused_at_start(tmp_path, softmax_bundle):
+    config = write_config(tmp_path, softmax_bundle, plan={"batch_size": 7})
+    with pytest.raises(RuntimeError, match=r"task.plan.batch_size: .* cannot train with batch size 7"):
+        start_server(config)
 
 
 def test_health_readiness_and_metrics(server, size):
