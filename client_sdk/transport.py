@@ -129,7 +129,7 @@ def _checked_url(base_url: str) -> httpx.URL:
     except httpx.InvalidURL as e:
         raise ConfigurationError(f"{base_url!r} is not a URL: {e}") from e
     if url.scheme not in {"http", "https"} or not url.host or url.query or url.fragment:
-        raise ConfigurationError(f"{base_url!r} is not a server's address; write it like http://127.0.0.1:8080")
+        raise ConfigurationError(f"{base_url!r} is not a server's address; write it like http://127.0.0.1:8470")
     return url
 
 

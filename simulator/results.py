@@ -106,14 +106,14 @@ class SimulationResults(_Frozen):
         return path
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path | str) -> Self:
         """Read what ``write`` wrote.
 
         Raises:
             ConfigurationError: Not such a file.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(Path(path).read_bytes())
         except (OSError, ValidationError) as e:
             raise ConfigurationError(f"{path} is not a results file of this version: {e}") from e
 

@@ -28,7 +28,7 @@ def fails(capsys, *arguments):
         (["--dataset", "imagenet"], "--dataset"),
         (["--resume"], "no run to resume"),
         (["--resume", "--overwrite"], "leave one of them out"),
-        (["--server", "127.0.0.1:80"], "write it like http://127.0.0.1:8080"),
+        (["--server", "127.0.0.1:80"], "write it like http://127.0.0.1:8470"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, words):
