@@ -115,7 +115,7 @@ class DurableState:
             version=latest.version,
             next_number=self._first_new,
             opened_at=state.opened_at,
-            inviting=state.inviting,
+            invitations=state.invitations,
         )
         self.model = self.load_model(latest)
 
@@ -127,7 +127,7 @@ class DurableState:
             database.save_assignments(connection, changes, self._first_new)
         state = replace(
             self._written,
-            inviting=self.engine.inviting,
+            invitations=self.engine.invitations,
             opened_at=self.engine.opened_at,
         )
         if self._clock.is_virtual and state.opened_at != self._written.opened_at:

@@ -1,7 +1,7 @@
 """The round engine: who is invited, what is accepted, when a buffer closes. No I/O, no clock, no randomness.
 
 One mechanism serves synchronous and asynchronous rounds, by three numbers: at most ``concurrency`` devices work at
-once, new ones are invited when at least ``refill_at`` slots are free (and then until all are taken), and
+once, new ones are invited in waves (when at least ``refill_at`` slots are free, as many as are free then), and
 ``buffer_size`` reports make one model update. A synchronous round is ``refill_at == concurrency`` with
 ``max_staleness == 0``: nobody is invited until the commit frees all slots.
 
@@ -149,7 +149,7 @@ class RoundEngine:
         self.version = version
         self.next_number = next_number
         self.opened_at = opened_at
-        self._inviting = False
+        self._invitations = 0
         self._live: dict[str, AssignmentRecord] = {}
         self._by_device: dict[str, AssignmentRecord] = {}
         self._changed: dict[int, AssignmentRecord] = {}
@@ -171,13 +171,13 @@ class RoundEngine:
         version: int,
         next_number: int,
         opened_at: float,
-        inviting: bool = False,
+        invitations: int = 0,
     ) -> RoundEngine:
         """Rebuild from the table's live rows."""
         engine = cls(policy, virtual_time=virtual_time, version=version, next_number=next_number, opened_at=opened_at)
         for record in live:
             engine._enter(record)
-        engine._inviting = inviting
+        engine._invitations = invitations
         return engine
 
     # --- questions ---------------------------------------------------------------------------------------
@@ -188,9 +188,9 @@ class RoundEngine:
         return self.version >= self.policy.rounds
 
     @property
-    def inviting(self) -> bool:
-        """Whether slots are being filled (state that a restart must keep)."""
-        return self._inviting
+    def invitations(self) -> int:
+        """Devices that the current wave may still invite (state that a restart must keep)."""
+        return self._invitations
 
     @property
     def reported(self) -> list[AssignmentRecord]:
@@ -255,13 +255,13 @@ class RoundEngine:
         if held is not None:
             return held if held.state is AssignmentState.OUTSTANDING else Waiting("already-reported")
         free = self.policy.concurrency - len(self._busy)
-        if free >= self.policy.refill_at:
-            self._inviting = True
-        if free <= 0 or not self._inviting:
-            self._inviting = False
+        # A wave invites as many devices as there were free slots when it began: a slot that falls free meanwhile waits
+        # for the next wave, or a synchronous round would invite more than ``concurrency`` devices.
+        if self._invitations == 0 and free >= self.policy.refill_at:
+            self._invitations = free
+        if free <= 0 or self._invitations == 0:
             return Waiting("round-full")
-        if free == 1:
-            self._inviting = False
+        self._invitations -= 1
         arrival = None
         if self.virtual_time and duration_s is not None and duration_s <= self.policy.lease_s:
             arrival = now + duration_s
@@ -373,6 +373,9 @@ class RoundEngine:
             if too_old or self.finished:
                 superseded += 1
                 self._retire(record, AssignmentState.SUPERSEDED)
+        if not self._live:
+            # Nobody is at work: what the last wave did not invite is part of the next one.
+            self._invitations = 0
         self.opened_at = closing.closed_at
         return superseded
 

@@ -56,7 +56,7 @@ class TaskState:
 
     task_id: str
     config_json: str
-    inviting: bool = False
+    invitations: int = 0
     opened_at: float = 0.0
     clock_now: float = 0.0
 
@@ -108,7 +108,7 @@ def load_task(connection: Connection) -> TaskState | None:
 
 def save_task(connection: Connection, state: TaskState) -> None:
     """Insert or update the task's row."""
-    values = {"inviting": state.inviting, "opened_at": state.opened_at, "clock_now": state.clock_now}
+    values = {"invitations": state.invitations, "opened_at": state.opened_at, "clock_now": state.clock_now}
     result = connection.execute(sa.update(schema.task).where(schema.task.c.task_id == state.task_id).values(**values))
     if result.rowcount == 0:
         connection.execute(

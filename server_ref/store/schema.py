@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
 
 metadata = MetaData(
     naming_convention={
@@ -19,7 +19,7 @@ task = Table(
     metadata,
     Column("task_id", String(32), primary_key=True),
     Column("config_json", Text, nullable=False),
-    Column("inviting", Boolean, nullable=False),
+    Column("invitations", Integer, nullable=False),
     Column("opened_at", Float, nullable=False),
     Column("clock_now", Float, nullable=False),
 )

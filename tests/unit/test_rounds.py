@@ -63,6 +63,43 @@ def test_a_synchronous_round_invites_once_and_closes_with_the_buffer():
     assert driver.assign("d0", 2.0).model_version == 1
 
 
+def test_slots_that_fall_free_during_a_wave_wait_for_the_next_one():
+    driver = Driver(SYNC)
+    first = driver.assign("d0")
+    driver.report(first)
+    # Its slot is free again, but the round invites four devices in all.
+    rest = [driver.assign(f"d{i}") for i in (1, 2, 3)]
+    assert driver.check_in("d4") == Waiting("round-full")
+    for record in rest[:2]:
+        driver.report(record)
+    driver.close()
+    assert [driver.assign(f"e{i}", 2.0).model_version for i in range(4)] == [1] * 4
+    assert driver.check_in("e4", 2.0) == Waiting("round-full")
+
+
+def test_a_round_that_closes_before_its_wave_ends_leaves_the_next_one_whole():
+    driver = Driver(SYNC)
+    for i in range(3):
+        driver.report(driver.assign(f"d{i}"))
+    driver.close()
+    records = [driver.assign(f"e{i}", 2.0) for i in range(4)]
+    assert driver.check_in("e4", 2.0) == Waiting("round-full")
+    assert [r.round_id for r in records] == [1] * 4
+
+
+def test_a_restart_goes_on_with_the_wave():
+    driver = Driver(SYNC)
+    records = [driver.assign(f"d{i}") for i in range(2)]
+    driver.report(records[0])
+    engine = driver.engine
+    driver.engine = RoundEngine.restore(
+        SYNC, records, virtual_time=False, version=0, next_number=2, opened_at=0.0, invitations=engine.invitations
+    )
+    driver.assign("d2")
+    driver.assign("d3")
+    assert driver.check_in("d4") == Waiting("round-full")
+
+
 def test_over_selected_devices_are_superseded_by_the_commit():
     driver = Driver(SYNC)
     records = [driver.assign(f"d{i}") for i in range(4)]

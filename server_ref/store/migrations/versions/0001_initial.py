@@ -16,7 +16,7 @@ def upgrade() -> None:
         "task",
         sa.Column("task_id", sa.String(32), primary_key=True),
         sa.Column("config_json", sa.Text, nullable=False),
-        sa.Column("inviting", sa.Boolean, nullable=False),
+        sa.Column("invitations", sa.Integer, nullable=False),
         sa.Column("opened_at", sa.Float, nullable=False),
         sa.Column("clock_now", sa.Float, nullable=False),
     )
