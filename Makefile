@@ -102,7 +102,7 @@ export CHECK_CPU_BUILD
 # --- the two commands of the README ----------------------------------------------------------------------------
 
 demo: setup ## train a digit classifier on a simulated fleet of 100 devices, and write a report
-	@$(BIN)/pocketfed simulate --dataset digits --devices 100 --partition dirichlet:0.5 --model mlp --seed 1 --out $(DEMO_OUT) --overwrite
+	@$(BIN)/pocketfed simulate --dataset digits --devices 100 --partition dirichlet:0.5 --model mlp --rounds 100 --seed 1 --out $(DEMO_OUT) --overwrite
 	@echo 'demo: open $(CURDIR)/$(DEMO_OUT)/report.html'
 
 test: setup ## run the test suite

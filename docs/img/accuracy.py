@@ -1,7 +1,7 @@
 """Draw docs/img/accuracy.svg, the README's picture, from finished runs.
 
     for how in iid dirichlet:0.5 shards:2; do
-        .venv/bin/pocketfed simulate --partition $how --out runs/picture/$how
+        .venv/bin/pocketfed simulate --rounds 100 --partition $how --out runs/picture/$how
     done
     .venv/bin/python docs/img/accuracy.py runs/picture/{iid,dirichlet:0.5,shards:2} > docs/img/accuracy.svg
 
