@@ -67,6 +67,12 @@ def _check_layers(model: nn.Module) -> None:
                 f"{kind} has buffers {buffers}, which have no place in a flat weight vector; make them parameters, "
                 "or compute constants inside forward (nn.GroupNorm replaces a normalisation with running statistics)",
             )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise UnsupportedModel(
+                layer,
+                f"{kind} looks rows up by integers, and a program's features are arbitrary float32 values; give the "
+                "model one-hot or precomputed features and use nn.Linear instead",
+            )
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
             raise UnsupportedModel(
                 layer, f"{kind} is in training mode and draws random numbers; call model.eval() or remove it"

@@ -51,6 +51,7 @@ def with_buffer() -> nn.Module:
         (nn.Sequential(nn.Linear(4, 3), nn.InstanceNorm1d(3, track_running_stats=True)), "1", "GroupNorm"),
         (with_buffer(), "0", "steps"),
         (nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), "1", "model.eval()"),
+        (nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)), "0", "nn.Linear"),
         (nn.ReLU(), "", "no parameters"),
         (nn.ParameterList([torch.empty(0)]), "", "no parameters"),
         (nn.Linear(4, 3).double(), "weight", "float32"),
