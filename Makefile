@@ -83,7 +83,7 @@ $(NATIVE_STAMP): $(DEPS_STAMP)
 	@echo 'setup 4/4: compiling the native ExecuTorch shim (about ten seconds)'
 	@if $(BIN)/python -m client_sdk.native.build >/dev/null; then $(call stamp,native); else \
 	  echo 'setup: no native runtime (the reason is above). Everything works without it: devices use the official' >&2; \
-	  echo 'setup: ExecuTorch bindings, which load torch (about 230 MB a process instead of 50). To get it, mend the' >&2; \
+	  echo 'setup: ExecuTorch bindings, which load torch (about 290 MiB a process instead of 80). To get it, mend the' >&2; \
 	  echo 'setup: cause and run make setup again.' >&2; fi
 
 define CHECK_CPU_BUILD

@@ -3,7 +3,9 @@
 A real server hands the exported 28x28 CNN to ``pocketfed device``, which trains on 300 images in batches of 32 and
 reports; the kernel's own account of the finished process (``ru_maxrss``) is what counts. Bar: <= 120 MiB.
 
-    python tests/benchmarks/bench_device.py [--reports 2]
+    python tests/benchmarks/bench_device.py [--reports 2] [--runtime native|pybindings]
+
+The official bindings load torch into the process; the bar is for the native shim.
 """
 
 import argparse
@@ -24,7 +26,9 @@ def main() -> int:
     """Run once; exit status 1 if the bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reports", type=int, default=2, metavar="N", help="rounds the device takes part in")
-    reports = parser.parse_args().reports
+    parser.add_argument("--runtime", choices=("native", "pybindings"), default="native", help="ExecuTorch adapter")
+    args = parser.parse_args()
+    reports, runtime = args.reports, args.runtime
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         # In a process of its own: a child is charged with the memory its parent had when it started.
@@ -52,7 +56,7 @@ def main() -> int:
             url = json.loads(server.stdout.readline())["url"]
             device = subprocess.Popen(
                 [COMMAND, "device", "--server", url, "--data", str(folder / "data.npz"),
-                 "--state-dir", str(folder / "device"), "--max-reports", str(reports), "--runtime", "native"],
+                 "--state-dir", str(folder / "device"), "--max-reports", str(reports), "--runtime", runtime],
                 stderr=subprocess.DEVNULL,
             )  # fmt: skip
             _, status, usage = os.wait4(device.pid, 0)
@@ -63,14 +67,15 @@ def main() -> int:
     sys.stdout.write(
         json.dumps(
             {
-                "bench": "device", "model": "cnn 28x28", "samples": SAMPLES, "batch_size": 32, "reports": reports,
+                "bench": "device", "runtime": runtime, "model": "cnn 28x28", "samples": SAMPLES, "batch_size": 32,
+                "reports": reports,
                 "exit_status": os.waitstatus_to_exitcode(status), "peak_rss_mib": round(peak, 1),
                 "cpu_s": round(usage.ru_utime + usage.ru_stime, 2), "bar_mib": BAR_MIB,
             }
         )
         + "\n"
     )  # fmt: skip
-    return 0 if status == 0 and peak <= BAR_MIB else 1
+    return 0 if status == 0 and (peak <= BAR_MIB or runtime != "native") else 1
 
 
 if __name__ == "__main__":
