@@ -94,8 +94,11 @@ class Accumulator(Protocol[Update_contra]):
         """
         ...
 
-    def result(self) -> npt.NDArray[np.float64]:
+    def result(self, divisor: int | None = None) -> npt.NDArray[np.float64]:
         """The weighted mean: the correctly rounded sum, divided by ``total_weight``.
+
+        Args:
+            divisor: A public constant from 1 to 2**53 to divide by instead (a fixed denominator).
 
         Returns:
             float64[size], a new array.

@@ -142,10 +142,10 @@ class ExactAccumulator:
         if other._size != self._size:
             raise ShapeMismatch(f"a sum of {other._size} coordinates does not merge into one of {self._size}")
 
-    def result(self) -> Float64Array:
+    def result(self, divisor: int | None = None) -> Float64Array:
         """The weighted mean, float64[size]; see ``Accumulator``."""
         out = np.empty(self._size)
-        for start, mean in self._means():
+        for start, mean in self._means(divisor):
             out[start : start + mean.size] = mean
         return out
 
@@ -153,10 +153,10 @@ class ExactAccumulator:
         """Write the weighted mean, rounded to float32; see ``Accumulator``."""
         if out.dtype != np.float32 or out.shape != (self._size,):
             raise ShapeMismatch(f"the mean is float32[{self._size}], not {out.dtype}{list(out.shape)}")
-        for start, mean in self._means():
+        for start, mean in self._means(None):
             out[start : start + mean.size] = mean
 
-    def _means(self) -> Iterator[tuple[int, Float64Array]]:
+    def _means(self, divisor: int | None) -> Iterator[tuple[int, Float64Array]]:
         """First coordinate and mean of one stretch of coordinates after the other, in a buffer that is used again."""
         if not self._tally.count:
             raise EmptyAggregate("a mean over no updates")
@@ -164,7 +164,7 @@ class ExactAccumulator:
         for first in range(0, len(self._bins), _BLOCKS_AT_ONCE):
             sum_bins(self._bins, first, min(first + _BLOCKS_AT_ONCE, len(self._bins)), total)
             start = first * BLOCK
-            total /= self._tally.total_weight
+            total /= self._tally.total_weight if divisor is None else divisor
             yield start, total[: self._size - start]
 
     def to_bytes(self) -> bytes:

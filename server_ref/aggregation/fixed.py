@@ -122,10 +122,12 @@ class Int64Accumulator:
         if other._size != self._size:
             raise ShapeMismatch(f"a sum of {other._size} coordinates does not merge into one of {self._size}")
 
-    def result(self) -> Float64Array:
+    def result(self, divisor: int | None = None) -> Float64Array:
         """The weighted mean, float64[size]; see ``Accumulator``."""
         if not self._tally.count:
             raise EmptyAggregate("a mean over no updates")
+        if divisor is not None:
+            return self._grid.decode(self.sums) / divisor
         return self._grid.decode_mean(self.sums, self._tally.total_weight)
 
     def result_into(self, out: npt.NDArray[np.float32]) -> None:

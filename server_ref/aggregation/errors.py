@@ -1,0 +1,49 @@
+"""Why a pipeline is not built. Each refusal is a class of its own, and its message says what to change."""
+
+from __future__ import annotations
+
+from client_sdk.protocol.errors import ConfigurationError
+
+
+class PipelineError(ConfigurationError):
+    """Stages that do not make a sound pipeline."""
+
+
+class SlotFilledTwice(PipelineError):
+    """Two stages claim one slot; their order would decide what happens."""
+
+
+class SlotMissing(PipelineError):
+    """A slot that every pipeline needs is empty."""
+
+
+class UnboundedRange(PipelineError):
+    """An exact sum is asked for, and nothing bounds the values."""
+
+
+class UnboundedWeight(PipelineError):
+    """Sample or staleness weights without a declared maximum."""
+
+
+class IndividualUpdatesNeeded(PipelineError):
+    """A stage that must see single updates is given their sum only."""
+
+
+class UndeclaredRescaling(PipelineError):
+    """Single updates are rescaled after clipping by something that is not a declared public weight."""
+
+
+class CohortDependentAcceptance(PipelineError):
+    """Noise is asked for, and whether an update counts depends on the others'."""
+
+
+class UnknownSensitivity(PipelineError):
+    """Noise is asked for, and no sensitivity is proved for the aggregate under this adjacency."""
+
+
+class NoiseMissing(PipelineError):
+    """The pipeline must only release private aggregates, and no stage adds noise."""
+
+
+class NoiseUnexpected(PipelineError):
+    """The noise stage does not fit what reaches it."""
