@@ -7,7 +7,7 @@ import numpy as np
 from client_sdk.errors import BundleMismatch
 from client_sdk.protocol.errors import MalformedFrame, OversizedBody, UpdateOutOfRange
 from client_sdk.protocol.frames import decode_frame, encode_frame
-from client_sdk.protocol.messages import REPORT_TENSOR, Assignment, ReportFacts
+from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, Assignment, ReportFacts
 from client_sdk.protocol.program import Float32Array
 from client_sdk.protocol.updates import UpdateKind
 
@@ -55,6 +55,9 @@ def build_report(
         parameter_table_sha256=assignment.parameter_table_sha256,
         kind=assignment.kind,
         encoding=assignment.encoding.name,
+        algorithm=assignment.plan.algorithm,
+        compression=assignment.compression or UNCOMPRESSED,
+        compression_seed=str(assignment.compression_seed),
         steps=str(steps),
         train_loss=repr(float(train_loss)),
     )

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import (
     REPORT_TENSOR,
+    UNCOMPRESSED,
     Assigned,
     Assignment,
     CheckInReply,
@@ -167,6 +168,9 @@ def report_facts(assignment: Assignment, report_id: str | None = None) -> dict[s
         "parameter_table_sha256": assignment.parameter_table_sha256,
         "kind": assignment.kind.value,
         "encoding": assignment.encoding.name,
+        "algorithm": assignment.plan.algorithm,
+        "compression": assignment.compression or UNCOMPRESSED,
+        "compression_seed": str(assignment.compression_seed),
         "steps": "1",
         "train_loss": "0.5",
     }

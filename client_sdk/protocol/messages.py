@@ -10,13 +10,17 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from client_sdk.protocol.profile import DeviceTier
-from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.training import Algorithm, TrainingPlan, update_size
 from client_sdk.protocol.updates import UpdateKind
 
 PROTOCOL_VERSION: Final = 1
 MAX_JSON_BYTES = 64 * 1024
 REPORT_TENSOR = "update"
-"""Name of the one tensor in a report's frame: the flat update in parameter-table order."""
+"""Name of the one tensor in a report's frame: the flat update in parameter-table order, or its compressed bytes."""
+CONTROL_TENSOR = "control"
+"""Name of the one tensor in the frame of SCAFFOLD's server control: float32[d] in parameter-table order."""
+UNCOMPRESSED: Final = "none"
+"""What a report says of its compression where there is none."""
 
 WaitReason = Literal["round-full", "already-reported"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -89,6 +93,24 @@ class Assignment(Message):
     shuffle_seed: int = Field(ge=0, lt=2**53)
     lease_s: Seconds = Field(description="time left until the report is refused as late")
     max_report_bytes: int = Field(gt=0)
+    compression: str | None = Field(
+        None, min_length=1, max_length=128, description="how the update is compressed, in canonical form; null: not"
+    )
+    compression_seed: int = Field(0, ge=0, lt=2**53, description="public randomness of the compression")
+    control_sha256: Sha256 | None = Field(None, description="blob of the server's control variate; with scaffold only")
+
+    @model_validator(mode="after")
+    def _compatible(self) -> Self:
+        scaffold = self.plan.algorithm == "scaffold"
+        if scaffold != (self.control_sha256 is not None):
+            raise ValueError("control_sha256 goes with the algorithm scaffold, and scaffold with it")
+        if scaffold and self.compression is not None:
+            raise ValueError("scaffold's update is not compressed")
+        return self
+
+    def update_size(self, num_parameters: int) -> int:
+        """Length of the flat update before compression."""
+        return update_size(self.plan, num_parameters)
 
 
 class Assigned(Message):
@@ -153,7 +175,10 @@ class ReportFacts(Message):
     parameter_table_sha256: Sha256
     kind: UpdateKind
     encoding: Literal["f32"]
-    steps: str = Field(pattern="^[0-9]{1,12}$", description="local optimizer steps taken")
+    algorithm: Algorithm
+    compression: str = Field(pattern="^[ -~]{1,128}$", description="canonical specification, or ``none``")
+    compression_seed: str = Field(pattern="^(0|[1-9][0-9]{0,15})$")
+    steps: str = Field(pattern="^[1-9][0-9]{0,11}$", description="local optimizer steps taken")
     train_loss: str = Field(pattern=r"^[0-9.eE+\-]{1,32}$", description="mean loss over the last local epoch")
 
 

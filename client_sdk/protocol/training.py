@@ -1,14 +1,28 @@
-"""The local training that an assignment asks for."""
+"""The local training that an assignment asks for, and what both ends must compute alike about it."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import math
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Algorithm = Literal["fedavg", "scaffold", "fednova"]
 
 
 class TrainingPlan(BaseModel):
     """Hyperparameters of one device's local training; travels in the assignment.
 
-    ``prox_mu`` is the coefficient of the proximal term mu/2 ||w - w_global||^2 [Li et al. 2020, FedProx].
+    ``algorithm`` decides what the device sends (d parameters):
+
+    - ``fedavg``: the delta ``w_local - w_global``, float32 ``[d]``.
+    - ``scaffold``: the delta, then the delta of the device's control variate, float32 ``[2 d]``
+      [Karimireddy et al. 2020].
+    - ``fednova``: the delta divided by ``normaliser``, float32 ``[d]`` [Wang et al. 2020].
+
+    ``prox_mu`` is the coefficient of the proximal term mu/2 ||w - w_global||^2 [Li et al. 2020, FedProx]. It goes
+    with ``fedavg``, and with ``fednova`` while ``learning_rate * prox_mu < 1``. It does not go with ``scaffold``:
+    option II reads the device's mean gradient off its displacement, which the proximal pull would falsify.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -19,3 +33,40 @@ class TrainingPlan(BaseModel):
     prox_mu: float = Field(0.0, ge=0, allow_inf_nan=False)
     shuffle: bool = True
     max_steps: int | None = Field(None, ge=1)
+    algorithm: Algorithm = "fedavg"
+
+    @model_validator(mode="after")
+    def _compatible(self) -> Self:
+        if self.prox_mu > 0 and self.algorithm == "scaffold":
+            raise ValueError("prox_mu has no meaning with scaffold; set it to 0 or choose fedavg or fednova")
+        if self.algorithm == "fednova" and self.learning_rate * self.prox_mu >= 1:
+            raise ValueError("fednova needs learning_rate * prox_mu < 1: the proximal step must not overshoot")
+        return self
+
+
+def update_size(plan: TrainingPlan, num_parameters: int) -> int:
+    """Length of the flat update: ``2 d`` for scaffold (delta, then control delta), else ``d``."""
+    return 2 * num_parameters if plan.algorithm == "scaffold" else num_parameters
+
+
+def normaliser(plan: TrainingPlan, steps: int) -> float:
+    """What a device divides its delta by; the server computes it again from the report's ``steps``.
+
+    For FedNova it is ``a_i``, the L1 norm of the weights that the local steps' gradients have in the delta [Wang et
+    al. 2020, section 4]: ``steps`` for plain SGD, and ``(1 - (1 - lr mu)^steps) / (lr mu)`` with the proximal term.
+    1 for the other algorithms.
+
+    Args:
+        plan: What the assignment asks for.
+        steps: Local optimizer steps taken, at least 1.
+
+    Returns:
+        A float64 in ``[1, steps]``.
+    """
+    if plan.algorithm != "fednova":
+        return 1.0
+    pull = plan.learning_rate * plan.prox_mu
+    if pull == 0:
+        return float(steps)
+    # expm1 and log1p: with a small pull the plain formula is a difference of two numbers near 1.
+    return -math.expm1(steps * math.log1p(-pull)) / pull

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import BaseModel
 
 from client_sdk.protocol.frames import encode_frame
 from client_sdk.protocol.messages import (
@@ -50,6 +51,9 @@ FACTS = ReportFacts(
     parameter_table_sha256=HASH,
     kind=UpdateKind.DELTA,
     encoding="f32",
+    algorithm="fedavg",
+    compression="none",
+    compression_seed="0",
     steps="6",
     train_loss="0.4375",
 )
@@ -71,6 +75,16 @@ ASSIGNMENT = Assignment(
     lease_s=600.0,
     max_report_bytes=65536,
 )
+SCAFFOLD = ASSIGNMENT.model_copy(
+    update={
+        "plan": TrainingPlan(batch_size=32, learning_rate=0.5, shuffle=False, max_steps=7, algorithm="scaffold"),
+        "control_sha256": "c" * 64,
+    }
+)
+
+
+def _changed(message: BaseModel, **changes: Any) -> dict[str, Any]:
+    return message.model_dump(mode="json") | changes
 
 
 def _tensors(tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -215,6 +229,7 @@ def messages() -> dict[str, Any]:
         CheckInRequest(num_samples=20),
         CheckInRequest(num_samples=1, virtual=VirtualTiming(now_s=12.5, duration_s=None)),
         CheckInReply(reply=Assigned(assignment=ASSIGNMENT)),
+        CheckInReply(reply=Assigned(assignment=SCAFFOLD)),
         CheckInReply(reply=Wait(reason="round-full", retry=RetryWindow(min_s=1.0, max_s=5.0))),
         CheckInReply(reply=Finished(model_version=40)),
         ReportReply(report_id=ID, assignment_id=OTHER_ID),
@@ -238,9 +253,20 @@ def messages() -> dict[str, Any]:
         ("CheckInRequest", {"num_samples": 20, "name": "x"}, "unknown field"),
         ("CheckInReply", {"reply": {"status": "maybe"}}, "unknown answer"),
         ("CheckInReply", {"reply": {"status": "assigned"}}, "no assignment"),
+        ("Assignment", _changed(ASSIGNMENT, control_sha256=HASH), "a control, but not scaffold"),
+        ("Assignment", _changed(SCAFFOLD, control_sha256=None), "scaffold without a control"),
+        (
+            "Assignment",
+            _changed(ASSIGNMENT, plan=_changed(SCAFFOLD.plan, prox_mu=0.5)),
+            "scaffold with a proximal term",
+        ),
+        ("Assignment", _changed(ASSIGNMENT, compression_seed=2**53), "more than a double can hold"),
         ("RetryWindow", {"min_s": 2, "max_s": 1}, "ends before it begins"),
-        ("ReportFacts", FACTS.model_dump(mode="json") | {"model_version": 12}, "facts are strings"),
-        ("ReportFacts", FACTS.model_dump(mode="json") | {"train_loss": "nan"}, "not a finite number"),
+        ("ReportFacts", _changed(FACTS, model_version=12), "facts are strings"),
+        ("ReportFacts", _changed(FACTS, train_loss="nan"), "not a finite number"),
+        ("ReportFacts", _changed(FACTS, steps="0"), "nobody trains in no steps"),
+        ("ReportFacts", _changed(FACTS, algorithm="fedprox"), "that is fedavg with a proximal term"),
+        ("ReportFacts", _changed(FACTS, compression=""), "no compression is called none"),
         ("AbandonRequest", {"reason": "bored"}, "unknown reason"),
     ]
     return {
