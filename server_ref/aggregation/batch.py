@@ -22,7 +22,7 @@ Float64Array = npt.NDArray[np.float64]
 
 
 class Visibility(StrEnum):
-    """How much of the updates a stage can see."""
+    """How much of the updates this server can see."""
 
     INDIVIDUAL = "individual"
     """Every update by itself."""
@@ -83,7 +83,8 @@ class Update:
     Attributes:
         number: As in ``EncodedUpdate``.
         vector: float32[size], not to be changed.
-        weight: Public integer weight, staleness included where the schedule weighs it.
+        weight: Public integer weight.
+        scale: What the schedule leaves of it for its staleness, out of ``Facts.max_scale``.
         staleness: Model versions since its assignment.
         normaliser: As in ``EncodedUpdate``.
         norm: Its L2 norm before clipping; None where nothing asked for it.
@@ -93,6 +94,7 @@ class Update:
     number: int
     vector: Float32Array
     weight: int = 1
+    scale: int = 1
     staleness: int = 0
     normaliser: float = 1.0
     norm: float | None = None
@@ -106,12 +108,13 @@ class Facts:
     Attributes:
         size: Coordinates of an update.
         kind: Whether the aggregate is added or subtracted.
-        visibility: What can be seen from here on.
+        visibility: Whether this server sees single updates, or receives their sum.
         capacity: Largest number of updates in one aggregate.
         max_weight: Declared largest weight of an update; None if there is no bound.
+        max_scale: Scale of an update that is not stale; the sum is divided by it, so that it is a factor of at most 1.
         max_abs: Declared largest magnitude of a value; None if there is no bound.
         norm_bound: Largest L2 norm of an update; None if nothing enforces one.
-        constant_denominator: What the weighted sum is divided by, where that is a public constant.
+        constant_denominator: What the weighted sum is divided by instead of the weights' sum, if a public constant.
         rescaled: Whether single updates are rescaled by something that is not a public weight.
         cohort_dependent: Whether acceptance of an update depends on the others.
         sensitivity: L2 sensitivity of the aggregate for each adjacency for which one is proved.
@@ -123,6 +126,7 @@ class Facts:
     visibility: Visibility = Visibility.INDIVIDUAL
     capacity: int = 1
     max_weight: int | None = 1
+    max_scale: int = 1
     max_abs: float | None = None
     norm_bound: float | None = None
     constant_denominator: int | None = None

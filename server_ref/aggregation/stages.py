@@ -58,8 +58,12 @@ class Schedule(Stage, Protocol):
         """Whether an update this many versions old is accepted in this round."""
         ...
 
-    def weight(self, weight: int, staleness: int, round_id: int) -> int:
-        """The public integer weight after staleness; the denominator's constant makes up for its scale."""
+    def scale(self, staleness: int, round_id: int) -> int:
+        """Factor on the weight of an update of this age, from 1 to the ``max_scale`` that ``derive`` declares.
+
+        The aggregate is divided by ``max_scale`` (constant normalisation): weights that were normalised by their own
+        sum would cancel where all updates are equally old.
+        """
         ...
 
     def learning_rate_scale(self, staleness: Sequence[int], round_id: int) -> float:

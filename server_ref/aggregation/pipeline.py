@@ -1,0 +1,276 @@
+"""The pipeline: one stage in each named slot, checked when it is built, in an order that no caller can change.
+
+    schedule -> validate -> decode -> clip -> reduce -> noise -> apply
+
+The facts declared at the entry flow through the stages once, at construction (``Stage.derive``); a combination that is
+not sound raises a ``PipelineError`` there that says what to change. What is built is a value: buffers are ``Fold``
+objects, the model is a ``ServerState``, and both belong to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, cast
+
+from client_sdk.protocol.errors import StaleReport
+from server_ref.aggregation.admission import DecodeDense, NoClip, ValidateFacts
+from server_ref.aggregation.batch import (
+    Aggregate,
+    EncodedUpdate,
+    Facts,
+    Float32Array,
+    PrivateAggregate,
+    Update,
+    Visibility,
+)
+from server_ref.aggregation.errors import NoiseMissing, SlotFilledTwice, SlotMissing, UnboundedWeight
+from server_ref.aggregation.release import NoNoise
+from server_ref.aggregation.server_optim import ServerState
+from server_ref.aggregation.stages import Apply, Clip, Decode, Fold, Noise, Reduce, Schedule, Slot, Stage, Validate
+from server_ref.aggregation.staleness import SynchronousSchedule
+
+# What a slot holds where a pipeline does not say otherwise; the other slots must be filled.
+_DEFAULTS: Final[Mapping[Slot, Stage]] = MappingProxyType(
+    {
+        Slot.SCHEDULE: SynchronousSchedule(),
+        Slot.VALIDATE: ValidateFacts(),
+        Slot.DECODE: DecodeDense(),
+        Slot.CLIP: NoClip(),
+        Slot.NOISE: NoNoise(),
+    }
+)
+# Slots that have nothing to look at where only a sum arrives.
+_OF_SINGLE_UPDATES: Final = frozenset({Slot.VALIDATE, Slot.DECODE, Slot.CLIP})
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a server does to a buffer of updates. Made by ``build``.
+
+    Attributes:
+        stages: One for each slot, in order.
+        entry: Facts declared for the updates as they arrive.
+        admitted: Facts of an admitted update (after ``clip``): what a fold is started with.
+        released: Facts of what reaches ``apply``.
+        private: Whether only private aggregates may be applied.
+    """
+
+    stages: Mapping[Slot, Stage]
+    entry: Facts
+    admitted: Facts
+    released: Facts
+    private: bool
+
+    @classmethod
+    def build(cls, *stages: Stage, facts: Facts, private: bool = False) -> Pipeline:
+        """Put stages into their slots and check that they fit.
+
+        Args:
+            stages: At most one for each slot, in any order. ``reduce`` and ``apply`` must be among them.
+            facts: What is declared of the updates as they arrive.
+            private: Refuse a pipeline that would release an aggregate without noise.
+
+        Raises:
+            SlotFilledTwice: Two stages for one slot.
+            SlotMissing: No ``reduce`` or no ``apply``.
+            PipelineError: Another subclass: stages that do not fit each other; the message says what to change.
+        """
+        filled: dict[Slot, Stage] = {}
+        for stage in stages:
+            if stage.slot in filled:
+                raise SlotFilledTwice(
+                    f"the {stage.slot} slot is filled twice, by '{filled[stage.slot].title}' and by '{stage.title}'; "
+                    "drop one of them"
+                )
+            filled[stage.slot] = stage
+        at_hand = facts.visibility is Visibility.INDIVIDUAL
+        for slot, stage in _DEFAULTS.items():
+            if at_hand or slot not in _OF_SINGLE_UPDATES:
+                filled.setdefault(slot, stage)
+        missing = [slot for slot in (Slot.REDUCE, Slot.APPLY) if slot not in filled]
+        if missing:
+            raise SlotMissing(f"the {' and '.join(missing)} slot is empty; every pipeline needs a stage there")
+        if facts.max_weight is not None and facts.max_weight < 1:
+            raise UnboundedWeight(f"weights are integers from 1; max_weight is {facts.max_weight}")
+        ordered = {slot: filled[slot] for slot in Slot if slot in filled}
+        admitted = known = facts
+        for slot, stage in ordered.items():
+            known = stage.derive(known)
+            if slot is Slot.CLIP or (slot is Slot.SCHEDULE and not at_hand):
+                admitted = known
+            if slot is Slot.NOISE and private and not known.noised:
+                raise NoiseMissing(
+                    f"only private aggregates may be released, but '{stage.title}' in the noise slot adds no noise; "
+                    "fill the slot, or drop the claim"
+                )
+        return cls(MappingProxyType(ordered), facts, admitted, known, private)
+
+    # --- the stages, by name -----------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """What staleness costs."""
+        return cast("Schedule", self.stages[Slot.SCHEDULE])
+
+    @property
+    def reduce(self) -> Reduce:
+        """How many updates become one."""
+        return cast("Reduce", self.stages[Slot.REDUCE])
+
+    @property
+    def optimizer(self) -> Apply:
+        """How an aggregate changes the model."""
+        return cast("Apply", self.stages[Slot.APPLY])
+
+    # --- a buffer, step by step --------------------------------------------------------------------------
+
+    def admit(self, update: EncodedUpdate, round_id: int = 0) -> Update:
+        """One update through ``schedule``, ``validate``, ``decode`` and ``clip``.
+
+        Staleness is refused first, before anything looks at the payload.
+
+        Args:
+            update: What arrived.
+            round_id: The model version that the buffer will change.
+
+        Raises:
+            StaleReport: Too old.
+            ProtocolError: Another refusal, by its class.
+        """
+        if not self.schedule.admits(update.staleness, round_id):
+            raise StaleReport(f"update {update.number} is {update.staleness} versions old, beyond what is accepted now")
+        self._validate.check(update, self.entry)
+        vector = self._decode.decode(update, self.entry)
+        return self._clipped(update, vector, round_id)
+
+    def readmit(self, update: EncodedUpdate, round_id: int) -> Update:
+        """An update that was admitted before and is read back: the same, but nothing can refuse it for its age."""
+        return self._clipped(update, self._decode.decode(update, self.entry), round_id)
+
+    def _clipped(self, update: EncodedUpdate, vector: Float32Array, round_id: int) -> Update:
+        vector, norm, clipped = cast("Clip", self.stages[Slot.CLIP]).clip(vector)
+        return Update(
+            number=update.number,
+            vector=vector,
+            weight=update.weight,
+            scale=self.schedule.scale(update.staleness, round_id),
+            staleness=update.staleness,
+            normaliser=update.normaliser,
+            norm=norm,
+            clipped=clipped,
+        )
+
+    def start(self) -> Fold:
+        """An empty buffer."""
+        return self.reduce.start(self.admitted)
+
+    def finish(self, fold: Fold) -> Aggregate:
+        """Through ``reduce`` and ``noise``.
+
+        Raises:
+            EmptyAggregate: Nothing is in the buffer.
+            NoiseMissing: The aggregate must be private and is not.
+        """
+        return self.release(fold.finish())
+
+    def release(self, aggregate: Aggregate) -> Aggregate:
+        """Through ``noise``: what may be applied.
+
+        Raises:
+            NoiseMissing: The aggregate must be private and is not.
+        """
+        released = cast("Noise", self.stages[Slot.NOISE]).release(aggregate)
+        if self.private and not isinstance(released, PrivateAggregate):
+            raise NoiseMissing("an aggregate without noise reached the end of a private pipeline; nothing is released")
+        return released
+
+    def apply(
+        self, state: ServerState, aggregate: Aggregate, *, staleness: Iterable[int] = (), round_id: int = 0
+    ) -> ServerState:
+        """Through ``apply``: the next state.
+
+        Args:
+            state: The present one.
+            aggregate: What ``finish`` or ``release`` returned.
+            staleness: Ages of the buffer's updates, for a learning rate that falls with them.
+            round_id: The present model version.
+
+        Raises:
+            InvalidUpdate: The result would not be finite; the old state lives on.
+        """
+        scale = self.schedule.learning_rate_scale(list(staleness), round_id)
+        return self.optimizer.step(state, aggregate.values, aggregate.kind, learning_rate_scale=scale)
+
+    def run(
+        self, state: ServerState, updates: Iterable[EncodedUpdate], round_id: int = 0
+    ) -> tuple[ServerState, Aggregate]:
+        """One buffer from its updates to the next state: all the steps above, for whoever has them at hand.
+
+        Raises:
+            ProtocolError: A refused update; nothing is changed.
+            EmptyAggregate: No updates.
+        """
+        fold = self.start()
+        ages = []
+        for update in updates:
+            admitted = self.admit(update, round_id)
+            ages.append(admitted.staleness)
+            fold.add([admitted])
+        aggregate = self.finish(fold)
+        return self.apply(state, aggregate, staleness=ages, round_id=round_id), aggregate
+
+    @property
+    def _validate(self) -> Validate:
+        return cast("Validate", self.stages[Slot.VALIDATE])
+
+    @property
+    def _decode(self) -> Decode:
+        return cast("Decode", self.stages[Slot.DECODE])
+
+    # --- words -------------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """A table of the slots, their stages, and what is known after each."""
+        rows = [("slot", "stage", "known afterwards"), *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+    def diagram(self) -> str:
+        """The same as a Mermaid flow chart, for documents."""
+        lines = ["flowchart LR", f'    entry(["updates<br/>{_known(self.entry)}"])']
+        before = "entry"
+        for slot, title, known in self._rows():
+            lines.append(f'    {slot}["<b>{slot}</b><br/>{title}"]')
+            lines.append(f"    {before} --> {slot}")
+            before = slot
+            _ = known
+        lines += ['    model(["model"])', f"    {before} --> model"]
+        return "\n".join(lines)
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = []
+        known = self.entry
+        for slot, stage in self.stages.items():
+            known = stage.derive(known)
+            rows.append((str(slot), stage.title, _known(known)))
+        return rows
+
+
+def _known(facts: Facts) -> str:
+    parts = [f"{facts.size} coordinates", f"visible: {facts.visibility}"]
+    if facts.max_abs is not None:
+        parts.append(f"|x| <= {facts.max_abs:g}")
+    if facts.norm_bound is not None:
+        parts.append(f"norm <= {facts.norm_bound:g}")
+    parts.append("weights unbounded" if facts.max_weight is None else f"weight <= {facts.max_weight}")
+    if facts.max_scale != 1:
+        parts.append(f"staleness scale <= {facts.max_scale}")
+    parts += [f"sensitivity {value:.3g} ({adjacency})" for adjacency, value in facts.sensitivity.items()]
+    if facts.rescaled:
+        parts.append("rescaled")
+    if facts.noised:
+        parts.append("noised")
+    return ", ".join(parts)

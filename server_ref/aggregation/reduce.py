@@ -1,0 +1,271 @@
+"""The ``reduce`` slot for means: exact by default, order-dependent baselines on request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from client_sdk.protocol.errors import ConfigurationError, EmptyAggregate
+from client_sdk.protocol.fixed_point import FixedPointGrid
+from server_ref.aggregation.batch import Adjacency, Aggregate, Facts, Float64Array, Update, Visibility
+from server_ref.aggregation.errors import IndividualUpdatesNeeded, UnboundedRange, UnboundedWeight
+from server_ref.aggregation.exact import AccumulatorPlan, ExactAccumulator
+from server_ref.aggregation.fixed import Int64Accumulator
+from server_ref.aggregation.stages import Slot
+from server_ref.aggregation.summation import Summation, weighted_sum
+
+if TYPE_CHECKING:
+    from server_ref.aggregation.stages import Fold, Reduce
+
+
+class HeldUpdates:
+    """A fold that keeps its updates: for whatever has to see all of them at once. Memory O(updates x size)."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Update] = {}
+
+    @property
+    def count(self) -> int:
+        """Updates held."""
+        return len(self._held)
+
+    def add(self, updates: Sequence[Update]) -> None:
+        """Hold them; see ``stages.Fold``."""
+        numbers = [u.number for u in updates]
+        if len(set(numbers)) < len(numbers) or not self._held.keys().isdisjoint(numbers):
+            raise ConfigurationError("an update is in the fold already: numbers must differ")
+        self._held.update(zip(numbers, updates, strict=True))
+
+    def discard(self, updates: Sequence[Update]) -> None:
+        """Let go of them; see ``stages.Fold``."""
+        for update in updates:
+            if self._held.pop(update.number, None) is None:
+                raise ConfigurationError(f"update {update.number} is not in the fold")
+
+    def ordered(self) -> list[Update]:
+        """In order of their numbers, so that the order of arrival changes no bit."""
+        if not self._held:
+            raise EmptyAggregate("an aggregate of no updates")
+        return [self._held[n] for n in sorted(self._held)]
+
+
+_NOTHING = np.empty(0, np.float32)
+"""In place of a vector that was folded: the sum's memory does not grow with the number of updates."""
+
+
+def measurements_of(members: Sequence[Update]) -> dict[str, Any]:
+    """What a round's record says of its updates: ages, norms before clipping, how many were clipped."""
+    ages: dict[str, int] = {}
+    for age in sorted(u.staleness for u in members):
+        ages[str(age)] = ages.get(str(age), 0) + 1
+    found: dict[str, Any] = {"staleness": ages}
+    norms = [u.norm for u in members if u.norm is not None]
+    if norms:
+        found["clipped"] = sum(u.clipped for u in members)
+        found["norm_median"] = float(np.median(norms))
+        found["norm_max"] = max(norms)
+    return found
+
+
+def effective_progress(members: Sequence[Update]) -> float:
+    """FedNova's tau_eff: the weighted mean of the normalisers [Wang et al. 2020, eq. 7 with p_i as weights]."""
+    total = sum(u.weight for u in members)
+    return math.fsum(u.weight * u.normaliser for u in members) / total
+
+
+def _denominator(members: Sequence[Update], facts: Facts) -> int:
+    weights = facts.constant_denominator or sum(u.weight for u in members)
+    return weights * facts.max_scale
+
+
+def _sensitivity(facts: Facts, denominator: int) -> Mapping[Adjacency, float]:
+    """Of the weighted mean over a denominator that is public (weights and the count of a buffer are).
+
+    Add/remove adjacency is not offered: a buffer closes by count, so one client more or less changes who else counts.
+    """
+    if facts.norm_bound is None or facts.max_weight is None or facts.rescaled or facts.cohort_dependent:
+        return MappingProxyType({})
+    reach = facts.norm_bound * facts.max_weight * facts.max_scale / denominator
+    return MappingProxyType({Adjacency.ZERO_OUT: reach, Adjacency.REPLACE_ONE: 2 * reach})
+
+
+def _derive_mean(facts: Facts, *, renormalised: bool) -> Facts:
+    if facts.max_weight is None:
+        raise UnboundedWeight("sample weights have no declared maximum; declare max_weight (weight_cap)")
+    facts = replace(facts, rescaled=facts.rescaled or renormalised)
+    nominal = facts.constant_denominator or facts.capacity
+    return replace(facts, sensitivity=_sensitivity(facts, nominal * facts.max_scale))
+
+
+@dataclass(frozen=True)
+class ExactMean:
+    """The weighted mean, exact and independent of order; memory O(size), whatever the number of updates.
+
+    Attributes:
+        arithmetic: ``float``: float64 bins, every value from ``resolution`` on is added without rounding. ``fixed``:
+            the int64 grid that fits the declared bounds, the same numbers as on the secret-shared path.
+        resolution: Smallest magnitude that ``float`` adds exactly.
+        renormalise: FedNova: multiply the mean by the updates' effective local progress.
+    """
+
+    arithmetic: Literal["float", "fixed"] = "float"
+    resolution: float = 1e-8
+    renormalise: bool = False
+
+    @property
+    def slot(self) -> Slot:
+        """``reduce``."""
+        return Slot.REDUCE
+
+    @property
+    def title(self) -> str:
+        """The mean."""
+        grid = "float64 bins" if self.arithmetic == "float" else "int64 grid"
+        return f"exact weighted mean ({grid}){', times effective local progress' if self.renormalise else ''}"
+
+    def derive(self, facts: Facts) -> Facts:
+        """Needs bounds for values and weights."""
+        if facts.max_abs is None:
+            raise UnboundedRange("an exact sum needs a bound on the values; declare max_abs or clip")
+        return _derive_mean(facts, renormalised=self.renormalise)
+
+    def start(self, facts: Facts) -> Fold:
+        """An empty sum; see ``stages.Reduce``.
+
+        Raises:
+            BudgetExceeded: The declared bounds leave no exact sum.
+        """
+        if facts.visibility is not Visibility.INDIVIDUAL:
+            raise IndividualUpdatesNeeded("the updates are summed elsewhere; there is nothing to add up here")
+        if facts.max_abs is None or facts.max_weight is None:
+            raise UnboundedRange("an exact sum needs declared bounds")
+        bounds = {
+            "max_abs": facts.max_abs,
+            "max_weight": facts.max_weight * facts.max_scale,
+            "max_count": facts.capacity,
+        }
+        if self.arithmetic == "fixed":
+            return _ExactFold(self, facts, FixedPointGrid.for_bounds(**bounds))
+        return _ExactFold(self, facts, AccumulatorPlan.for_bounds(**bounds, resolution=self.resolution))
+
+
+class _ExactFold:
+    def __init__(self, stage: ExactMean, facts: Facts, bounds: AccumulatorPlan | FixedPointGrid) -> None:
+        self._stage = stage
+        self._facts = facts
+        self._bounds = bounds
+        self._members = HeldUpdates()
+        self._sum = self._empty()
+
+    def _empty(self) -> ExactAccumulator | Int64Accumulator:
+        if isinstance(self._bounds, AccumulatorPlan):
+            return ExactAccumulator(self._facts.size, self._bounds)
+        return Int64Accumulator(self._facts.size, self._bounds)
+
+    @property
+    def count(self) -> int:
+        return self._members.count
+
+    def add(self, updates: Sequence[Update]) -> None:
+        facts_only = [replace(u, vector=_NOTHING) for u in updates]
+        self._members.add(facts_only)
+        try:
+            self._add(self._sum, updates)
+        except BaseException:
+            self._members.discard(facts_only)
+            raise
+
+    def discard(self, updates: Sequence[Update]) -> None:
+        taken_out = self._empty()
+        self._add(taken_out, updates)
+        self._members.discard(updates)
+        # Both are of one kind: ``_empty`` made them.
+        self._sum.subtract(taken_out)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _add(total: ExactAccumulator | Int64Accumulator, updates: Sequence[Update]) -> None:
+        weights = [u.weight * u.scale for u in updates]
+        if isinstance(total, Int64Accumulator):
+            for update, weight in zip(updates, weights, strict=True):
+                total.add(total.grid.encode(update.vector), weight)
+        else:
+            total.add_many([u.vector for u in updates], weights)
+
+    def finish(self) -> Aggregate:
+        members = self._members.ordered()
+        denominator = _denominator(members, self._facts)
+        values = self._sum.result(denominator)
+        return _aggregate(values, members, self._facts, denominator, renormalise=self._stage.renormalise)
+
+
+def _aggregate(
+    values: Float64Array, members: Sequence[Update], facts: Facts, denominator: int, *, renormalise: bool
+) -> Aggregate:
+    measurements = measurements_of(members)
+    if renormalise:
+        progress = effective_progress(members)
+        values = values * progress
+        measurements["effective_progress"] = progress
+        facts = replace(facts, rescaled=True)
+    return Aggregate(
+        values=values,
+        kind=facts.kind,
+        count=len(members),
+        total_weight=sum(u.weight for u in members),
+        sensitivity=_sensitivity(facts, denominator),
+        measurements=measurements,
+    )
+
+
+@dataclass(frozen=True)
+class BaselineMean:
+    """A weighted mean by an ordinary summation, for comparison: it rounds, and its bits depend on the order.
+
+    Updates are held until the end and summed in order of their numbers, so that a run is repeatable all the same.
+    """
+
+    summation: Summation = Summation.KAHAN
+
+    @property
+    def slot(self) -> Slot:
+        """``reduce``."""
+        return Slot.REDUCE
+
+    @property
+    def title(self) -> str:
+        """The summation."""
+        return f"weighted mean by {self.summation} summation (rounds; a baseline)"
+
+    def derive(self, facts: Facts) -> Facts:
+        """Needs to see the updates; proves no sensitivity, because the rounding is not bounded by the exact one's."""
+        if facts.visibility is not Visibility.INDIVIDUAL:
+            raise IndividualUpdatesNeeded(f"{self.summation} summation rounds after every update; use the exact mean")
+        return replace(_derive_mean(facts, renormalised=False), sensitivity=MappingProxyType({}))
+
+    def start(self, facts: Facts) -> Fold:
+        """An empty collection; see ``stages.Reduce``."""
+        return _BaselineFold(self.summation, facts)
+
+
+class _BaselineFold(HeldUpdates):
+    def __init__(self, summation: Summation, facts: Facts) -> None:
+        super().__init__()
+        self._summation = summation
+        self._facts = facts
+
+    def finish(self) -> Aggregate:
+        updates = self.ordered()
+        denominator = _denominator(updates, self._facts)
+        total = weighted_sum(self._summation, [u.vector for u in updates], [u.weight * u.scale for u in updates])
+        values = total.astype(np.float64) / denominator
+        found = _aggregate(values, updates, self._facts, denominator, renormalise=False)
+        return replace(found, sensitivity=MappingProxyType({}))
+
+
+if TYPE_CHECKING:
+    _reduces: tuple[type[Reduce], ...] = (ExactMean, BaselineMean)
