@@ -10,7 +10,7 @@ objects, the model is a ``ServerState``, and both belong to the caller.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, cast
 
@@ -20,7 +20,6 @@ from server_ref.aggregation.batch import (
     Aggregate,
     EncodedUpdate,
     Facts,
-    Float32Array,
     PrivateAggregate,
     Update,
     Visibility,
@@ -141,26 +140,29 @@ class Pipeline:
         """
         if not self.schedule.admits(update.staleness, round_id):
             raise StaleReport(f"update {update.number} is {update.staleness} versions old, beyond what is accepted now")
-        self._validate.check(update, self.entry)
-        vector = self._decode.decode(update, self.entry)
-        return self._clipped(update, vector, round_id)
+        return self.age(self.open(update), update.staleness, round_id)
 
-    def readmit(self, update: EncodedUpdate, round_id: int) -> Update:
-        """An update that was admitted before and is read back: the same, but nothing can refuse it for its age."""
-        return self._clipped(update, self._decode.decode(update, self.entry), round_id)
+    def open(self, update: EncodedUpdate) -> Update:
+        """The part of ``admit`` that does not depend on time: ``validate``, ``decode`` and ``clip``.
 
-    def _clipped(self, update: EncodedUpdate, vector: Float32Array, round_id: int) -> Update:
+        Raises:
+            ProtocolError: A refusal, by its class.
+        """
+        cast("Validate", self.stages[Slot.VALIDATE]).check(update, self.entry)
+        vector = cast("Decode", self.stages[Slot.DECODE]).decode(update, self.entry)
         vector, norm, clipped = cast("Clip", self.stages[Slot.CLIP]).clip(vector)
         return Update(
             number=update.number,
             vector=vector,
             weight=update.weight,
-            scale=self.schedule.scale(update.staleness, round_id),
-            staleness=update.staleness,
             normaliser=update.normaliser,
             norm=norm,
             clipped=clipped,
         )
+
+    def age(self, update: Update, staleness: int, round_id: int) -> Update:
+        """An opened update as a buffer sees it: its age, and what the schedule leaves of its weight."""
+        return replace(update, staleness=staleness, scale=self.schedule.scale(staleness, round_id))
 
     def start(self) -> Fold:
         """An empty buffer."""
@@ -221,14 +223,6 @@ class Pipeline:
         aggregate = self.finish(fold)
         return self.apply(state, aggregate, staleness=ages, round_id=round_id), aggregate
 
-    @property
-    def _validate(self) -> Validate:
-        return cast("Validate", self.stages[Slot.VALIDATE])
-
-    @property
-    def _decode(self) -> Decode:
-        return cast("Decode", self.stages[Slot.DECODE])
-
     # --- words -------------------------------------------------------------------------------------------
 
     def describe(self) -> str:
@@ -242,11 +236,9 @@ class Pipeline:
         """The same as a Mermaid flow chart, for documents."""
         lines = ["flowchart LR", f'    entry(["updates<br/>{_known(self.entry)}"])']
         before = "entry"
-        for slot, title, known in self._rows():
-            lines.append(f'    {slot}["<b>{slot}</b><br/>{title}"]')
-            lines.append(f"    {before} --> {slot}")
+        for slot, stage in self.stages.items():
+            lines += [f'    {slot}["<b>{slot}</b><br/>{stage.title}"]', f"    {before} --> {slot}"]
             before = slot
-            _ = known
         lines += ['    model(["model"])', f"    {before} --> model"]
         return "\n".join(lines)
 
