@@ -8,14 +8,13 @@ virtual times, so that which reports count does not depend on how fast this mach
 
 from __future__ import annotations
 
-import heapq
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from enum import IntEnum
 from typing import Final, Protocol
 
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, VirtualTiming
+from simulator.agenda import Agenda, EventKind
 from simulator.journal import Journal, Reply
 from simulator.population import Population, Workload
 from simulator.sessions import Outcome, Session, SessionEnd
@@ -52,13 +51,6 @@ class FleetObserver(Protocol):
     def advanced(self, rounds_committed: int) -> None:
         """The server is known to have committed this many rounds of the run."""
         ...
-
-
-class _Kind(IntEnum):
-    """Arrivals come before check-ins of the same instant, as the server has it."""
-
-    ARRIVAL = 0
-    CHECK_IN = 1
 
 
 class SessionPool:
@@ -129,10 +121,7 @@ class VirtualFleet:
         self._observer = observer
         self._workers = workers
         self._stop = stop
-        self._check_ins = [0] * population.devices
-        self._sessions = [0] * population.devices
         self._version = 0
-        self._events: list[tuple[float, _Kind, int]] = []
         self._running: dict[int, tuple[Session, Future[SessionEnd]]] = {}
 
     def run(self) -> bool:
@@ -145,11 +134,7 @@ class VirtualFleet:
             ResumeMismatch: The journal does not fit this configuration.
             PocketfedError: Whatever ended a session other than a late report.
         """
-        self._events = [
-            (self._population.first_check_in_s(device), _Kind.CHECK_IN, device)
-            for device in range(self._population.devices)
-        ]
-        heapq.heapify(self._events)
+        self._agenda = Agenda(self._population, self._num_samples, self._work)
         pool = SessionPool(self._link, self._journal, self._workers)
         try:
             return self._loop(pool)
@@ -157,13 +142,12 @@ class VirtualFleet:
             pool.close()
 
     def _loop(self, pool: SessionPool) -> bool:
-        # Every event schedules the device's next one, so the queue never runs dry.
         while not self._stop.is_set():
-            now, kind, device = heapq.heappop(self._events)
-            if kind is _Kind.ARRIVAL:
+            now, kind, _, device = self._agenda.next()
+            if kind is EventKind.ARRIVAL:
                 if not self._arrive(device):
                     return False
-                self._schedule_check_in(device, now)
+                self._agenda.rest(device, now)
                 continue
             reply = self._check_in(device, now)
             if isinstance(reply, Finished):
@@ -172,20 +156,14 @@ class VirtualFleet:
             if isinstance(reply, Assigned):
                 self._begin(pool, device, now, reply.assignment)
             else:
-                low, high = reply.retry.min_s, reply.retry.max_s
-                fraction = self._population.retry_fraction(device, self._check_ins[device])
-                self._schedule_check_in(device, now, at_least=low + fraction * (high - low))
+                self._agenda.wait(device, now, reply.retry)
         return False
 
-    def _duration(self, device: int) -> float | None:
-        session = self._sessions[device]
-        return self._population.duration_s(device, session, self._num_samples[device], self._work(session))
-
     def _check_in(self, device: int, now: float) -> Reply:
-        self._check_ins[device] += 1
         reply = self._journal.replay(device, now)
         if reply is None:
-            reply = self._link.check_in(device, VirtualTiming(now_s=now, duration_s=self._duration(device)))
+            timing = VirtualTiming(now_s=now, duration_s=self._agenda.duration_s(device))
+            reply = self._link.check_in(device, timing)
             self._journal.record_reply(device, now, reply)
         return reply
 
@@ -193,20 +171,15 @@ class VirtualFleet:
         if assignment.model_version > self._version:
             self._version = assignment.model_version
             self._observer.advanced(self._version)
-        duration = self._duration(device)
-        self._sessions[device] += 1
-        if duration is None or duration > assignment.lease_s:
-            session = Session.of(device, assignment, now, None)
+        arrives_s = self._agenda.begin(device, assignment.assignment_number, now, assignment.lease_s)
+        session = Session.of(device, assignment, now, arrives_s)
+        if arrives_s is None:
             session.end = SessionEnd(Outcome.DROPPED)
             self._observer.assigned(session)
             self._observer.ended(session)
-            # Back only when the server has given it up: until then it would be handed the same assignment.
-            self._schedule_check_in(device, now + assignment.lease_s)
             return
-        session = Session.of(device, assignment, now, now + duration)
         self._observer.assigned(session)
         self._running[device] = (session, pool.start(device, assignment))
-        heapq.heappush(self._events, (now + duration, _Kind.ARRIVAL, device))
 
     def _arrive(self, device: int) -> bool:
         """Wait for the real upload; False if the run was stopped meanwhile."""
@@ -218,7 +191,3 @@ class VirtualFleet:
         session.end = future.result()
         self._observer.ended(session)
         return True
-
-    def _schedule_check_in(self, device: int, now: float, *, at_least: float = 0.0) -> None:
-        pause = max(self._population.pause_s(device, self._check_ins[device]), at_least)
-        heapq.heappush(self._events, (round(now + pause, 3), _Kind.CHECK_IN, device))
