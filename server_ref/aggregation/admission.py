@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from client_sdk.protocol.compression import Codec, CompressionSpec
 
-from client_sdk.protocol.clipping import clip_global, clip_layers
+from client_sdk.protocol.clipping import clip_global, clip_layers, joint_clip_norm
 from client_sdk.protocol.errors import (
     ConfigurationError,
     NonFiniteUpdate,
@@ -240,15 +239,17 @@ class ClipLayers:
         """Enforces a norm bound, and with it a bound on every value."""
         if not self.layers or self.layers[-1][1] != facts.size:
             raise ConfigurationError(f"the layers to clip do not cover the {facts.size} coordinates of an update")
-        return _bounded(_seen(self, facts), self.clip_norm)
+        return _bounded(_seen(self, facts), joint_clip_norm(self._norms))
+
+    @property
+    def _norms(self) -> list[float]:
+        size = self.layers[-1][1]
+        return [self.clip_norm * math.sqrt((end - start) / size) for start, end in self.layers]
 
     def clip(self, vector: Float32Array) -> tuple[Float32Array, float | None, bool]:
         """The vector within the bound; see ``stages.Clip``."""
-        slices: Sequence[slice] = [slice(start, end) for start, end in self.layers]
-        size = self.layers[-1][1]
-        norms = [self.clip_norm * math.sqrt((end - start) / size) for start, end in self.layers]
-        result = clip_layers(vector, slices, norms)
-        return result.vector, result.norm, result.clipped
+        result = clip_layers(vector, [slice(start, end) for start, end in self.layers], self._norms)
+        return result.vector, math.hypot(*(layer.norm for layer in result.layers)), result.clipped
 
 
 def _check_clip_norm(clip_norm: float) -> None:

@@ -109,7 +109,8 @@ class Facts:
         size: Coordinates of an update.
         kind: Whether the aggregate is added or subtracted.
         visibility: Whether this server sees single updates, or receives their sum.
-        capacity: Largest number of updates in one aggregate.
+        capacity: Largest number of updates in a fold at any time.
+        count: Number of updates in every aggregate, where it is fixed; None if it varies.
         max_weight: Declared largest weight of an update; None if there is no bound.
         max_scale: Scale of an update that is not stale; the sum is divided by it, so that it is a factor of at most 1.
         max_abs: Declared largest magnitude of a value; None if there is no bound.
@@ -125,6 +126,7 @@ class Facts:
     kind: UpdateKind
     visibility: Visibility = Visibility.INDIVIDUAL
     capacity: int = 1
+    count: int | None = None
     max_weight: int | None = 1
     max_scale: int = 1
     max_abs: float | None = None

@@ -98,7 +98,7 @@ def _derive_mean(facts: Facts, *, renormalised: bool) -> Facts:
     if facts.max_weight is None:
         raise UnboundedWeight("sample weights have no declared maximum; declare max_weight (weight_cap)")
     facts = replace(facts, rescaled=facts.rescaled or renormalised)
-    nominal = facts.constant_denominator or facts.capacity
+    nominal = facts.constant_denominator or facts.count or facts.capacity
     return replace(facts, sensitivity=_sensitivity(facts, nominal * facts.max_scale))
 
 

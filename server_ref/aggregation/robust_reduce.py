@@ -88,10 +88,11 @@ class RobustRule:
                 f"{self.rule} compares single updates, but only their sum is visible here; use the mean, or a mode in "
                 "which updates can be seen"
             )
+        count = facts.count or facts.capacity
         return replace(
             facts,
             rescaled=facts.rescaled or self.renormalise,
-            sensitivity=self._sensitivity(facts, facts.capacity, self.assumed(facts.capacity)),
+            sensitivity=self._sensitivity(facts, count, self.assumed(count)),
         )
 
     def _sensitivity(self, facts: Facts, count: int, num_byzantine: int | None) -> MappingProxyType[Adjacency, float]:
