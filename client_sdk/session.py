@@ -345,5 +345,7 @@ class DeviceSession:
 
 def _missing(state: SessionState, assignment: Assignment) -> tuple[str, ...]:
     # Small first: a manifest or program that does not fit is found out before the model is paid for.
-    wanted = dict.fromkeys((assignment.manifest_sha256, assignment.program_sha256, assignment.model_sha256))
-    return tuple(sha256 for sha256 in wanted if sha256 not in state.blobs)
+    wanted = dict.fromkeys(
+        (assignment.manifest_sha256, assignment.program_sha256, assignment.model_sha256, assignment.control_sha256)
+    )
+    return tuple(sha256 for sha256 in wanted if sha256 is not None and sha256 not in state.blobs)

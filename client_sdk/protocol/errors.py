@@ -98,6 +98,15 @@ class UnknownDevice(AuthenticationFailed):
     title = "The device is not enrolled on this server."
 
 
+class BodyAltered(AuthenticationFailed):
+    """The body is not the one whose digest was signed: something on the way changed it. Sent again it may arrive."""
+
+    slug = "body-altered"
+    http_status = 400
+    title = "The body is not the one that was signed."
+    retryable = True
+
+
 class UnknownAssignment(ProtocolError):
     """No assignment with this id was given to this device."""
 
@@ -226,6 +235,24 @@ class BudgetExceeded(PocketfedError):
 
 class EmptyAggregate(PocketfedError):
     """A mean over no updates was asked for."""
+
+
+class TooManyByzantine(PocketfedError):
+    """More dishonest updates are assumed than the rule stands among so many; the message says what to change.
+
+    Attributes:
+        rule: Name of the rule.
+        num_rows: Updates (or means of updates) that it was given.
+        num_byzantine: How many of them were assumed to be dishonest.
+        limit: The largest number that it stands; negative if there are too few updates even for 0.
+    """
+
+    def __init__(self, detail: str, *, rule: str, num_rows: int, num_byzantine: int, limit: int) -> None:
+        super().__init__(detail)
+        self.rule = rule
+        self.num_rows = num_rows
+        self.num_byzantine = num_byzantine
+        self.limit = limit
 
 
 # --- programs ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from client_sdk.protocol.errors import AuthenticationFailed
+from client_sdk.protocol.errors import AuthenticationFailed, BodyAltered
 
 _PARAMS = '("@method" "@path" "content-digest");keyid="{key_id}";alg="ed25519"'
 _INPUT = re.compile(r'sig1=\("@method" "@path" "content-digest"\);keyid="(?P<key_id>[0-9a-f]{32})";alg="ed25519"')
@@ -88,11 +88,15 @@ def verify_request(
         body: The whole body.
 
     Raises:
-        AuthenticationFailed: The digest is not the body's, or the signature is not the device's.
+        BodyAltered: The digest is not the body's.
+        AuthenticationFailed: There is no digest, or the signature is not the device's.
     """
     digest = content_digest(body)
-    if headers.get("content-digest") != digest:
-        raise AuthenticationFailed("the content digest is not that of the body")
+    claimed = headers.get("content-digest")
+    if claimed is None:
+        raise AuthenticationFailed("the request carries no content digest")
+    if claimed != digest:
+        raise BodyAltered("the content digest is not that of the body")
     raw = headers.get("signature", "")
     if not (raw.startswith("sig1=:") and raw.endswith(":")):
         raise AuthenticationFailed("the signature header is malformed")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from client_sdk.protocol.program import Manifest, Program, Role
-from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.training import TrainingPlan, normaliser, update_size
 from client_sdk.runtime import load_program
-from client_sdk.training import LocalTrainer, TrainingResult
+from client_sdk.training import Controls, LocalTrainer, TrainingResult
 
 FEATURES, CLASSES, D = 6, 3, 21
 FUSED, SLICED = (4, 8), (12, 16, 24, 40)
@@ -56,9 +58,17 @@ def loss_and_gradient(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[floa
     return -log_p[np.arange(len(y)), y].sum(), gradient
 
 
-def reference(w0: np.ndarray, x: np.ndarray, y: np.ndarray, plan: TrainingPlan, seed: int) -> TrainingResult:
-    """What the plan means."""
+def reference(
+    w0: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    plan: TrainingPlan,
+    seed: int,
+    controls: Controls | None = None,
+) -> TrainingResult:
+    """What the plan means; with controls, option II as the paper writes it."""
     w0 = w0.astype(np.float64)
+    c, c_i = (0.0, 0.0) if controls is None else (v.astype(np.float64) for v in (controls.server, controls.device))
     w, n, steps, epoch_losses = w0.copy(), len(y), 0, []
     for epoch in range(plan.local_epochs):
         order = np.arange(n)
@@ -70,11 +80,12 @@ def reference(w0: np.ndarray, x: np.ndarray, y: np.ndarray, plan: TrainingPlan, 
                 break
             picked = order[at : at + plan.batch_size]
             loss, gradient = loss_and_gradient(w, x[picked], y[picked])
-            w = w - plan.learning_rate * (gradient / len(picked) + plan.prox_mu * (w - w0))
+            w = w - plan.learning_rate * (gradient / len(picked) + plan.prox_mu * (w - w0) - c_i + c)
             losses, seen, steps = losses + loss, seen + len(picked), steps + 1
         if seen:
             epoch_losses.append(losses / seen)
-    return TrainingResult(w, w - w0, n, steps, epoch_losses[0], epoch_losses[-1])
+    new_c_i = c_i - c + (w0 - w) / (steps * plan.learning_rate)
+    return TrainingResult(w, w - w0, n, steps, epoch_losses[0], epoch_losses[-1], new_c_i - c_i)
 
 
 @settings(max_examples=80)
@@ -180,3 +191,135 @@ def test_the_seed_decides_the_order(program: Program, n: int, seed: int):
     one = trainer.train(w, x, y, plan, seed)
     other = trainer.train(w, x, y, plan, seed ^ 1)
     assert one.weights.tobytes() != other.weights.tobytes()
+
+
+# --- scaffold ------------------------------------------------------------------------------------------------
+
+
+def make_controls(seed: int, scale: float = 0.3) -> Controls:
+    rng = np.random.default_rng([seed % 2**32, 1])
+    server, device = rng.normal(0, scale, (2, D)).astype(np.float32)
+    return Controls(server, device)
+
+
+plain_plans = plans.map(lambda plan: plan.model_copy(update={"prox_mu": 0.0}))
+scaffold_plans = plain_plans.map(lambda plan: plan.model_copy(update={"algorithm": "scaffold"}))
+
+
+@settings(max_examples=60)
+@given(plan=scaffold_plans, n=sizes, seed=seeds)
+def test_scaffold_is_sgd_with_the_correction_and_option_two(program: Program, plan: TrainingPlan, n: int, seed: int):
+    w, x, y = dataset(n, seed)
+    controls = make_controls(seed)
+    found = LocalTrainer(program).train(w, x, y, plan, seed, controls=controls)
+    expected = reference(w, x, y, plan, seed, controls)
+    np.testing.assert_allclose(found.weights, expected.weights, rtol=2e-5, atol=2e-5)
+    # One step of lr 0.01 divides float32's noise in the delta by it.
+    np.testing.assert_allclose(found.control_delta, expected.control_delta, rtol=1e-4, atol=2e-4)
+    assert found.update(plan).tobytes() == found.delta.tobytes() + found.control_delta.tobytes()
+
+
+@settings(max_examples=40)
+@given(plan=plain_plans, n=sizes, seed=seeds, same=st.booleans())
+def test_scaffold_with_equal_controls_takes_the_very_steps_of_fedavg(
+    program: Program, plan: TrainingPlan, n: int, seed: int, same: bool
+):
+    w, x, y = dataset(n, seed)
+    equal = make_controls(seed).server if same else np.zeros(D, np.float32)
+    trainer = LocalTrainer(program)
+    plain = trainer.train(w, x, y, plan, seed)
+    scaffold = plan.model_copy(update={"algorithm": "scaffold"})
+    corrected = trainer.train(w, x, y, scaffold, seed, controls=Controls(equal, equal))
+    assert corrected.weights.tobytes() == plain.weights.tobytes()
+    assert corrected.delta.tobytes() == plain.delta.tobytes() == plain.update(plan).tobytes()
+    assert (corrected.steps, corrected.last_epoch_loss) == (plain.steps, plain.last_epoch_loss)
+
+
+@settings(max_examples=40)
+@given(plan=scaffold_plans, n=sizes, seed=seeds)
+def test_a_control_becomes_the_mean_gradient_of_the_steps_whatever_it_was(
+    program: Program, plan: TrainingPlan, n: int, seed: int
+):
+    """Option II in other words: the corrections cancel, what stays is the mean of the gradients on the way."""
+
+    class Recorded(GradOnly):
+        """Notes the mean gradient of each call."""
+
+        def __init__(self, program: Program) -> None:
+            super().__init__(program)
+            self.sums: list[np.ndarray] = []
+            self.counts: list[float] = []
+
+        def run(self, method: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+            outputs = super().run(method, *inputs)
+            self.sums.append(outputs[0].astype(np.float64))
+            self.counts.append(float(inputs[-1].sum()))
+            return outputs
+
+    plan = plan.model_copy(update={"batch_size": 8, "local_epochs": 1})
+    w, x, y = dataset(n, seed)
+    controls = make_controls(seed)
+    recorded = Recorded(program)
+    result = LocalTrainer(recorded).train(w, x, y, plan, seed, controls=controls)
+    mean = np.mean([g / k for g, k in zip(recorded.sums, recorded.counts, strict=True)], axis=0)
+    np.testing.assert_allclose(controls.device + result.control_delta, mean, rtol=1e-4, atol=2e-4)
+
+
+@settings(max_examples=20)
+@given(seed=seeds)
+def test_the_corrections_of_all_devices_cancel(program: Program, seed: int):
+    """With c the mean of the c_i, one step from the same weights moves the fleet's mean as if there were none."""
+    rng = np.random.default_rng(seed % 2**32)
+    # Multiples of 2^-10: their mean over four devices and all differences are exact.
+    own = (rng.integers(-512, 512, (4, D)) / 1024).astype(np.float32)
+    server = own.mean(axis=0, dtype=np.float64).astype(np.float32)
+    plan = TrainingPlan(batch_size=8, learning_rate=0.25, max_steps=1)
+    scaffold = plan.model_copy(update={"algorithm": "scaffold"})
+    w, _, _ = dataset(1, seed)
+    trainer = LocalTrainer(program)
+    moved = np.zeros(D)
+    for device in range(4):
+        _, x, y = dataset(8, seed + device)
+        plain = trainer.train(w, x, y, plan, seed)
+        corrected = trainer.train(w, x, y, scaffold, seed, controls=Controls(server, own[device]))
+        moved += corrected.delta.astype(np.float64) - plain.delta
+    np.testing.assert_allclose(moved, 0, atol=2e-6)
+
+
+# --- fednova -------------------------------------------------------------------------------------------------
+
+
+@given(
+    steps=st.integers(1, 300),
+    rate=st.floats(1e-4, 0.5),
+    mu=st.just(0.0) | st.floats(1e-6, 1.9),
+)
+def test_the_normaliser_is_the_weight_of_all_steps_in_the_delta(steps: int, rate: float, mu: float):
+    """[Wang et al. 2020]: the k-th gradient of tau is shrunk by every proximal step that follows it."""
+    plan = TrainingPlan(learning_rate=rate, prox_mu=mu, algorithm="fednova")
+    pull = Fraction(rate * mu)
+    exact = sum((1 - pull) ** k for k in range(steps))
+    assert math.isclose(normaliser(plan, steps), exact, rel_tol=1e-12)
+    assert normaliser(plan.model_copy(update={"algorithm": "fedavg"}), steps) == 1
+
+
+@settings(max_examples=40)
+@given(plan=plans, n=sizes, seed=seeds)
+def test_fednova_sends_the_delta_over_its_normaliser(program: Program, plan: TrainingPlan, n: int, seed: int):
+    nova = plan.model_copy(update={"algorithm": "fednova"})
+    w, x, y = dataset(n, seed)
+    plain = LocalTrainer(program).train(w, x, y, plan, seed)
+    result = LocalTrainer(program).train(w, x, y, nova, seed)
+    assert result.weights.tobytes() == plain.weights.tobytes()
+    divisor = normaliser(nova, result.steps)
+    expected = (result.delta.astype(np.float64) / divisor).astype(np.float32)
+    assert result.update(nova).tobytes() == expected.tobytes()
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValidationError, match="prox_mu has no meaning with scaffold"):
+        TrainingPlan(algorithm="scaffold", prox_mu=0.1)
+    with pytest.raises(ValidationError, match="must not overshoot"):
+        TrainingPlan(algorithm="fednova", learning_rate=0.5, prox_mu=2.0)
+    assert update_size(TrainingPlan(algorithm="scaffold"), D) == 2 * D
+    assert update_size(TrainingPlan(algorithm="fednova"), D) == D

@@ -17,6 +17,7 @@ from client_sdk.errors import (
 )
 from client_sdk.protocol.errors import (
     AuthenticationFailed,
+    BodyAltered,
     DuplicateReport,
     LeaseExpired,
     NonFiniteUpdate,
@@ -31,6 +32,7 @@ from client_sdk.protocol.errors import (
     UnsupportedVersion,
 )
 from client_sdk.protocol.messages import Assigned, Finished, ReportReply
+from client_sdk.protocol.training import TrainingPlan
 from client_sdk.session import DeviceSession
 from client_sdk.session_state import (
     Abandon,
@@ -218,7 +220,14 @@ def test_an_event_is_taken_where_it_belongs_and_refused_elsewhere(phase: Phase, 
 @pytest.mark.parametrize("phase", [Phase.ELIGIBLE, Phase.ASSIGNED, Phase.DOWNLOADING, Phase.UPLOADING])
 @pytest.mark.parametrize(
     "error",
-    [TransportUnavailable("x"), InvalidReply("x"), BlobHashMismatch("x"), ServerBusy("x"), StorageUnavailable("x")],
+    [
+        TransportUnavailable("x"),
+        InvalidReply("x"),
+        BlobHashMismatch("x"),
+        ServerBusy("x"),
+        StorageUnavailable("x"),
+        BodyAltered("x"),
+    ],
 )
 def test_a_transient_failure_pauses_and_then_repeats_the_step(phase: Phase, error: PocketfedError):
     machine = reach(phase)
@@ -289,6 +298,35 @@ def test_failures_in_a_row_are_bounded_and_lose_nothing(phase: Phase):
     assert stop.cause == "gave-up"
     assert "no route" in stop.detail
     assert session(machine.state).next_action() == before
+
+
+def test_a_proxy_that_alters_every_body_is_left_after_a_bounded_number_of_attempts():
+    machine = reach(Phase.UPLOADING, max_attempts=3)
+    attempts = 0
+    while isinstance(action := machine.next_action(), Upload | Sleep):
+        if isinstance(action, Sleep):
+            machine.on_slept()
+        else:
+            attempts += 1
+            machine.on_failure(BodyAltered())
+    assert isinstance(action, Stop)
+    assert (attempts, action.cause) == (3, "gave-up")
+    assert isinstance(action.error, BodyAltered)
+    assert session(machine.state).next_action() == Upload(REPORT), "the report is kept for a better network"
+
+
+def test_scaffold_waits_for_the_servers_control_too():
+    control = "9" * 64
+    plan = TrainingPlan(algorithm="scaffold")
+    assignment = make_assignment(7, plan=plan, control_sha256=control)
+    machine = reach(Phase.ELIGIBLE)
+    machine.on_check_in(Assigned(assignment=assignment))
+    assert machine.next_action() == Download((MANIFEST, PROGRAM, MODEL, control))
+    for blob in (control, MANIFEST, PROGRAM):
+        machine.on_blob(blob)
+    assert machine.next_action() == Download((MODEL,))
+    machine.on_blob(MODEL)
+    assert machine.next_action() == Train(assignment, REPORT)
 
 
 def test_progress_forgives_earlier_failures():

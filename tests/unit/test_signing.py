@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client_sdk.protocol.errors import AuthenticationFailed
+from client_sdk.protocol.errors import AuthenticationFailed, BodyAltered
 from client_sdk.protocol.signing import content_digest, device_id_of, sign_request, signing_device, verify_request
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -63,8 +63,19 @@ def test_method_path_and_body_are_covered(changes: dict):
 def test_any_flipped_bit_of_the_body_is_noticed(at: int, bit: int):
     body = bytearray(BODY)
     body[at] ^= 1 << bit
-    with pytest.raises(AuthenticationFailed):
+    with pytest.raises(BodyAltered):
         verify(body=bytes(body))
+
+
+def test_only_a_body_that_changed_on_its_way_is_worth_sending_again():
+    """A proxy may be mended; a signature that was never ours, or was cut off, stays what it is."""
+    with pytest.raises(BodyAltered) as altered:
+        verify(body=BODY + b" ")
+    assert altered.value.retryable
+    for headers in ({}, {k: v for k, v in SIGNED.items() if k != "content-digest"}):
+        with pytest.raises(AuthenticationFailed) as refused:
+            verify(headers | {"signature-input": SIGNED["signature-input"]})
+        assert not refused.value.retryable
 
 
 def test_a_digest_of_another_body_does_not_verify_even_if_it_matches():

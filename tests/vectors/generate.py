@@ -198,7 +198,7 @@ def signatures() -> dict[str, Any]:
     first = good[0]
     headers: dict[str, str] = sign_request(key, device, *requests["a check-in"])
     changes: dict[str, dict[str, Any]] = {
-        "another body": {"body": b"{}".hex()},
+        "another body": {"body": b"{}".hex(), "error": "body-altered"},
         "another method": {"method": "PUT"},
         "another path": {"path": "/v1/devices"},
         "another device": {
@@ -217,7 +217,7 @@ def signatures() -> dict[str, Any]:
         "public_key": public.hex(),
         "device_id": device,
         "good": good,
-        "bad": [first | change | {"name": name, "error": "authentication-failed"} for name, change in changes.items()],
+        "bad": [first | {"name": name, "error": "authentication-failed"} | change for name, change in changes.items()],
     }
 
 
