@@ -13,7 +13,7 @@ from client_sdk.protocol.errors import ConfigurationError, ProgramInputError, Tr
 from client_sdk.protocol.program import Float32Array, MethodSpec, Program, Role
 from client_sdk.protocol.training import TrainingPlan, normaliser
 
-__all__ = ["Controls", "LocalTrainer", "TrainingPlan", "TrainingResult"]
+__all__ = ["Controls", "LocalTrainer", "TrainingPlan", "TrainingResult", "epoch_order"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -268,12 +268,16 @@ class _SlicedStep:
         return np.subtract(w, total, out=total), loss
 
 
+def epoch_order(num_samples: int, plan: TrainingPlan, shuffle_seed: int, epoch: int) -> Int64Array:
+    """The order in which an epoch sees the examples, int64[num_samples]: whoever trains alike shuffles alike."""
+    if plan.shuffle:
+        return np.random.Generator(np.random.Philox(key=shuffle_seed | epoch << 64)).permutation(num_samples)
+    return np.arange(num_samples)
+
+
 def _batches(num_samples: int, plan: TrainingPlan, seed: int, epoch: int) -> Iterator[Int64Array]:
     """Indices of each batch of one epoch; the last may be short."""
-    if plan.shuffle:
-        order = np.random.Generator(np.random.Philox(key=seed | epoch << 64)).permutation(num_samples)
-    else:
-        order = np.arange(num_samples)
+    order = epoch_order(num_samples, plan, seed, epoch)
     for at in range(0, num_samples, plan.batch_size):
         yield order[at : at + plan.batch_size]
 
