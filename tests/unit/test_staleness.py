@@ -9,6 +9,7 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.batch import Facts
 from server_ref.aggregation.errors import UnboundedWeight
+from server_ref.aggregation.stages import Slot
 from server_ref.aggregation.staleness import (
     SCALE,
     BufferedSchedule,
@@ -17,7 +18,6 @@ from server_ref.aggregation.staleness import (
     largest_stable_staleness,
     stability_limit,
 )
-from server_ref.aggregation.stages import Slot
 
 FACTS = Facts(size=4, kind=UpdateKind.DELTA, capacity=20)
 
