@@ -1,0 +1,87 @@
+"""Which examples each client of a cohort sees at each of its steps: the batches of ``LocalTrainer``, as one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.protocol.training import TrainingPlan
+from client_sdk.training import epoch_order
+
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Shuffled(Protocol):
+    """The part of a client's work that decides its batches."""
+
+    @property
+    def rows(self) -> Int64Array:
+        """Its examples: rows of the data set, at least one."""
+        ...
+
+    @property
+    def shuffle_seed(self) -> int:
+        """Seed of its shuffles."""
+        ...
+
+
+def num_steps(num_samples: int, plan: TrainingPlan) -> int:
+    """Optimizer steps of a client with this many examples."""
+    steps = plan.local_epochs * math.ceil(num_samples / plan.batch_size)
+    return steps if plan.max_steps is None else min(steps, plan.max_steps)
+
+
+@dataclass(frozen=True)
+class BatchTable:
+    """Batches of c clients over s steps, s the largest number of steps of any of them.
+
+    Attributes:
+        picked: int64[c, s, batch_size], rows of the data set; a short batch is filled up with its own last row.
+        counts: int64[c, s], examples in each batch; 0 after a client's last step.
+        in_first_epoch: bool[c, s], which steps belong to the client's first epoch.
+        in_last_epoch: bool[c, s], which belong to its last one, or to as much of it as ``max_steps`` lets happen.
+    """
+
+    picked: Int64Array
+    counts: Int64Array
+    in_first_epoch: BoolArray
+    in_last_epoch: BoolArray
+
+    @classmethod
+    def of(cls, clients: Sequence[Shuffled], plan: TrainingPlan) -> BatchTable:
+        """Shuffle every client's examples, epoch by epoch."""
+        size = plan.batch_size
+        taken = np.array([num_steps(len(client.rows), plan) for client in clients], np.int64)
+        an_epoch = np.array([math.ceil(len(client.rows) / size) for client in clients], np.int64)
+        steps = int(taken.max())
+        picked = np.empty((len(clients), steps * size), np.int64)
+        counts = np.zeros((len(clients), steps), np.int64)
+        for i, client in enumerate(clients):
+            _fill(picked[i], counts[i, : taken[i]], client, plan, int(an_epoch[i]))
+        step = np.arange(steps)
+        last = (taken - 1) // an_epoch * an_epoch
+        return cls(
+            picked=picked.reshape(len(clients), steps, size),
+            counts=counts,
+            in_first_epoch=step < np.minimum(an_epoch, taken)[:, None],
+            in_last_epoch=(step >= last[:, None]) & (step < taken[:, None]),
+        )
+
+
+def _fill(picked: Int64Array, counts: Int64Array, client: Shuffled, plan: TrainingPlan, an_epoch: int) -> None:
+    """One client's line of the table; ``counts`` has as many steps as it takes."""
+    n, size = len(client.rows), plan.batch_size
+    for epoch, first in enumerate(range(0, len(counts), an_epoch)):
+        rows = client.rows[epoch_order(n, plan, client.shuffle_seed, epoch)]
+        here = picked[first * size : (first + an_epoch) * size]
+        here[:n] = rows[: len(here)]
+        here[n:] = rows[-1]
+        counts[first : first + an_epoch] = size
+        if first + an_epoch <= len(counts):
+            counts[first + an_epoch - 1] = n - (an_epoch - 1) * size

@@ -1,0 +1,127 @@
+"""A model's losses and gradients for many weight vectors at once: ``torch.func`` over its functional form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, grad_and_value, vmap
+
+from client_sdk.protocol.program import ParameterSpec
+from mobile_export.methods import Loss, cross_entropy
+from server_ref.evaluation import Evaluation
+
+_EVALUATION_BATCH = 1024
+
+
+class Batch(NamedTuple):
+    """One step's examples of c clients.
+
+    Attributes:
+        x: float32 [c, B, *feature_shape].
+        y: int64 [c, B].
+        keep: bool [c, B], which of them count; None for all. The others must be finite examples too.
+    """
+
+    x: Tensor
+    y: Tensor
+    keep: Tensor | None
+
+
+class BatchedModel:
+    """The same arithmetic as the exported program's methods, but for c clients in one call.
+
+    Args:
+        model: The module that was exported; its own parameters are not read, flat vectors replace them.
+        parameters: The parameter table that lays the flat vectors out.
+        loss: Per-example loss, as in ``mobile_export.methods``.
+    """
+
+    def __init__(self, model: nn.Module, parameters: tuple[ParameterSpec, ...], loss: Loss = cross_entropy) -> None:
+        self._model = model
+        self._loss = loss
+        self._parameters = parameters
+        self._slices = [slice(p.offset, p.offset + p.num_elements) for p in parameters]
+
+    @property
+    def num_parameters(self) -> int:
+        """Length d of a weight vector."""
+        return self._slices[-1].stop
+
+    def descend(self, before: Tensor, after: Tensor, batch: Batch, rates: Tensor) -> Tensor:
+        """One step of gradient descent for each client: ``after = before - rate * (sum of gradients)``.
+
+        A parameter at a time: the gradients of all clients are never copied into one array.
+
+        Args:
+            before: float32 [d], the weights that all clients have, or [c, d], each client's own.
+            after: float32 [c, d], receives the new weights; may be ``before``.
+            batch: The clients' examples.
+            rates: float32 [c, 1].
+
+        Returns:
+            float32 [c]: each client's summed loss before the step.
+        """
+        loss: Callable[..., Tensor]
+        inputs: tuple[Tensor, ...]
+        if batch.keep is None:
+            loss, inputs = self._summed_loss, (batch.x, batch.y)
+        else:
+            loss, inputs = self._masked_loss, (batch.x, batch.y, batch.keep)
+        shared = before.dim() == 1
+        over_clients = vmap(grad_and_value(loss), (None if shared else 0, *(0 for _ in inputs)))
+        gradients, losses = over_clients(self._split(before), *inputs)
+        for parameter, columns in zip(self._parameters, self._slices, strict=True):
+            step = gradients.pop(parameter.name).reshape(len(batch.x), -1)
+            torch.sub(before[..., columns], step.mul_(rates), out=after[:, columns])
+        return cast("Tensor", losses)
+
+    def bytes_per_client(self, x: Tensor, y: Tensor) -> int:
+        """Memory of one client's step, about: its weights and gradients, and what the backward pass keeps, twice.
+
+        Args:
+            x: One batch, float32 [B, *feature_shape].
+            y: Its labels, int64 [B].
+        """
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        weights = {p.name: torch.zeros(p.shape, requires_grad=True) for p in self._parameters}
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._summed_loss(weights, x, y)
+        return 3 * 4 * self.num_parameters + 2 * (sum(kept.values()) + x.nbytes)
+
+    @torch.no_grad()
+    def evaluate(
+        self, weights: npt.NDArray[np.float32], x: npt.NDArray[np.float32], y: npt.NDArray[np.int64]
+    ) -> Evaluation:
+        """Accuracy (first argmax equals the label) and mean loss of float32[d] weights on held-out examples."""
+        parameters = self._split(torch.tensor(weights))
+        loss = correct = 0.0
+        for at in range(0, len(x), _EVALUATION_BATCH):
+            labels = torch.tensor(y[at : at + _EVALUATION_BATCH])
+            logits = functional_call(self._model, parameters, (torch.tensor(x[at : at + _EVALUATION_BATCH]),))
+            loss += float(self._loss(logits, labels).sum(dtype=torch.float64))
+            correct += int((logits.argmax(dim=-1) == labels).sum())
+        return Evaluation(correct / len(x), loss / len(x), len(x))
+
+    def _split(self, weights: Tensor) -> dict[str, Tensor]:
+        """Named parameters as views of [d] or [c, d] weights."""
+        return {
+            p.name: weights[..., columns].reshape(*weights.shape[:-1], *p.shape)
+            for p, columns in zip(self._parameters, self._slices, strict=True)
+        }
+
+    def _summed_loss(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return self._loss(functional_call(self._model, parameters, (x,)), y).sum()
+
+    def _masked_loss(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+        return torch.where(keep, self._loss(functional_call(self._model, parameters, (x,)), y), 0.0).sum()
