@@ -183,6 +183,20 @@ class ShapeMismatch(InvalidUpdate):
     title = "The update's tensors do not fit the parameter table."
 
 
+class MalformedEncoding(InvalidUpdate):
+    """A compressed update that no encoder writes."""
+
+    slug = "malformed-encoding"
+    title = "The compressed update is malformed."
+
+
+class TruncatedEncoding(MalformedEncoding):
+    """Fewer bytes than the compressed update's content takes."""
+
+    slug = "truncated-encoding"
+    title = "The compressed update is cut short."
+
+
 class ServerBusy(ProtocolError):
     """Overload; come back later."""
 
