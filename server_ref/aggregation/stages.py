@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.batch import Aggregate, EncodedUpdate, Facts, Float32Array, Float64Array, Update
-from server_ref.aggregation.server_optim import ServerState
+from server_ref.aggregation.server_state import ServerState
 
 
 class Slot(StrEnum):
