@@ -21,6 +21,10 @@ class PartitionError(SimulationError):
     """A partition that cannot be parsed, or that the data set is too small for."""
 
 
+class AttackError(SimulationError):
+    """An attack that cannot be parsed, or that this run cannot carry out; the message lists what there is."""
+
+
 class OutputDirectoryInUse(SimulationError):
     """The output folder holds another run, or is in use by one."""
 
