@@ -1,0 +1,95 @@
+"""What the cohort trainer refuses, and what it promises about memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from client_sdk.protocol.errors import ConfigurationError, ProgramInputError
+from client_sdk.protocol.program import ParameterSpec
+from client_sdk.protocol.training import TrainingPlan
+from client_sdk.training import Controls
+from simulator.cohort.model import BatchedModel
+from simulator.cohort.trainer import CohortTrainer, LocalWork
+from simulator.datasets import Split
+from tests.bundles import tiny_model
+
+D, N = 39, 10
+PLAN = TrainingPlan(batch_size=4)
+ROWS = np.arange(3)
+ZEROS = np.zeros(D, np.float32)
+
+
+def softmax() -> BatchedModel:
+    specs, offset = [], 0
+    for name, parameter in tiny_model("softmax").named_parameters():
+        specs.append(ParameterSpec(name=name, shape=tuple(parameter.shape), offset=offset))
+        offset += parameter.numel()
+    assert offset == D
+    return BatchedModel(tiny_model("softmax"), tuple(specs))
+
+
+def split() -> Split:
+    rng = np.random.default_rng(0)
+    return Split(rng.random((N, 12), np.float32), rng.integers(0, 3, N))
+
+
+def spoilt(**changes: np.ndarray) -> Split:
+    whole = split()
+    return Split(changes.get("x", whole.x), changes.get("y", whole.y))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (spoilt(x=split().x.astype(np.float64)), "got float64"),
+        (spoilt(y=split().y.astype(np.int32)), "int32"),
+        (spoilt(y=split().y[:-1]), r"int64\[9\]"),
+        (Split(split().x[:0], split().y[:0]), "n >= 1"),
+        (spoilt(x=np.full((N, 12), np.nan, np.float32)), "NaN or infinite"),
+        (spoilt(x=np.full((N, 12), np.inf, np.float32)), "NaN or infinite"),
+    ],
+)
+def test_data_that_nobody_could_train_on_is_refused(data: Split, message: str):
+    with pytest.raises(ProgramInputError, match=message):
+        CohortTrainer(softmax(), data)
+
+
+@pytest.mark.parametrize(
+    ("weights", "clients", "plan", "error", "message"),
+    [
+        (ZEROS[:-1], [LocalWork(ROWS, 0)], PLAN, ProgramInputError, r"finite float32\[39\], got float32\[38\]"),
+        (ZEROS.astype(np.float64), [LocalWork(ROWS, 0)], PLAN, ProgramInputError, "got float64"),
+        (ZEROS * np.float32(np.nan), [LocalWork(ROWS, 0)], PLAN, ProgramInputError, "must be finite"),
+        (ZEROS, [], PLAN, ProgramInputError, "no training data"),
+        (ZEROS, [LocalWork(ROWS, 0), LocalWork(ROWS[:0], 0)], PLAN, ProgramInputError, "no training data"),
+        (ZEROS, [LocalWork(ROWS, 0)], TrainingPlan(learning_rate=1e-60), ConfigurationError, "zero or infinite"),
+        (ZEROS, [LocalWork(ROWS, 0)], TrainingPlan(learning_rate=1e60), ConfigurationError, "zero or infinite"),
+        (ZEROS, [LocalWork(ROWS, 0)], TrainingPlan(algorithm="scaffold"), ConfigurationError, "control variates"),
+        (ZEROS, [LocalWork(ROWS, 0, Controls(ZEROS, ZEROS))], PLAN, ConfigurationError, "control variates"),
+    ],
+)
+def test_work_that_cannot_be_done_is_refused(weights, clients, plan, error, message):
+    with pytest.raises(error, match=message):
+        CohortTrainer(softmax(), split()).train(weights, clients, plan)
+
+
+def test_the_callers_arrays_stay_as_they_are():
+    data, weights, rows = split(), np.ones(D, np.float32), ROWS.copy()
+    for array in (data.x, data.y, weights, rows):
+        array.flags.writeable = False
+    before = data.x.copy()
+    CohortTrainer(softmax(), data).train(weights, [LocalWork(rows, 0), LocalWork(rows[:1], 1)], PLAN)
+    assert np.array_equal(data.x, before)
+
+
+def test_fewer_clients_at_once_where_a_batch_is_larger():
+    def at_once(batch_size: int, memory_bytes: int) -> int:
+        trainer = CohortTrainer(softmax(), split(), memory_bytes=memory_bytes)
+        return trainer.clients_at_once(TrainingPlan(batch_size=batch_size))
+
+    # Weights and gradients, and each example at least once.
+    assert at_once(4, 2**20) <= 2**20 // (3 * 4 * D + 4 * 4 * 12)
+    assert at_once(64, 2**20) < at_once(4, 2**20)
+    assert at_once(4, 2**21) >= 2 * at_once(4, 2**20)
+    assert at_once(64, 1) == 1
