@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, data: bytes | bytearray | memoryview, *, mode: int = 0o600) -> None:
@@ -30,8 +33,25 @@ def write_atomically(path: Path, data: bytes | bytearray | memoryview, *, mode: 
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.replace(temporary, path)  # noqa: PTH105 - one module to stub when tests inject faults
-    sync_folder(path.parent)
+    replace_durably(temporary, path)
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Rename a file that is synced already; afterwards ``target`` is the one or the other, even after a power cut.
+
+    Raises:
+        FileNotFoundError: There is no ``source``.
+        OSError: The folder is read-only, ...
+    """
+    os.replace(source, target)  # noqa: PTH105 - one module to stub when tests inject faults
+    sync_folder(target.parent)
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Keep a file that cannot be used beside itself (``*.damaged``), and say so in the log."""
+    aside = path.with_name(path.name + ".damaged")
+    path.replace(aside)
+    _log.warning("%s cannot be used (%s); kept as %s", path, reason, aside.name)
 
 
 def sync_folder(folder: Path) -> None:

@@ -104,8 +104,9 @@ class ProgressLines:
                 line = f"downloaded {sha256[:12]} ({size:,} bytes)"
             case events.TrainingProgress(done, total, loss) if done >= total:
                 line = f"trained on {done:,} examples; loss {loss:.4f}"
-            case events.Uploaded(_, a, size):
-                line = f"round {a.round_id}: report accepted ({size:,} bytes)"
+            case events.Uploaded(_, a, size, dense):
+                instead = f" instead of {dense:,}" if dense is not None and dense > size else ""
+                line = f"round {a.round_id}: report accepted ({size:,} bytes{instead})"
             case events.Waiting(delay, reason):
                 line = f"waiting {delay:.1f} s: {reason}"
             case events.Dropped(a, reason):

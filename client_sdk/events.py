@@ -40,11 +40,16 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """The server holds the report, durably."""
+    """The server holds the report, durably.
+
+    ``num_bytes`` is what was sent, all of it; ``dense_bytes`` what the update alone takes as plain float32, None where
+    an earlier process made the report and its model's manifest is gone.
+    """
 
     report_id: str
     assignment: Assignment
     num_bytes: int
+    dense_bytes: int | None
 
 
 @dataclass(frozen=True)

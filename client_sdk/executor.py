@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from client_sdk import events
+from client_sdk.blobs import Buffer
 from client_sdk.data import Examples
 from client_sdk.errors import BundleMismatch, DeviceError, IllegalTransition, Interrupted, StateDirUnusable
-from client_sdk.programs import ProgramProvider, check_program, model_weights
+from client_sdk.fulfilment import fulfil
+from client_sdk.memory import DeviceMemory
+from client_sdk.programs import ProgramProvider
 from client_sdk.protocol.errors import (
     ConfigurationError,
     LeaseExpired,
@@ -22,7 +25,6 @@ from client_sdk.protocol.errors import (
     TrainingDiverged,
     UpdateOutOfRange,
 )
-from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import (
     AbandonRequest,
     Assigned,
@@ -35,7 +37,7 @@ from client_sdk.protocol.messages import (
 )
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.protocol.program import Program
-from client_sdk.reports import build_report, check_reportable, is_report_of
+from client_sdk.reports import Report, dense_bytes, is_report_of, keeps_memory
 from client_sdk.session import DeviceSession
 from client_sdk.session_state import (
     Abandon,
@@ -51,8 +53,7 @@ from client_sdk.session_state import (
     Train,
     Upload,
 )
-from client_sdk.store import Buffer, DeviceStore
-from client_sdk.training import LocalTrainer
+from client_sdk.store import DeviceStore
 from client_sdk.transport import Transport
 from client_sdk.watch import WatchedProgram
 
@@ -96,7 +97,7 @@ class ActionExecutor:
         self.cause: PocketfedError | None = None
         self._partial: dict[str, bytearray] = {}
         self._fetched: dict[str, Buffer] = {}
-        self._sealed: tuple[str, Buffer] | None = None
+        self._sealed: tuple[str, Report] | None = None
 
     def execute(
         self, action: Action, stop: threading.Event, virtual: VirtualTiming | None = None
@@ -213,13 +214,13 @@ class ActionExecutor:
         self._around.on_event(events.Downloaded(sha256, size))
 
     def _train(self, assignment: Assignment, report_id: str, stop: threading.Event) -> None:
-        sealed = self._around.store.sealed(report_id)
-        if sealed is not None and is_report_of(sealed, assignment, report_id):
-            # Killed after the report was durable and before the session said so.
-            self.session.on_sealed(hashlib.sha256(sealed).hexdigest())
-            return
         try:
-            frame = self._make_report(assignment, report_id, stop)
+            sealed = self._usable_report(assignment, report_id)
+            if sealed is not None:
+                # Killed after the report was durable and before the session said so.
+                self.session.on_sealed(hashlib.sha256(sealed).hexdigest())
+                return
+            report, memory = self._make_report(assignment, report_id, stop)
         except Interrupted:
             raise
         except _BlobLost:
@@ -234,24 +235,38 @@ class ActionExecutor:
             self.cause = e
             self.session.on_training_failed("training-failed", str(e), error=e)
         else:
-            self._around.store.seal(report_id, frame)
-            report_sha256 = hashlib.sha256(frame).hexdigest()
+            # In this order: a sealed report whose memory is missing would be no report.
+            if memory is not None:
+                self._around.store.stage_memory(memory)
+            self._around.store.seal(report_id, report.frame)
+            report_sha256 = hashlib.sha256(report.frame).hexdigest()
             # This process need not read and hash again what it has just written.
-            self._sealed = (report_sha256, frame)
+            self._sealed = (report_sha256, report)
             self.session.on_sealed(report_sha256)
             self._fetched.clear()
 
-    def _make_report(self, assignment: Assignment, report_id: str, stop: threading.Event) -> bytes:
+    def _make_report(
+        self, assignment: Assignment, report_id: str, stop: threading.Event
+    ) -> tuple[Report, DeviceMemory | None]:
         program = self._around.programs.open(assignment, self._blob)
-        check_program(program.manifest, assignment)
-        check_reportable(assignment, program.manifest.num_parameters)
         self._fetched.pop(assignment.program_sha256, None)  # loaded: the runtime has its own copy
-        model = decode_frame(self._blob(assignment.model_sha256))
-        weights = model_weights(model, program.manifest)
-        x, y = self._around.data
-        trainer = LocalTrainer(self._watched(program, assignment, len(x), stop))
-        result = trainer.train(weights, x, y, assignment.plan, assignment.shuffle_seed)
-        return build_report(assignment, report_id, result.delta, steps=result.steps, train_loss=result.last_epoch_loss)
+        data = self._around.data
+        return fulfil(
+            assignment,
+            report_id,
+            program=self._watched(program, assignment, len(data[0]), stop),
+            read=self._blob,
+            data=data,
+            former=self._around.store.memory(assignment.task_id) if keeps_memory(assignment) else None,
+        )
+
+    def _usable_report(self, assignment: Assignment, report_id: str) -> Buffer | None:
+        """A sealed report that may be sent: whole, ours, and with the memory that it leaves."""
+        store = self._around.store
+        frame = store.sealed(report_id)
+        if frame is None or not is_report_of(frame, assignment, report_id):
+            return None
+        return frame if not keeps_memory(assignment) or store.has_staged_memory(report_id) else None
 
     def _watched(self, program: Program, assignment: Assignment, samples: int, stop: threading.Event) -> Program:
         plan = assignment.plan
@@ -277,23 +292,27 @@ class ActionExecutor:
 
     def _upload(self, report_id: str) -> None:
         state = self.session.state
-        frame = self._sealed_frame(report_id, state.report_sha256)
-        if frame is None:
+        report = None if state.assignment is None else self._sealed_report(state.assignment, report_id)
+        if report is None:
             self._around.store.discard(report_id)
             self.session.on_report_lost()
             return
         self.session.on_upload_started()
         self.save()
-        self.session.on_uploaded(self._around.transport.upload(report_id, frame))
+        self.session.on_uploaded(self._around.transport.upload(report_id, report.frame))
         if self.session.state.accepted and state.assignment is not None:
-            self._around.on_event(events.Uploaded(report_id, state.assignment, len(frame)))
+            size = len(report.frame)
+            self._around.on_event(events.Uploaded(report_id, state.assignment, size, report.dense_bytes))
 
-    def _sealed_frame(self, report_id: str, report_sha256: str | None) -> Buffer | None:
-        """The report's bytes if they are whole."""
+    def _sealed_report(self, assignment: Assignment, report_id: str) -> Report | None:
+        """The report that the session has sealed, if it may be sent."""
+        report_sha256 = self.session.state.report_sha256
         if self._sealed is not None and self._sealed[0] == report_sha256:
             return self._sealed[1]
-        frame = self._around.store.sealed(report_id)
-        return frame if frame is not None and hashlib.sha256(frame).hexdigest() == report_sha256 else None
+        frame = self._usable_report(assignment, report_id)
+        if frame is None or hashlib.sha256(frame).hexdigest() != report_sha256:
+            return None
+        return Report(frame, dense_bytes(frame, assignment, self._around.store.blob(assignment.manifest_sha256)))
 
     def _sleep(self, delay_s: float, reason: str, stop: threading.Event) -> None:
         self._around.on_event(events.Waiting(delay_s, reason))
@@ -303,11 +322,13 @@ class ActionExecutor:
         self.session.on_slept()
 
     def _discard(self, action: Discard) -> None:
+        assignment = self.session.state.assignment
+        counts = action.accepted and assignment is not None and keeps_memory(assignment)
+        self._around.store.settle_memory(action.report_id, accepted=counts)
         self._around.store.discard(action.report_id)
         self._partial.clear()
         self._fetched.clear()
         self._sealed = None
-        assignment = self.session.state.assignment
         self.session.on_discarded()
         if not action.accepted and assignment is not None:
             self._around.on_event(events.Dropped(assignment, action.detail))

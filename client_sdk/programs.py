@@ -12,7 +12,7 @@ import numpy as np
 from client_sdk.atomic import write_atomically
 from client_sdk.errors import BundleMismatch, StateDirUnusable
 from client_sdk.protocol.frames import Frame
-from client_sdk.protocol.messages import Assignment
+from client_sdk.protocol.messages import CONTROL_TENSOR, Assignment
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, Float32Array, Manifest, Program
 
 Buffer = bytes | bytearray | memoryview
@@ -124,3 +124,16 @@ def model_weights(model: Frame, manifest: Manifest) -> Float32Array:
     if found != expected or any(tensor.dtype != np.float32 for tensor in model.tensors.values()):
         raise BundleMismatch(f"the model's tensors are not the parameters of {manifest.model_name}")
     return np.frombuffer(model.payload, np.float32)
+
+
+def control_vector(frame: Frame, manifest: Manifest) -> Float32Array:
+    """The server's control variate, a view into its frame.
+
+    Raises:
+        BundleMismatch: Not one float32[d] tensor of the expected name.
+    """
+    tensor = frame.tensors.get(CONTROL_TENSOR)
+    expected = (manifest.num_parameters,)
+    if len(frame.tensors) != 1 or tensor is None or tensor.dtype != np.float32 or tensor.shape != expected:
+        raise BundleMismatch(f"the server's control is not one float32[{expected[0]}] tensor named {CONTROL_TENSOR!r}")
+    return np.frombuffer(frame.payload, np.float32)

@@ -1,17 +1,56 @@
-"""The report of an assignment: a frame with the update, and what it repeats of the assignment."""
+"""The report of an assignment: a frame with the update, compressed where asked for, and what it repeats."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.blobs import Buffer
 from client_sdk.errors import BundleMismatch
-from client_sdk.protocol.errors import MalformedFrame, OversizedBody, UpdateOutOfRange
+from client_sdk.protocol.compression import Codec, CompressionSpec, ErrorFeedback
+from client_sdk.protocol.errors import MalformedFrame, ManifestError, OversizedBody, UpdateOutOfRange
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, Assignment, ReportFacts
-from client_sdk.protocol.program import Float32Array
+from client_sdk.protocol.program import Float32Array, Manifest
 from client_sdk.protocol.updates import UpdateKind
 
-Buffer = bytes | bytearray | memoryview
+
+@dataclass(frozen=True)
+class Report:
+    """A report that is ready to be sealed.
+
+    Attributes:
+        frame: The bytes to send.
+        dense_bytes: What the update takes as plain float32; None where it is not known any more.
+        residual: With error feedback float32 ``[n]``: what the frame leaves out, for the next report; else None.
+    """
+
+    frame: Buffer
+    dense_bytes: int | None
+    residual: Float32Array | None = None
+
+
+def compression_of(assignment: Assignment) -> CompressionSpec | None:
+    """How the assignment wants its update compressed; None for not at all.
+
+    Raises:
+        ConfigurationError: A compression that this device does not know.
+        BundleMismatch: One that is not written in its one canonical form, which the report has to repeat.
+    """
+    if assignment.compression is None:
+        return None
+    spec = CompressionSpec.parse(assignment.compression)
+    if spec.is_none or str(spec) != assignment.compression:
+        raise BundleMismatch(f"the assignment writes its compression as {assignment.compression!r}, not as {spec}")
+    return spec
+
+
+def keeps_memory(assignment: Assignment) -> bool:
+    """Whether the device remembers something of this assignment's report for the next one."""
+    spec = compression_of(assignment)
+    return assignment.plan.algorithm == "scaffold" or (spec is not None and spec.error_feedback)
 
 
 def check_reportable(assignment: Assignment, num_parameters: int) -> None:
@@ -19,35 +58,54 @@ def check_reportable(assignment: Assignment, num_parameters: int) -> None:
 
     Raises:
         BundleMismatch: The assignment asks for what this device cannot send.
+        ConfigurationError: A compression that this device does not know.
     """
     if assignment.kind is not UpdateKind.DELTA:
         raise BundleMismatch(f"the assignment asks for an update of kind {assignment.kind}; this device sends deltas")
-    if 4 * num_parameters > assignment.max_report_bytes:
+    size = assignment.update_size(num_parameters)
+    spec = compression_of(assignment)
+    needed = 4 * size if spec is None else Codec(spec, size).max_bytes
+    if needed > assignment.max_report_bytes:
         raise BundleMismatch(
-            f"an update of {num_parameters} parameters does not fit into the {assignment.max_report_bytes} bytes "
-            "that the assignment allows"
+            f"an update of {num_parameters} parameters takes up to {needed} bytes; it does not fit into the "
+            f"{assignment.max_report_bytes} that the assignment allows"
         )
 
 
 def build_report(
-    assignment: Assignment, report_id: str, delta: Float32Array, *, steps: int, train_loss: float
-) -> bytes:
-    """The frame to send.
+    assignment: Assignment,
+    report_id: str,
+    update: Float32Array,
+    *,
+    steps: int,
+    train_loss: float,
+    residual: Float32Array | None = None,
+) -> Report:
+    """The report to send.
+
+    With error feedback ``decoded + new residual == update + residual``: nothing is lost, it comes later. What would lie
+    beyond the assignment's bound with the residual added stays in the residual.
 
     Args:
         assignment: What the report answers.
         report_id: Its id.
-        delta: float32 ``[d]``, finite.
+        update: float32 ``[n]``, finite; n is the assignment's ``update_size``.
         steps: Local optimizer steps taken.
         train_loss: Mean loss over the last local epoch.
+        residual: float32 ``[n]``, what the last accepted report left out; needed with error feedback only.
 
     Raises:
         UpdateOutOfRange: A value beyond the assignment's bound: the server would refuse it.
         OversizedBody: Larger than the assignment allows.
+        ConfigurationError, BundleMismatch: See ``compression_of``.
     """
-    reach = float(np.abs(delta).max())
-    if not reach <= assignment.encoding.max_abs:
-        raise UpdateOutOfRange(f"the update reaches {reach:.3g}; the assignment allows {assignment.encoding.max_abs:g}")
+    _check_reach(update, assignment)
+    spec = compression_of(assignment)
+    tensor: npt.NDArray[np.generic] = update
+    left_out = None
+    if spec is not None:
+        payload, left_out = _compress(assignment, Codec(spec, len(update)), update, residual)
+        tensor = np.frombuffer(payload, np.uint8)
     facts = ReportFacts(
         report_id=report_id,
         assignment_id=assignment.assignment_id,
@@ -61,14 +119,14 @@ def build_report(
         steps=str(steps),
         train_loss=repr(float(train_loss)),
     )
-    frame = encode_frame({REPORT_TENSOR: delta}, facts.model_dump(mode="json"))
+    frame = encode_frame({REPORT_TENSOR: tensor}, facts.model_dump(mode="json"))
     if len(frame) > assignment.max_report_bytes:
         raise OversizedBody(f"the report has {len(frame)} bytes; the assignment allows {assignment.max_report_bytes}")
-    return frame
+    return Report(frame, update.nbytes, left_out)
 
 
 def is_report_of(frame: Buffer, assignment: Assignment, report_id: str) -> bool:
-    """Whether stored bytes are a whole report of this assignment under this id."""
+    """Whether stored bytes are a whole report of this assignment under this id, as this version writes it."""
     try:
         facts = ReportFacts.model_validate(decode_frame(frame).metadata)
     except (MalformedFrame, OversizedBody, ValueError):
@@ -78,4 +136,47 @@ def is_report_of(frame: Buffer, assignment: Assignment, report_id: str) -> bool:
         and facts.assignment_id == assignment.assignment_id
         and facts.model_version == str(assignment.model_version)
         and facts.parameter_table_sha256 == assignment.parameter_table_sha256
+        and facts.algorithm == assignment.plan.algorithm
+        and facts.compression == (assignment.compression or UNCOMPRESSED)
+        and facts.compression_seed == str(assignment.compression_seed)
     )
+
+
+def dense_bytes(frame: Buffer, assignment: Assignment, manifest: Buffer | None) -> int | None:
+    """What the update of a sealed report takes as plain float32; None where the manifest does not say it."""
+    if assignment.compression is None:
+        return decode_frame(frame).payload.nbytes
+    try:
+        return None if manifest is None else 4 * assignment.update_size(_num_parameters(manifest))
+    except ManifestError:  # an app with a program of its own never had to read it
+        return None
+
+
+def _num_parameters(manifest: Buffer) -> int:
+    return Manifest.from_json(bytes(manifest)).num_parameters
+
+
+def _compress(
+    assignment: Assignment, codec: Codec, update: Float32Array, residual: Float32Array | None
+) -> tuple[bytes, Float32Array | None]:
+    """The payload, and what it leaves out where the compression feeds errors back."""
+    seed, rounding_seed = assignment.compression_seed, assignment.shuffle_seed
+    if not codec.spec.error_feedback:
+        payload = codec.encode(update, seed, rounding_seed=rounding_seed)
+        _check_reach(codec.decode(payload, seed), assignment)
+        return payload, None
+    feedback = ErrorFeedback.zeros(codec.size) if residual is None else ErrorFeedback(residual)
+    compensated = feedback.compensate(update)
+    # Else a residual that has grown beyond the bound could never be sent, and no report of this device either.
+    with np.errstate(over="ignore"):
+        bound = np.nextafter(np.float32(assignment.encoding.max_abs), np.float32(0))
+    payload = codec.encode(np.clip(compensated, -bound, bound), seed, rounding_seed=rounding_seed)
+    sent = codec.decode(payload, seed)
+    _check_reach(sent, assignment)
+    return payload, ErrorFeedback.after(compensated, sent).residual
+
+
+def _check_reach(update: Float32Array, assignment: Assignment) -> None:
+    reach = float(np.abs(update).max())
+    if not reach <= assignment.encoding.max_abs:
+        raise UpdateOutOfRange(f"the update reaches {reach:.3g}; the assignment allows {assignment.encoding.max_abs:g}")

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import logging
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
-from client_sdk.atomic import sync_folder, write_atomically
+from client_sdk.atomic import set_aside, sync_folder, write_atomically
+from client_sdk.blobs import DEFAULT_CACHE_BYTES, BlobFiles, BlobPool, Buffer
 from client_sdk.errors import StateDirLocked, StateDirUnusable
 from client_sdk.identity import DeviceIdentity
+from client_sdk.memory import DeviceMemory, MemoryFiles
 from client_sdk.session_state import SessionState
 
-_log = logging.getLogger(__name__)
-
-DEFAULT_CACHE_BYTES = 256 * 2**20
 _SEEN_BLOBS = 16
-
-Buffer = bytes | bytearray | memoryview
 
 
 class DeviceStore(Protocol):
@@ -62,6 +56,29 @@ class DeviceStore(Protocol):
         """Forget a report; harmless where there is none."""
         ...
 
+    def memory(self, task_id: str) -> DeviceMemory | None:
+        """What the device remembers of this task; None where it is nothing, or cannot be read."""
+        ...
+
+    def stage_memory(self, memory: DeviceMemory) -> None:
+        """Make a report's memory durable before this returns; ``memory`` still answers the former one.
+
+        Raises:
+            StateDirUnusable: It could not be written.
+        """
+        ...
+
+    def has_staged_memory(self, report_id: str) -> bool:
+        """Whether the memory of this report is staged, and whole."""
+        ...
+
+    def settle_memory(self, report_id: str, *, accepted: bool) -> None:
+        """Let the memory of an accepted report replace the former one, or throw it away. May be repeated.
+
+        An accepted report whose memory is lost leaves none: the former one is spent.
+        """
+        ...
+
     def blob(self, sha256: str) -> Buffer | None:
         """A cached blob, checked against its hash; None where it is not (or no longer) there."""
         ...
@@ -78,8 +95,9 @@ class DeviceStore(Protocol):
 class FileDeviceStore:
     """A state directory, for a device that is a process of its own.
 
-    Layout: ``identity.key`` (hex, 0600), ``session.json``, ``reports/ID.frame``, ``blobs/SHA256``, ``lock``. Every
-    write is atomic and synced. What is damaged is set aside beside the original (``*.damaged``) and logged.
+    Layout: ``identity.key`` (hex, 0600), ``session.json``, ``reports/ID.frame``, ``memory/current`` and
+    ``memory/ID.staged``, ``blobs/SHA256``, ``lock``. Every write is atomic and synced. What is damaged is set aside
+    beside the original (``*.damaged``) and logged.
     """
 
     def __init__(self, folder: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
@@ -95,11 +113,12 @@ class FileDeviceStore:
         """
         self.folder = Path(folder)
         self._reports = self.folder / "reports"
-        self._blobs = self.folder / "blobs"
         self._session = self.folder / "session.json"
-        self._cache_bytes = cache_bytes
+        memory, blobs = self.folder / "memory", self.folder / "blobs"
+        self._memory = MemoryFiles(memory)
+        self._blobs = BlobFiles(blobs, cache_bytes)
         with self._usable("open"):
-            for each in (self.folder, self._reports, self._blobs):
+            for each in (self.folder, self._reports, memory, blobs):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(self.folder / "lock")
         try:
@@ -126,7 +145,7 @@ class FileDeviceStore:
                 reason = f"it belongs to device {state.device_id}"
             except ValueError as e:
                 reason = str(e).partition("\n")[0]
-            _set_aside(self._session, reason)
+            set_aside(self._session, reason)
             return None
 
     def save_session(self, state: SessionState) -> None:
@@ -153,27 +172,34 @@ class FileDeviceStore:
                 path.unlink(missing_ok=True)
             sync_folder(self._reports)
 
+    def memory(self, task_id: str) -> DeviceMemory | None:
+        """What the device remembers of this task; a damaged memory is set aside, and the device goes on without."""
+        with self._usable("read the memory in"):
+            return self._memory.current(task_id)
+
+    def stage_memory(self, memory: DeviceMemory) -> None:
+        """Make a report's memory durable."""
+        with self._usable("save the memory in"):
+            self._memory.stage(memory)
+
+    def has_staged_memory(self, report_id: str) -> bool:
+        """Whether a report's memory is staged."""
+        with self._usable("read the memory in"):
+            return self._memory.is_staged(report_id)
+
+    def settle_memory(self, report_id: str, *, accepted: bool) -> None:
+        """Let a report's memory count, or throw it away."""
+        with self._usable("settle the memory in"):
+            self._memory.settle(report_id, accepted=accepted)
+
     def blob(self, sha256: str) -> bytes | None:
         """A cached blob; a damaged one is removed, to be downloaded again."""
-        path = self._blobs / sha256
         with self._usable("read the cache in"):
-            if not path.exists():
-                return None
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() == sha256:
-                os.utime(path)
-                return data
-            _log.warning("cached blob %s is damaged; it will be downloaded again", sha256)
-            path.unlink(missing_ok=True)
-            return None
+            return self._blobs.get(sha256)
 
     def put_blob(self, sha256: str, data: Buffer) -> None:
         """Cache a blob."""
-        try:
-            write_atomically(self._blobs / sha256, data)
-            self._evict(keep=sha256)
-        except OSError as e:
-            _log.warning("blob %s is not cached: %s", sha256, e)
+        self._blobs.put(sha256, data)
 
     def close(self) -> None:
         """Release the lock."""
@@ -182,15 +208,6 @@ class FileDeviceStore:
     def _report(self, report_id: str) -> Path:
         return self._reports / f"{report_id}.frame"
 
-    def _evict(self, keep: str) -> None:
-        files = [(path, path.stat()) for path in self._blobs.iterdir() if path.name != keep]
-        total = (self._blobs / keep).stat().st_size + sum(status.st_size for _, status in files)
-        for path, status in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
-            if total <= self._cache_bytes:
-                break
-            path.unlink(missing_ok=True)
-            total -= status.st_size
-
     def _load_identity(self) -> DeviceIdentity:
         path = self.folder / "identity.key"
         if path.exists():
@@ -198,7 +215,7 @@ class FileDeviceStore:
                 return DeviceIdentity.from_private_bytes(bytes.fromhex(path.read_text("ascii")))
             except ValueError:
                 # Not the content: it may be most of a secret.
-                _set_aside(path, "it is not a 32-byte key in hex; the device enrols anew")
+                set_aside(path, "it is not a 32-byte key in hex; the device enrols anew")
         identity = DeviceIdentity.generate()
         write_atomically(path, identity.private_bytes().hex().encode() + b"\n")
         return identity
@@ -231,41 +248,6 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
-def _set_aside(path: Path, reason: str) -> None:
-    aside = path.with_name(path.name + ".damaged")
-    path.replace(aside)
-    _log.warning("%s cannot be used (%s); kept as %s", path, reason, aside.name)
-
-
-class BlobPool:
-    """Blobs that many simulated devices share, so that a thousand of them hold one copy; safe between threads."""
-
-    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        self._max_bytes = max_bytes
-        self._blobs: OrderedDict[str, Buffer] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, sha256: str) -> Buffer | None:
-        """A blob, now the most recently used one."""
-        with self._lock:
-            data = self._blobs.get(sha256)
-            if data is not None:
-                self._blobs.move_to_end(sha256)
-            return data
-
-    def put(self, sha256: str, data: Buffer) -> None:
-        """Keep a blob; the least recently used ones leave when the pool is full."""
-        with self._lock:
-            if sha256 in self._blobs:
-                return
-            self._blobs[sha256] = data
-            self._bytes += len(data)
-            while self._bytes > self._max_bytes:
-                _, gone = self._blobs.popitem(last=False)
-                self._bytes -= len(gone)
-
-
 class MemoryDeviceStore:
     """State in memory, for tests and simulated devices. Lost with the process, so never for a real device.
 
@@ -279,6 +261,8 @@ class MemoryDeviceStore:
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._state: SessionState | None = None
         self._frames: dict[str, Buffer] = {}
+        self._memory: DeviceMemory | None = None
+        self._staged: DeviceMemory | None = None
 
     @property
     def identity(self) -> DeviceIdentity:
@@ -304,6 +288,26 @@ class MemoryDeviceStore:
     def discard(self, report_id: str) -> None:
         """Forget a report."""
         self._frames.pop(report_id, None)
+
+    def memory(self, task_id: str) -> DeviceMemory | None:
+        """What the device remembers of this task."""
+        return self._memory if self._memory is not None and self._memory.task_id == task_id else None
+
+    def stage_memory(self, memory: DeviceMemory) -> None:
+        """Keep a report's memory."""
+        self._staged = memory
+
+    def has_staged_memory(self, report_id: str) -> bool:
+        """Whether a report's memory is staged."""
+        return self._staged is not None and self._staged.report_id == report_id
+
+    def settle_memory(self, report_id: str, *, accepted: bool) -> None:
+        """Let a report's memory count, or throw it away."""
+        if accepted and self.has_staged_memory(report_id):
+            self._memory = self._staged
+        elif accepted and self._memory is not None and self._memory.report_id != report_id:
+            self._memory = None
+        self._staged = None
 
     def blob(self, sha256: str) -> Buffer | None:
         """A blob this device has seen, if the pool still has it."""

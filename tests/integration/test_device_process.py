@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client_sdk.blobs import Buffer
 from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment
@@ -107,7 +108,7 @@ class DeviceProcess:
         assert done.returncode == -signal.SIGKILL, f"the planned kill did not happen:\n{done.stderr}"
         return SessionState.model_validate_json((self.state / "session.json").read_bytes())
 
-    def honest_report(self, assignment: Assignment, model: bytes, bundle: Path) -> bytes:
+    def honest_report(self, assignment: Assignment, model: bytes, bundle: Path) -> Buffer:
         """The frame that an undisturbed device sends."""
         program = load_program(bundle, "native")
         weights = np.frombuffer(decode_frame(model).payload, np.float32)
@@ -120,7 +121,7 @@ class DeviceProcess:
             trained.delta,
             steps=trained.steps,
             train_loss=trained.last_epoch_loss,
-        )
+        ).frame
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,17 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from client_sdk import atomic
 from client_sdk.atomic import write_atomically
+from client_sdk.blobs import BlobPool
 from client_sdk.errors import StateDirLocked, StateDirUnusable
 from client_sdk.identity import DeviceIdentity
+from client_sdk.memory import DeviceMemory
 from client_sdk.session_state import Phase, SessionState
-from client_sdk.store import BlobPool, FileDeviceStore, MemoryDeviceStore
+from client_sdk.store import FileDeviceStore, MemoryDeviceStore
 from tests.devices import make_assignment, sha
 
 
@@ -98,6 +101,12 @@ def sealed_state(store: FileDeviceStore) -> SessionState:
         report_id="2" * 32,
         report_sha256="e" * 64,
     )
+
+
+def some_memory(number: int, task_id: str = "f" * 32) -> DeviceMemory:
+    """The memory that the report of this number leaves."""
+    vectors = {"residual": np.full(2, number, np.float32), "control": np.array([-number], np.float32)}
+    return DeviceMemory(task_id, f"{number:032x}", vectors)
 
 
 def test_everything_is_there_after_a_restart(tmp_path: Path):
@@ -256,9 +265,12 @@ def full_disk(*_: object, **__: object) -> None:
 
 def test_on_a_full_disk_state_is_an_error_and_the_cache_is_not(tmp_path: Path, monkeypatch, caplog):
     store = FileDeviceStore(tmp_path)
-    monkeypatch.setattr("client_sdk.store.write_atomically", full_disk)
+    for module in ("store", "blobs", "memory"):
+        monkeypatch.setattr(f"client_sdk.{module}.write_atomically", full_disk)
     with pytest.raises(StateDirUnusable, match="No space left"):
         store.save_session(some_state(store))
+    with pytest.raises(StateDirUnusable, match="No space left"):
+        store.stage_memory(some_memory(1))
     with pytest.raises(StateDirUnusable, match="No space left"):
         store.seal("2" * 32, b"frame")
     with caplog.at_level(logging.WARNING):

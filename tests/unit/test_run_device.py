@@ -145,7 +145,12 @@ ASSIGNMENT = make_assignment(1)
         (events.Downloaded("c" * 64, 0), None),
         (events.TrainingProgress(10, 20, 0.5), None),
         (events.TrainingProgress(20, 20, 0.5), "trained on 20 examples; loss 0.5000"),
-        (events.Uploaded("1" * 32, ASSIGNMENT, 40), "round 0: report accepted (40 bytes)"),
+        (events.Uploaded("1" * 32, ASSIGNMENT, 40, 36), "round 0: report accepted (40 bytes)"),
+        (events.Uploaded("1" * 32, ASSIGNMENT, 40, None), "round 0: report accepted (40 bytes)"),
+        (
+            events.Uploaded("1" * 32, ASSIGNMENT, 1234, 400000),
+            "round 0: report accepted (1,234 bytes instead of 400,000)",
+        ),
         (events.Waiting(1.25, WAIT.reason), "waiting 1.2 s: round-full"),
         (events.Dropped(ASSIGNMENT, "too late"), "round 0: dropped: too late"),
         (events.Finished("finished", "the task is finished", 1), "the task is finished; 1 report accepted"),

@@ -1,0 +1,89 @@
+"""Caches of downloaded blobs, by content hash and within a size: of one device in a folder, of many in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+from client_sdk.atomic import write_atomically
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_CACHE_BYTES = 256 * 2**20
+
+Buffer = bytes | bytearray | memoryview
+
+
+class BlobFiles:
+    """A cache: what is missing or damaged is downloaded again, what cannot be written is not kept."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+
+    def get(self, sha256: str) -> bytes | None:
+        """A blob, checked against its hash and now the most recently used one; a damaged one is removed.
+
+        Raises:
+            OSError: The folder cannot be read.
+        """
+        path = self._folder / sha256
+        if not path.exists():
+            return None
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == sha256:
+            os.utime(path)
+            return data
+        _log.warning("cached blob %s is damaged; it will be downloaded again", sha256)
+        path.unlink(missing_ok=True)
+        return None
+
+    def put(self, sha256: str, data: Buffer) -> None:
+        """Keep a blob, at the expense of those unused for longest."""
+        try:
+            write_atomically(self._folder / sha256, data)
+            self._evict(keep=sha256)
+        except OSError as e:
+            _log.warning("blob %s is not cached: %s", sha256, e)
+
+    def _evict(self, keep: str) -> None:
+        files = [(path, path.stat()) for path in self._folder.iterdir() if path.name != keep]
+        total = (self._folder / keep).stat().st_size + sum(status.st_size for _, status in files)
+        for path, status in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
+            if total <= self._max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= status.st_size
+
+
+class BlobPool:
+    """Blobs that many simulated devices share, so that a thousand of them hold one copy; safe between threads."""
+
+    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._blobs: OrderedDict[str, Buffer] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, sha256: str) -> Buffer | None:
+        """A blob, now the most recently used one."""
+        with self._lock:
+            data = self._blobs.get(sha256)
+            if data is not None:
+                self._blobs.move_to_end(sha256)
+            return data
+
+    def put(self, sha256: str, data: Buffer) -> None:
+        """Keep a blob; the least recently used ones leave when the pool is full."""
+        with self._lock:
+            if sha256 in self._blobs:
+                return
+            self._blobs[sha256] = data
+            self._bytes += len(data)
+            while self._bytes > self._max_bytes:
+                _, gone = self._blobs.popitem(last=False)
+                self._bytes -= len(gone)
