@@ -1,11 +1,11 @@
-"""Running a kernel over blocks of columns: on several threads, and all or nothing."""
+"""Running a kernel over blocks of columns on several threads: all or nothing, or part by part."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 THREADS = min(4, os.cpu_count() or 1)
 """Beyond a few threads the memory is the limit."""
@@ -63,12 +63,37 @@ def fold_all_or_nothing(kernel: Kernel, num_blocks: int, *, elements: int) -> bo
             if refused:
                 return
 
-    others = [_helpers().submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        if not other.cancel():
-            other.result()
+    _on_threads(work, threads)
     if refused:
         for first, end in folded:
             kernel(-1, first, end)
     return not refused
+
+
+def run_parts(work: Callable[[int], object], num_parts: int, *, elements: int) -> None:
+    """Call ``work(part)`` once for each ``0 <= part < num_parts``, from several threads in no particular order.
+
+    Args:
+        work: Must release the GIL for threads to be of use, and write where no other part does.
+        num_parts: How often. It must not depend on the number of threads if the outcome is not to.
+        elements: Values to be read, to decide whether threads are worth it.
+    """
+    parts = iter(range(num_parts))
+
+    def take() -> None:
+        for part in parts:
+            work(part)
+
+    _on_threads(take, min(num_parts, THREADS if elements >= _PARALLEL_FROM else 1))
+
+
+def _on_threads(work: Callable[[], None], threads: int) -> None:
+    """Run ``work`` on the calling thread and on helpers; returns, or raises what one raised, when all are done."""
+    others = [_helpers().submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        started = [other for other in others if not other.cancel()]
+        wait(started)
+    for other in started:
+        other.result()

@@ -47,7 +47,9 @@ _MAGIC = 1.5 * 2.0**52
 _WITHOUT_SIGN = np.int32(0x7FFFFFFF)
 
 
-def _pointer_to(element: types.Type) -> Any:  # noqa: ANN401 - numba's intrinsics have no type
+def pointer_to(element: types.Type) -> Any:  # noqa: ANN401 - numba's intrinsics have no type
+    """A compiled function from an address to a pointer, for ``carray``."""
+
     def pointer(_context: Any, _address: Any) -> Any:  # noqa: ANN401 - as above
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401 - as above
             return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -64,8 +66,8 @@ def _fused_multiply_add(_context: Any, _x: Any, _y: Any, _z: Any) -> Any:  # noq
     return types.float64(types.float64, types.float64, types.float64), codegen
 
 
-_float32_at = _pointer_to(types.float32)
-_int64_at = _pointer_to(types.int64)
+_float32_at = pointer_to(types.float32)
+_int64_at = pointer_to(types.int64)
 _fma: Any = intrinsic(_fused_multiply_add)
 """``x * y + z`` with one rounding."""
 
