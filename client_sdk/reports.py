@@ -99,12 +99,20 @@ def build_report(
         OversizedBody: Larger than the assignment allows.
         ConfigurationError, BundleMismatch: See ``compression_of``.
     """
-    _check_reach(update, assignment)
+    max_abs = assignment.encoding.max_abs
+    _check_reach(update, max_abs)
     spec = compression_of(assignment)
     tensor: npt.NDArray[np.generic] = update
     left_out = None
     if spec is not None:
-        payload, left_out = _compress(assignment, Codec(spec, len(update)), update, residual)
+        payload, left_out = compress_update(
+            Codec(spec, len(update)),
+            update,
+            residual,
+            seed=assignment.compression_seed,
+            rounding_seed=assignment.shuffle_seed,
+            max_abs=max_abs,
+        )
         tensor = np.frombuffer(payload, np.uint8)
     facts = ReportFacts(
         report_id=report_id,
@@ -156,27 +164,38 @@ def _num_parameters(manifest: Buffer) -> int:
     return Manifest.from_json(bytes(manifest)).num_parameters
 
 
-def _compress(
-    assignment: Assignment, codec: Codec, update: Float32Array, residual: Float32Array | None
+def compress_update(
+    codec: Codec, update: Float32Array, residual: Float32Array | None, *, seed: int, rounding_seed: int, max_abs: float
 ) -> tuple[bytes, Float32Array | None]:
-    """The payload, and what it leaves out where the compression feeds errors back."""
-    seed, rounding_seed = assignment.compression_seed, assignment.shuffle_seed
+    """The payload, and what it leaves out where the compression feeds errors back.
+
+    Args:
+        codec: The assignment's.
+        update: float32 ``[n]``, finite.
+        residual: float32 ``[n]``, what the last accepted report left out; None for nothing, and without error feedback.
+        seed: The assignment's ``compression_seed``.
+        rounding_seed: Its ``shuffle_seed``.
+        max_abs: Its bound on what the server decodes.
+
+    Raises:
+        UpdateOutOfRange: The decoded payload lies beyond the bound.
+    """
     if not codec.spec.error_feedback:
         payload = codec.encode(update, seed, rounding_seed=rounding_seed)
-        _check_reach(codec.decode(payload, seed), assignment)
+        _check_reach(codec.decode(payload, seed), max_abs)
         return payload, None
     feedback = ErrorFeedback.zeros(codec.size) if residual is None else ErrorFeedback(residual)
     compensated = feedback.compensate(update)
     # Else a residual that has grown beyond the bound could never be sent, and no report of this device either.
     with np.errstate(over="ignore"):
-        bound = np.nextafter(np.float32(assignment.encoding.max_abs), np.float32(0))
+        bound = np.nextafter(np.float32(max_abs), np.float32(0))
     payload = codec.encode(np.clip(compensated, -bound, bound), seed, rounding_seed=rounding_seed)
     sent = codec.decode(payload, seed)
-    _check_reach(sent, assignment)
+    _check_reach(sent, max_abs)
     return payload, ErrorFeedback.after(compensated, sent).residual
 
 
-def _check_reach(update: Float32Array, assignment: Assignment) -> None:
+def _check_reach(update: Float32Array, max_abs: float) -> None:
     reach = float(np.abs(update).max())
-    if not reach <= assignment.encoding.max_abs:
-        raise UpdateOutOfRange(f"the update reaches {reach:.3g}; the assignment allows {assignment.encoding.max_abs:g}")
+    if not reach <= max_abs:
+        raise UpdateOutOfRange(f"the update reaches {reach:.3g}; the assignment allows {max_abs:g}")
