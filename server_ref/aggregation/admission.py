@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from client_sdk.protocol.compression import Codec, CompressionSpec
 
 from client_sdk.protocol.clipping import clip_global, clip_layers, joint_clip_norm
+from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import (
     ConfigurationError,
     NonFiniteUpdate,
@@ -41,7 +41,7 @@ def check_values(update: Float32Array, max_abs: float | None) -> None:
     if not math.isfinite(largest):
         raise NonFiniteUpdate(f"{int(np.count_nonzero(~np.isfinite(update)))} values are NaN or infinite")
     if max_abs is not None and largest > max_abs:
-        raise UpdateOutOfRange(f"a value of magnitude {largest:.3g} lies beyond the bound of {max_abs:.3g}")
+        raise UpdateOutOfRange(f"values lie beyond the declared bound of {max_abs:.3g}")
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ objects, the model is a ``ServerState``, and both belong to the caller.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, cast
 
-from client_sdk.protocol.errors import StaleReport
+from client_sdk.protocol.errors import ConfigurationError, StaleReport
 from server_ref.aggregation.admission import DecodeDense, NoClip, ValidateFacts
 from server_ref.aggregation.batch import (
     Aggregate,
@@ -24,7 +25,15 @@ from server_ref.aggregation.batch import (
     Update,
     Visibility,
 )
-from server_ref.aggregation.errors import NoiseMissing, SlotFilledTwice, SlotMissing, UnboundedWeight
+from server_ref.aggregation.errors import (
+    IndividualUpdatesNeeded,
+    NoiseMissing,
+    NoiseUnexpected,
+    SlotFilledTwice,
+    SlotMissing,
+    UnboundedRange,
+    UnboundedWeight,
+)
 from server_ref.aggregation.release import NoNoise
 from server_ref.aggregation.server_optim import ServerState
 from server_ref.aggregation.stages import Apply, Clip, Decode, Fold, Noise, Reduce, Schedule, Slot, Stage, Validate
@@ -84,6 +93,7 @@ class Pipeline:
                     "drop one of them"
                 )
             filled[stage.slot] = stage
+        _check_declared(facts)
         at_hand = facts.visibility is Visibility.INDIVIDUAL
         for slot, stage in _DEFAULTS.items():
             if at_hand or slot not in _OF_SINGLE_UPDATES:
@@ -91,8 +101,6 @@ class Pipeline:
         missing = [slot for slot in (Slot.REDUCE, Slot.APPLY) if slot not in filled]
         if missing:
             raise SlotMissing(f"the {' and '.join(missing)} slot is empty; every pipeline needs a stage there")
-        if facts.max_weight is not None and facts.max_weight < 1:
-            raise UnboundedWeight(f"weights are integers from 1; max_weight is {facts.max_weight}")
         ordered = {slot: filled[slot] for slot in Slot if slot in filled}
         admitted = known = facts
         for slot, stage in ordered.items():
@@ -146,8 +154,11 @@ class Pipeline:
         """The part of ``admit`` that does not depend on time: ``validate``, ``decode`` and ``clip``.
 
         Raises:
+            IndividualUpdatesNeeded: This pipeline receives sums.
             ProtocolError: A refusal, by its class.
         """
+        if self.entry.visibility is not Visibility.INDIVIDUAL:
+            raise IndividualUpdatesNeeded("this pipeline receives sums; there are no single updates to admit")
         cast("Validate", self.stages[Slot.VALIDATE]).check(update, self.entry)
         vector = cast("Decode", self.stages[Slot.DECODE]).decode(update, self.entry)
         vector, norm, clipped = cast("Clip", self.stages[Slot.CLIP]).clip(vector)
@@ -161,8 +172,17 @@ class Pipeline:
         )
 
     def age(self, update: Update, staleness: int, round_id: int) -> Update:
-        """An opened update as a buffer sees it: its age, and what the schedule leaves of its weight."""
-        return replace(update, staleness=staleness, scale=self.schedule.scale(staleness, round_id))
+        """An opened update as a buffer sees it: its age, and what the schedule leaves of its weight.
+
+        Raises:
+            UnboundedWeight: The schedule scales beyond what it declared, on which every sensitivity rests.
+        """
+        scale = self.schedule.scale(staleness, round_id)
+        if not 1 <= scale <= self.admitted.max_scale:
+            raise UnboundedWeight(
+                f"'{self.schedule.title}' scales an update by {scale}; it declared 1 to {self.admitted.max_scale}"
+            )
+        return replace(update, staleness=staleness, scale=scale)
 
     def start(self) -> Fold:
         """An empty buffer."""
@@ -249,6 +269,32 @@ class Pipeline:
             known = stage.derive(known)
             rows.append((str(slot), stage.title, _known(known)))
         return rows
+
+
+def _check_declared(facts: Facts) -> None:
+    """Refuse declarations that mean nothing, or that only a stage can make."""
+    if facts.size < 0 or facts.capacity < 1 or (facts.count is not None and not 1 <= facts.count <= facts.capacity):
+        raise ConfigurationError(
+            f"an aggregate of {facts.count or 'up to'} {facts.capacity} updates of {facts.size} coordinates; declare a "
+            "size from 0, a capacity from 1, and a count up to the capacity"
+        )
+    for name, bound in (("max_abs", facts.max_abs), ("norm_bound", facts.norm_bound)):
+        if bound is not None and not 0 < bound < math.inf:
+            raise UnboundedRange(f"{name} must be positive and finite, got {bound}; leave it out if there is no bound")
+    for name, most in (
+        ("max_weight", facts.max_weight),
+        ("max_scale", facts.max_scale),
+        ("constant_denominator", facts.constant_denominator),
+    ):
+        if most is not None and most < 1:
+            raise UnboundedWeight(f"{name} is an integer from 1, got {most}")
+    if facts.norm_bound is not None and facts.visibility is Visibility.INDIVIDUAL:
+        raise UnboundedRange(
+            f"norm_bound={facts.norm_bound:g} is declared and nothing enforces it: where single updates are visible, "
+            "add a clip stage (clip_norm) instead"
+        )
+    if facts.noised or facts.sensitivity:
+        raise NoiseUnexpected("noise and sensitivity are what stages find out; they are not declared of what arrives")
 
 
 def _known(facts: Facts) -> str:

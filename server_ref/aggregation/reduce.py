@@ -42,10 +42,13 @@ class HeldUpdates:
         self._held.update(zip(numbers, updates, strict=True))
 
     def discard(self, updates: Sequence[Update]) -> None:
-        """Let go of them; see ``stages.Fold``."""
-        for update in updates:
-            if self._held.pop(update.number, None) is None:
-                raise ConfigurationError(f"update {update.number} is not in the fold")
+        """Let go of them, of all or of none; see ``stages.Fold``."""
+        numbers = [u.number for u in updates]
+        strangers = sorted(set(numbers) - self._held.keys())
+        if strangers or len(set(numbers)) < len(numbers):
+            raise ConfigurationError(f"updates to discard must be in the fold, once each; not in it: {strangers}")
+        for number in numbers:
+            del self._held[number]
 
     def ordered(self) -> list[Update]:
         """In order of their numbers, so that the order of arrival changes no bit."""
@@ -129,29 +132,35 @@ class ExactMean:
         return f"exact weighted mean ({grid}){', times effective local progress' if self.renormalise else ''}"
 
     def derive(self, facts: Facts) -> Facts:
-        """Needs bounds for values and weights."""
-        if facts.max_abs is None:
-            raise UnboundedRange("an exact sum needs a bound on the values; declare max_abs or clip")
-        return _derive_mean(facts, renormalised=self.renormalise)
-
-    def start(self, facts: Facts) -> Fold:
-        """An empty sum; see ``stages.Reduce``.
+        """Needs bounds for values and weights, within which the sum can be exact.
 
         Raises:
-            BudgetExceeded: The declared bounds leave no exact sum.
+            UnboundedRange: Nothing bounds the values.
+            UnboundedWeight: Nothing bounds the weights.
+            BudgetExceeded: The bounds leave no exact sum.
         """
+        derived = _derive_mean(facts, renormalised=self.renormalise)
+        self._bounds(facts)
+        return derived
+
+    def start(self, facts: Facts) -> Fold:
+        """An empty sum; see ``stages.Reduce``."""
         if facts.visibility is not Visibility.INDIVIDUAL:
             raise IndividualUpdatesNeeded("the updates are summed elsewhere; there is nothing to add up here")
-        if facts.max_abs is None or facts.max_weight is None:
-            raise UnboundedRange("an exact sum needs declared bounds")
-        bounds = {
-            "max_abs": facts.max_abs,
-            "max_weight": facts.max_weight * facts.max_scale,
-            "max_count": facts.capacity,
-        }
+        return _ExactFold(self, facts, self._bounds(facts))
+
+    def _bounds(self, facts: Facts) -> AccumulatorPlan | FixedPointGrid:
+        max_abs = facts.norm_bound if facts.max_abs is None else facts.max_abs
+        if max_abs is None:
+            raise UnboundedRange("an exact sum needs a bound on the values; declare max_abs or clip")
+        if facts.max_weight is None:
+            raise UnboundedWeight("an exact sum needs a bound on the weights; declare max_weight (weight_cap)")
+        max_weight = facts.max_weight * facts.max_scale
         if self.arithmetic == "fixed":
-            return _ExactFold(self, facts, FixedPointGrid.for_bounds(**bounds))
-        return _ExactFold(self, facts, AccumulatorPlan.for_bounds(**bounds, resolution=self.resolution))
+            return FixedPointGrid.for_bounds(max_abs=max_abs, max_weight=max_weight, max_count=facts.capacity)
+        return AccumulatorPlan.for_bounds(
+            max_abs=max_abs, max_weight=max_weight, max_count=facts.capacity, resolution=self.resolution
+        )
 
 
 class _ExactFold:
@@ -191,8 +200,7 @@ class _ExactFold:
     def _add(total: ExactAccumulator | Int64Accumulator, updates: Sequence[Update]) -> None:
         weights = [u.weight * u.scale for u in updates]
         if isinstance(total, Int64Accumulator):
-            for update, weight in zip(updates, weights, strict=True):
-                total.add(total.grid.encode(update.vector), weight)
+            total.add_many([total.grid.encode(u.vector) for u in updates], weights)
         else:
             total.add_many([u.vector for u in updates], weights)
 
@@ -261,9 +269,8 @@ class _BaselineFold(HeldUpdates):
     def finish(self) -> Aggregate:
         updates = self.ordered()
         denominator = _denominator(updates, self._facts)
-        total = weighted_sum(self._summation, [u.vector for u in updates], [u.weight * u.scale for u in updates])
-        values = total.astype(np.float64) / denominator
-        found = _aggregate(values, updates, self._facts, denominator, renormalise=False)
+        total = weighted_sum(self._summation, (u.vector for u in updates), (u.weight * u.scale for u in updates))
+        found = _aggregate(total / denominator, updates, self._facts, denominator, renormalise=False)
         return replace(found, sensitivity=MappingProxyType({}))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,12 +14,13 @@ from server_ref.aggregation.batch import Adjacency, Aggregate, Facts, Float32Arr
 from server_ref.aggregation.errors import IndividualUpdatesNeeded
 from server_ref.aggregation.reduce import HeldUpdates, effective_progress, measurements_of
 from server_ref.aggregation.robust import (
-    RULES,
     RuleOptions,
     apply_rule,
+    check_options,
     estimate_num_byzantine,
     sensitivity_replace_one,
 )
+from server_ref.aggregation.robust.limits import rows_after_mixing, tolerated
 from server_ref.aggregation.stages import Slot
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class RobustRule:
     renormalise: bool = False
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ConfigurationError(f"there is no rule {self.rule!r}; choose one of {', '.join(RULES)}")
+        check_options(self.rule, self.options)
         if self.num_byzantine is not None and self.byzantine_fraction is not None:
             raise ConfigurationError("give num_byzantine (a number) or byzantine_fraction (a fraction), not both")
         if self.num_byzantine is not None and self.num_byzantine < 0:
@@ -82,21 +82,31 @@ class RobustRule:
         return math.floor(round(self.byzantine_fraction * count, 9))
 
     def derive(self, facts: Facts) -> Facts:
-        """Needs to see the updates; proves a sensitivity only where the literature has one."""
+        """Needs to see the updates, and enough of them; proves a sensitivity only where the literature has one.
+
+        Raises:
+            IndividualUpdatesNeeded: Only a sum is visible.
+            TooManyByzantine: A buffer never holds enough updates to stand the dishonest ones that are assumed.
+        """
         if facts.visibility is not Visibility.INDIVIDUAL:
             raise IndividualUpdatesNeeded(
                 f"{self.rule} compares single updates, but only their sum is visible here; use the mean, or a mode in "
                 "which updates can be seen"
             )
         count = facts.count or facts.capacity
+        assumed = self.assumed(count)
+        if assumed is not None:
+            tolerated(check_options(self.rule, self.options), count, assumed, self.options)
         return replace(
             facts,
             rescaled=facts.rescaled or self.renormalise,
-            sensitivity=self._sensitivity(facts, count, self.assumed(count)),
+            sensitivity=self.sensitivity(facts, count),
         )
 
-    def _sensitivity(self, facts: Facts, count: int, num_byzantine: int | None) -> MappingProxyType[Adjacency, float]:
-        if facts.norm_bound is None or num_byzantine is None or self.renormalise or self.options.mixing != "none":
+    def sensitivity(self, facts: Facts, count: int) -> MappingProxyType[Adjacency, float]:
+        """Of the outcome for ``count`` updates; none where their number of dishonest ones is estimated from them."""
+        num_byzantine = self.assumed(count)
+        if facts.norm_bound is None or num_byzantine is None or self.renormalise:
             return MappingProxyType({})
         value = sensitivity_replace_one(self.rule, count, num_byzantine, facts.norm_bound, self.options)
         return MappingProxyType({} if value is None else {Adjacency.REPLACE_ONE: value})
@@ -118,12 +128,16 @@ class _RobustFold(HeldUpdates):
         num_byzantine = self._stage.assumed(len(rows))
         measurements = measurements_of(updates)
         if num_byzantine is None:
-            num_byzantine = estimate_num_byzantine(rows)
+            seen = rows_after_mixing(len(rows), self._stage.options)
+            limit = check_options(self._stage.rule, self._stage.options).limit(seen)
+            num_byzantine = estimate_num_byzantine(rows, limit=max(0, limit))
             measurements["estimated_byzantine"] = num_byzantine
         found = apply_rule(self._stage.rule, rows, num_byzantine, self._stage.options)
         values = found.values
         measurements["rule"] = self._stage.rule
-        measurements["num_byzantine"] = num_byzantine
+        measurements["num_byzantine"] = found.num_byzantine
+        if found.degraded:
+            measurements["degraded"] = True
         if found.selected is not None:
             chosen = set(found.selected)
             measurements["excluded"] = [u.number for i, u in enumerate(updates) if i not in chosen]
@@ -136,7 +150,7 @@ class _RobustFold(HeldUpdates):
             kind=self._facts.kind,
             count=len(updates),
             total_weight=len(updates),
-            sensitivity=self._stage._sensitivity(self._facts, len(updates), num_byzantine),  # noqa: SLF001 - its own
+            sensitivity=self._stage.sensitivity(self._facts, len(updates)),
             measurements=measurements,
         )
 
@@ -145,8 +159,7 @@ def _scaled(update: Update, max_scale: int) -> Float32Array:
     """The vector times its staleness factor of at most 1: a public weight, which no rule can take as a count."""
     if update.scale == max_scale:
         return update.vector
-    factor: Any = np.float32(update.scale / max_scale)
-    return update.vector * factor
+    return np.multiply(update.vector, np.float32(update.scale / max_scale), dtype=np.float32)
 
 
 if TYPE_CHECKING:
