@@ -47,3 +47,7 @@ class NoiseMissing(PipelineError):
 
 class NoiseUnexpected(PipelineError):
     """The noise stage does not fit what reaches it."""
+
+
+class MixedKinds(ConfigurationError):
+    """Workers of one round send deltas and gradients, and nobody declared which of them count."""

@@ -29,7 +29,7 @@ _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Parameter:
     """One parameter: its place in the flat vector, and what the server's own tensor is made of.
 
     Attributes:
@@ -58,7 +58,7 @@ class TensorLayout:
             ignored where an update repeats it.
     """
 
-    entries: Mapping[str, _Entry]
+    entries: Mapping[str, Parameter]
     size: int
     without_values: frozenset[str] = field(default_factory=frozenset)
 
@@ -73,7 +73,7 @@ class TensorLayout:
         Raises:
             ConfigurationError: A value that is neither, or of complex numbers.
         """
-        entries: dict[str, _Entry] = {}
+        entries: dict[str, Parameter] = {}
         without_values = set()
         size = 0
         for name, tensor in model_state.items():
@@ -87,7 +87,7 @@ class TensorLayout:
             shape = tuple(int(n) for n in tensor.shape)
             stop = size + math.prod(shape)
             device = tensor.device if _is_torch(tensor) else None
-            entries[name] = _Entry(size, stop, shape, tensor.dtype, device)
+            entries[name] = Parameter(size, stop, shape, tensor.dtype, device)
             size = stop
         return cls(MappingProxyType(entries), size, frozenset(without_values))
 
@@ -110,6 +110,8 @@ class TensorLayout:
             ShapeMismatch: A name is missing or unknown, or a tensor has another shape or holds no real numbers.
             UpdateOutOfRange: A finite float64 value that float32 cannot hold.
         """
+        if not isinstance(tensors, Mapping):
+            raise ShapeMismatch("an update is a mapping from parameter names to tensors")
         for name, entry in self.entries.items():
             if name not in tensors:
                 raise ShapeMismatch(f"the update lacks parameter {name!r}")
@@ -200,6 +202,29 @@ def apply_update(
     return after
 
 
+def as_numpy(tensor: Any) -> npt.NDArray[Any]:  # noqa: ANN401 - an array or a tensor
+    """An array or a tensor as an array; a view where it can be one.
+
+    Raises:
+        ShapeMismatch: Neither, or a tensor that is not dense.
+    """
+    if _is_torch(tensor) and str(tensor.layout) == "torch.strided" and not tensor.is_meta:
+        array: npt.NDArray[Any] = tensor.detach().cpu().numpy()
+        return array
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    raise ShapeMismatch("neither a numpy array nor a dense torch tensor")
+
+
+def in_kind_of(like: Any, array: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - a parameter, an array or a tensor
+    """The array itself, or as a torch tensor where ``like`` is one or the place of one."""
+    if not (_is_torch(like) or (isinstance(like, Parameter) and like.device is not None)):
+        return array
+    import torch  # noqa: PLC0415 - loaded already: the tensor is one of its own
+
+    return torch.from_numpy(array)
+
+
 def _is_torch(value: object) -> TypeGuard[torch.Tensor]:
     # Whoever holds a torch tensor has loaded torch; nobody else shall.
     loaded = sys.modules.get("torch")
@@ -240,7 +265,7 @@ def _as_float64(tensor: Any) -> npt.NDArray[np.float64]:  # noqa: ANN401 - an ar
     return np.asarray(tensor, np.float64)
 
 
-def _converted(values: Float64Array, entry: _Entry, name: str) -> Any:  # noqa: ANN401 - an array or a tensor
+def _converted(values: Float64Array, entry: Parameter, name: str) -> Any:  # noqa: ANN401 - an array or a tensor
     """A new array or tensor with these values, of the parameter's kind, dtype and device."""
     converted: Any
     if entry.device is not None:
