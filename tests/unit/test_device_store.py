@@ -23,37 +23,7 @@ from client_sdk.memory import DeviceMemory
 from client_sdk.session_state import Phase, SessionState
 from client_sdk.store import FileDeviceStore, MemoryDeviceStore
 from tests.devices import make_assignment, sha
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-class FaultyOs:
-    """The ``os`` module, killed at its n-th step; a written byte is a step, and so is every other call."""
-
-    def __init__(self, survives: int) -> None:
-        self.left = survives
-
-    def step(self) -> None:
-        if self.left == 0:
-            raise Killed
-        self.left -= 1
-
-    def write(self, descriptor: int, data: memoryview) -> int:
-        self.step()
-        return os.write(descriptor, data[:1])
-
-    def __getattr__(self, name: str):
-        value = getattr(os, name)
-        if not callable(value) or name == "close":
-            return value
-
-        def call(*args):
-            self.step()
-            return value(*args)
-
-        return call
+from tests.faults import FaultyOs, Killed
 
 
 def test_a_write_killed_at_any_step_leaves_the_old_content_or_the_new(tmp_path: Path, monkeypatch):
