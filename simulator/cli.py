@@ -27,6 +27,9 @@ examples:
   asynchronous: a model update every 10 reports, 40 devices always at work, at most 8 versions behind:
     pocketfed simulate --cohort 10 --overselect 4 --refill-at 1 --max-staleness 8 --rounds 60 --out runs/async
 
+  a fifth of the devices are dishonest, and hide in the spread of the honest ones' updates:
+    pocketfed simulate --attack alie:1.5 --byzantine 0.2 --out runs/attacked
+
   go on after Ctrl-C (or after the machine went down):
     pocketfed simulate --resume --out runs/fashion
 
@@ -79,6 +82,10 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     add("--batch-size", type=int, metavar="B", help="examples per step (default: 8 for digits, else 16)")
     add("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: 0.5 for digits, else 0.1)")
     add("--prox-mu", type=float, metavar="MU", help="FedProx's coefficient (default: 0, FedAvg)")
+    attackers = parser.add_argument_group("dishonest devices")
+    add = attackers.add_argument
+    add("--attack", metavar="HOW", help="what they send, e.g. sign-flip, scaling:100, alie, ipm:0.5, backdoor:target=0")
+    add("--byzantine", type=float, metavar="F", help="their fraction of the fleet, from 0 to 1 (default: 0)")
     other = parser.add_argument_group("another server")
     add = other.add_argument
     add("--server", metavar="URL", help="use a running server: its clock, rounds, model and plan; not repeatable")
@@ -96,7 +103,8 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 
 _CONFIG_FLAGS = (
     "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "max_staleness",
-    "dropout", "server_learning_rate", "epochs", "batch_size", "learning_rate", "prox_mu", "server",
+    "dropout", "server_learning_rate", "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine",
+    "server",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.training import TrainingPlan
+from simulator.adversaries.registry import parse_attack
 from simulator.errors import ResumeMismatch
 from simulator.partition import parse_partition
 
@@ -55,6 +56,8 @@ class SimulationConfig(BaseModel):
         prox_mu: FedProx's coefficient; 0 is FedAvg.
         server_learning_rate: Scale of the averaged update.
         dropout: Probability that an invited device never reports.
+        attack: What dishonest devices do, as ``adversaries.parse_attack`` reads it; None: all are honest.
+        byzantine: Fraction of the fleet that attacks, and that a robust rule reckons with.
         server: Address of a foreign server, which brings its own clock, rounds, model and plan; None for our own.
     """
 
@@ -77,12 +80,19 @@ class SimulationConfig(BaseModel):
     prox_mu: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
     server_learning_rate: float = Field(1.0, gt=0, le=1e3, allow_inf_nan=False)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    attack: str | None = None
+    byzantine: float = Field(0.0, ge=0.0, lt=1.0)
     server: str | None = None
 
     @field_validator("partition")
     @classmethod
     def _known_partition(cls, value: str) -> str:
         return str(parse_partition(value))
+
+    @field_validator("attack")
+    @classmethod
+    def _known_attack(cls, value: str | None) -> str | None:
+        return None if value is None else str(parse_attack(value))
 
     @property
     def cohort_size(self) -> int:
@@ -129,6 +139,18 @@ class SimulationConfig(BaseModel):
             raise ConfigurationError(
                 f"--refill-at {self.refill_at} slots can never be free: at most {self.concurrency} devices work at once"
             )
+        self._check_attack()
+
+    def _check_attack(self) -> None:
+        if self.attack is None:
+            return
+        if self.byzantine == 0:
+            raise ConfigurationError(
+                f"--attack {self.attack} needs attackers: say how large a part of the fleet they are, e.g. "
+                "--byzantine 0.2"
+            )
+        if self.server is not None:
+            raise ConfigurationError("--attack is for the simulation's own server; leave it or --server out")
 
     @classmethod
     def parse(cls, values: dict[str, object]) -> Self:
@@ -137,6 +159,7 @@ class SimulationConfig(BaseModel):
         Raises:
             ConfigurationError: A value out of range; the message names the flag.
             PartitionError: An unknown partition.
+            AttackError: An unknown attack.
         """
         try:
             given = {k: v for k, v in values.items() if v is not None}

@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from client_sdk.blobs import BlobPool
 from client_sdk.client import MobileClient
 from client_sdk.identity import DeviceIdentity
 from client_sdk.programs import DownloadedPrograms, ReadBlob
@@ -18,8 +19,11 @@ from client_sdk.protocol.errors import StaleReport
 from client_sdk.protocol.messages import Assignment, VirtualTiming
 from client_sdk.protocol.program import Program
 from client_sdk.session_state import RetryPolicy
-from client_sdk.store import BlobPool, MemoryDeviceStore
+from client_sdk.store import MemoryDeviceStore
 from client_sdk.transport import Transport
+from simulator.adversaries import AttackPlan
+from simulator.adversaries.sdk import SdkAttackers
+from simulator.adversaries.transport import AdversarialTransport
 from simulator.datasets import Split
 from simulator.journal import Reply
 from simulator.population import Population
@@ -67,25 +71,34 @@ class SdkDevices:
         *,
         runtime: str,
         policy: RetryPolicy | None = None,
+        attack: AttackPlan | None = None,
     ) -> None:
         """Put the devices together; nothing is sent yet.
 
         Args:
             connect: Gives each device its way to the server.
             population: Who the devices are.
-            data: All training examples.
+            data: All training examples, honest.
             parts: Rows of each device.
             runtime: ExecuTorch adapter.
             policy: How devices wait after a failure; by default as real ones do.
+            attack: What some devices do instead of what they are told.
         """
         self._scratch = tempfile.TemporaryDirectory(prefix="pocketfed-simulate-")
         self._programs = ThreadPrograms(Path(self._scratch.name), runtime)
         pool = BlobPool()
+        self._attackers: dict[int, AdversarialTransport] = {}
+        attackers = None
+        if attack is not None:
+            attackers = SdkAttackers(attack, programs=self._programs, blob=pool.get, data=data, parts=parts)
+            data = attack.poisoned(data, parts)
         self._transports: list[Transport] = []
         self._clients: list[MobileClient] = []
         for device, rows in enumerate(parts):
             identity = population.identity(device)
             transport = connect(identity)
+            if attackers is not None and attackers.plan.attacks(device):
+                transport = self._attackers[device] = attackers.transport(device, transport)
             self._transports.append(transport)
             self._clients.append(
                 MobileClient(
@@ -107,6 +120,9 @@ class SdkDevices:
         """Download, train, upload."""
         counters = self._transports[device].counters
         up, down = counters.bytes_up, counters.bytes_down
+        if device in self._attackers:
+            # The assignment may come from the journal of an earlier process.
+            self._attackers[device].expect(assignment)
         try:
             self._clients[device].perform(assignment)
             outcome = Outcome.ACCEPTED

@@ -16,8 +16,9 @@ from client_sdk.atomic import write_atomically
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Manifest, Role
 from mobile_export.bundle import ProgramBundle
+from simulator.adversaries import AttackPlan
 from simulator.config import SimulationConfig
-from simulator.datasets import Dataset, load_dataset
+from simulator.datasets import Dataset, Split, load_dataset
 from simulator.embedded import write_server_config
 from simulator.errors import ResumeMismatch
 from simulator.folder import BUNDLE_FOLDER, SERVER_FOLDER, WORKLOAD_FILE, RunFolder
@@ -38,11 +39,19 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Fleet:
-    """The devices of a run and their data."""
+    """The devices of a run and their data.
+
+    Attributes:
+        population: Who the devices are.
+        dataset: What they learn from, honest.
+        parts: Training rows of each device.
+        attack: What some of them do instead of what they are told; None: all are honest.
+    """
 
     population: Population
     dataset: Dataset
     parts: list[npt.NDArray[np.int64]]
+    attack: AttackPlan | None = None
 
     @classmethod
     def of(cls, config: SimulationConfig) -> Fleet:
@@ -51,16 +60,24 @@ class Fleet:
         Raises:
             DatasetUnavailable: It has to be fetched first.
             PartitionError: More devices (or shards) than examples.
+            AttackError: The attack cannot be carried out on this fleet or data set.
         """
         config.check()
         dataset = load_dataset(config.dataset)
         parts = deal(parse_partition(config.partition), dataset.train.y, config.devices, config.seed)
-        return cls(Population(config.seed, config.devices, config.dropout), dataset, parts)
+        attack = AttackPlan.of(config, dataset.num_classes)
+        return cls(Population(config.seed, config.devices, config.dropout), dataset, parts, attack)
 
     @property
     def num_samples(self) -> list[int]:
         """Training examples of each device."""
         return [len(part) for part in self.parts]
+
+    @property
+    def training_data(self) -> Split:
+        """What the devices learn from: all training examples, the attackers' ones as the attack changes them."""
+        train = self.dataset.train
+        return train if self.attack is None else self.attack.poisoned(train, self.parts)
 
     def label_counts(self) -> npt.NDArray[np.int64]:
         """int64[devices, classes]: how many examples of each class a device holds."""

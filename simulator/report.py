@@ -107,7 +107,8 @@ def command_of(config: SimulationConfig) -> str:
         "partition": "--partition", "seed": "--seed", "cohort": "--cohort", "overselect": "--overselect",
         "refill_at": "--refill-at", "max_staleness": "--max-staleness", "epochs": "--epochs",
         "batch_size": "--batch-size", "learning_rate": "--lr", "prox_mu": "--prox-mu",
-        "server_learning_rate": "--server-lr", "dropout": "--dropout", "server": "--server",
+        "server_learning_rate": "--server-lr", "dropout": "--dropout", "attack": "--attack",
+        "byzantine": "--byzantine", "server": "--server",
     }  # fmt: skip
     always = {"dataset", "devices", "rounds", "model", "partition", "seed"}
     values = config.model_dump()

@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ from client_sdk.runtime import load_program
 from client_sdk.session_state import RetryPolicy
 from client_sdk.transport import HttpTransport, Transport, open_client
 from server_ref.evaluation import Evaluation, ProgramEvaluator
+from simulator.adversaries import AttackPlan
 from simulator.config import SimulationConfig
 from simulator.devices import SdkDevices
 from simulator.embedded import EmbeddedServer
@@ -97,6 +98,8 @@ def run_simulation(folder: RunFolder, options: RunOptions, fleet: Fleet | None =
     config = folder.config
     try:
         fleet = fleet or Fleet.of(config)
+        if fleet.attack is None:
+            fleet = replace(fleet, attack=AttackPlan.of(config, fleet.dataset.num_classes))
     except PocketfedError:
         if folder.fresh:
             folder.discard()
@@ -235,7 +238,13 @@ class _Attempt:
     def _devices(self, connect: Callable[[DeviceIdentity], Transport], policy: RetryPolicy | None) -> SdkDevices:
         fleet = self.fleet
         return SdkDevices(
-            connect, fleet.population, fleet.dataset.train, fleet.parts, runtime=self.options.runtime, policy=policy
+            connect,
+            fleet.population,
+            fleet.dataset.train,
+            fleet.parts,
+            runtime=self.options.runtime,
+            policy=policy,
+            attack=fleet.attack,
         )
 
     def _monitor(self, view: ServerView, *, of_rounds: int, cohort: int, first_version: int = 0) -> RunMonitor:

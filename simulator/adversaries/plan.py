@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +53,11 @@ class AttackedRun(Protocol):
         """Reports in a round."""
         ...
 
+    @property
+    def max_staleness(self) -> int:
+        """Model versions that a report may lag behind."""
+        ...
+
 
 @dataclass(frozen=True)
 class AttackPlan:
@@ -66,6 +70,7 @@ class AttackPlan:
         seed: Of the run.
         reports: Reports in a round.
         num_classes: Labels of the data set.
+        versions: Model versions that may be under way at once.
     """
 
     attack: Attack
@@ -74,6 +79,7 @@ class AttackPlan:
     seed: int
     reports: int
     num_classes: int
+    versions: int = 2
 
     @classmethod
     def of(cls, run: AttackedRun, num_classes: int) -> Self | None:
@@ -87,7 +93,9 @@ class AttackPlan:
         attack = parse_attack(run.attack)
         attack.check(num_classes)
         roster = Roster.of(run.seed, run.devices, run.byzantine)
-        return cls(attack, roster, run.byzantine, run.seed, run.cohort_size, num_classes)
+        return cls(
+            attack, roster, run.byzantine, run.seed, run.cohort_size, num_classes, versions=run.max_staleness + 2
+        )
 
     @cached_property
     def _attackers(self) -> frozenset[int]:
@@ -147,18 +155,11 @@ class Coalition:
         of a model version share is worked out once, by whichever thread comes first; it is the same whoever does.
     """
 
-    def __init__(self, plan: AttackPlan, *, versions: int = 2) -> None:
-        """Bring the attackers of a plan together.
-
-        Args:
-            plan: The attack.
-            versions: Model versions that are under way at once; what belongs to older ones is forgotten, and worked
-                out again if it is needed after all.
-        """
+    def __init__(self, plan: AttackPlan) -> None:
+        """Bring the attackers of a plan together."""
         self.plan = plan
-        self._versions = versions
         self._lock = threading.Lock()
-        self._common: OrderedDict[int, Float32Array] = OrderedDict()
+        self._common: dict[int, Float32Array] = {}
 
     def craft(
         self, device: int, version: int, own: Float32Array, weights: Float32Array, rehearse: Rehearse
@@ -205,7 +206,8 @@ class Coalition:
                     return own
                 crafted.flags.writeable = False
                 self._common[version] = crafted
-                while len(self._common) > self._versions:
+                # What belongs to a model that nobody trains any more is forgotten.
+                while len(self._common) > plan.versions:
                     self._common.pop(min(self._common))
             return crafted
 

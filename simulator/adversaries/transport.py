@@ -7,11 +7,12 @@ than the protocol cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Final, Protocol
 
 import numpy as np
 
 from client_sdk.errors import IllegalTransition
+from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import (
     REPORT_TENSOR,
@@ -29,26 +30,39 @@ from client_sdk.transport import Buffer, TransferCounters, Transport
 from simulator.adversaries.examples import Float32Array
 from simulator.adversaries.vectors import within
 
-Craft = Callable[[Assignment, Float32Array], Float32Array]
-"""An assignment and the device's honest update, float32[d] -> what is sent instead, float32[d]."""
+# How much further below the bound a compressed update is aimed when its decoded form came out beyond it.
+_SAFETY: Final = 0.9
+
+
+class Attacker(Protocol):
+    """Who decides what a device sends."""
+
+    def num_parameters(self, assignment: Assignment) -> int:
+        """Length d of the assignment's model."""
+        ...
+
+    def craft(self, assignment: Assignment, own: Float32Array) -> Float32Array:
+        """What is sent instead of the honest update ``own``; float32, as long as it. A function of its arguments."""
+        ...
 
 
 class AdversarialTransport:
     """A device's ``Transport`` that replaces the update of every report.
 
-    Guarantees: a report that is uploaded twice has the same bytes both times, as long as ``craft`` is a function of
-    its arguments.
+    Guarantees: a report that is uploaded twice has the same bytes both times. Where the assignment asks for a
+    compression, the crafted update is compressed as an honest one would be (without error feedback: an attacker has no
+    errors to make up for), and what the server will decode keeps to the declared bound.
     """
 
-    def __init__(self, inner: Transport, craft: Craft) -> None:
+    def __init__(self, inner: Transport, attacker: Attacker) -> None:
         """Wrap a transport.
 
         Args:
             inner: What really reaches the server.
-            craft: The attack.
+            attacker: The attack.
         """
         self._inner = inner
-        self._craft = craft
+        self._attacker = attacker
         self._assignment: Assignment | None = None
 
     @property
@@ -92,6 +106,31 @@ class AdversarialTransport:
         assignment = self._assignment
         if assignment is None or frame.metadata["assignment_id"] != assignment.assignment_id:
             raise IllegalTransition("an attacker's report answers an assignment that it was not told of")
-        honest = np.frombuffer(frame.payload, np.float32)
-        crafted = within(self._craft(assignment, honest), assignment.encoding.max_abs)
-        return encode_frame({REPORT_TENSOR: crafted}, frame.metadata)
+        max_abs = assignment.encoding.max_abs
+        if assignment.compression is None:
+            own = np.frombuffer(frame.payload, np.float32)
+            crafted = within(self._attacker.craft(assignment, own), max_abs)
+            return encode_frame({REPORT_TENSOR: crafted}, frame.metadata)
+        size = assignment.update_size(self._attacker.num_parameters(assignment))
+        codec = Codec(CompressionSpec.parse(assignment.compression), size)
+        own = codec.decode(frame.payload, assignment.compression_seed)
+        payload = compress_within(
+            codec,
+            self._attacker.craft(assignment, own),
+            seed=assignment.compression_seed,
+            rounding_seed=assignment.shuffle_seed,
+            max_abs=max_abs,
+        )
+        return encode_frame({REPORT_TENSOR: np.frombuffer(payload, np.uint8)}, frame.metadata)
+
+
+def compress_within(codec: Codec, crafted: Float32Array, *, seed: int, rounding_seed: int, max_abs: float) -> bytes:
+    """The payload of a crafted update, scaled so that its decoded form (rounded, rotated) stays within the bound."""
+    aim = max_abs
+    while True:
+        payload = codec.encode(within(crafted, aim), seed, rounding_seed=rounding_seed)
+        reach = float(np.abs(codec.decode(payload, seed)).max(initial=0.0))
+        if reach <= max_abs:
+            return payload
+        # Ends: each time a tenth less at least, and zeros decode to zeros.
+        aim *= _SAFETY * max_abs / reach

@@ -1,0 +1,119 @@
+"""The attackers among devices that run the real SDK: whose transports are wrapped, and how colluders rehearse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.programs import ProgramProvider, model_weights
+from client_sdk.protocol.errors import TrainingDiverged
+from client_sdk.protocol.frames import decode_frame
+from client_sdk.protocol.messages import Assignment
+from client_sdk.protocol.program import Program
+from client_sdk.training import LocalTrainer
+from client_sdk.transport import Buffer, Transport
+from simulator.adversaries.examples import Float32Array
+from simulator.adversaries.plan import AttackPlan, Coalition, stacked
+from simulator.adversaries.transport import AdversarialTransport
+from simulator.datasets import Split
+from simulator.errors import AttackError
+
+
+class SdkAttackers:
+    """All attackers of a fleet of SDK devices.
+
+    They share what the fleet shares anyway: programs and downloaded models. Nothing more is downloaded for an attack,
+    so that the bytes on the wire are those of honest devices.
+    """
+
+    def __init__(
+        self,
+        plan: AttackPlan,
+        *,
+        programs: ProgramProvider,
+        blob: Callable[[str], Buffer | None],
+        data: Split,
+        parts: Sequence[npt.NDArray[np.int64]],
+    ) -> None:
+        """Bring the attackers together.
+
+        Args:
+            plan: The attack.
+            programs: Gives the calling thread the program of an assignment.
+            blob: Hash -> a blob that some device has downloaded.
+            data: All training examples.
+            parts: Rows of each device.
+        """
+        self.plan = plan
+        self._coalition = Coalition(plan)
+        self._programs = programs
+        self._downloaded = blob
+        self._data = data
+        self._parts = parts
+
+    def transport(self, device: int, inner: Transport) -> AdversarialTransport:
+        """The way to the server of one attacker."""
+        return AdversarialTransport(inner, _Device(self, device))
+
+    def program(self, assignment: Assignment) -> Program:
+        """The assignment's program, for the calling thread, which has just trained with it."""
+        return self._programs.open(assignment, self._blob)
+
+    def craft(self, device: int, assignment: Assignment, own: Float32Array) -> Float32Array:
+        """What a device sends instead of its honest update.
+
+        SCAFFOLD's second half, the change of the device's control variate, stays what the device computed: the attacks
+        of the literature are on the model's update.
+        """
+        program = self.program(assignment)
+        weights = model_weights(decode_frame(self._blob(assignment.model_sha256)), program.manifest)
+        delta, control = np.split(own, [len(weights)])
+        crafted = self._coalition.craft(
+            device,
+            assignment.model_version,
+            delta,
+            weights,
+            lambda devices: self._rehearse(devices, assignment, program, weights),
+        )
+        return np.concatenate([crafted, control]) if len(control) else crafted
+
+    def _rehearse(
+        self, devices: Sequence[int], assignment: Assignment, program: Program, weights: Float32Array
+    ) -> Float32Array:
+        """What these devices would honestly send from this model; without SCAFFOLD's correction, which is theirs."""
+        plan = assignment.plan
+        if plan.algorithm == "scaffold":
+            plan = plan.model_copy(update={"algorithm": "fedavg"})
+        trainer = LocalTrainer(program)
+        rows = []
+        for device in devices:
+            x, y = self._data.x[self._parts[device]], self._data.y[self._parts[device]]
+            seed = self.plan.rehearsal_seed(assignment.model_version, device)
+            try:
+                rows.append(trainer.train(weights, x, y, plan, seed).update(plan))
+            except TrainingDiverged:
+                continue
+        return stacked(rows, len(weights))
+
+    def _blob(self, sha256: str) -> Buffer:
+        data = self._downloaded(sha256)
+        if data is None:
+            raise AttackError(f"blob {sha256} has left the pool that the devices share; the model is too large for it")
+        return data
+
+
+@dataclass(frozen=True)
+class _Device:
+    """One of them, as its transport sees it."""
+
+    attackers: SdkAttackers
+    device: int
+
+    def num_parameters(self, assignment: Assignment) -> int:
+        return self.attackers.program(assignment).manifest.num_parameters
+
+    def craft(self, assignment: Assignment, own: Float32Array) -> Float32Array:
+        return self.attackers.craft(self.device, assignment, own)
