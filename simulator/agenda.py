@@ -68,6 +68,10 @@ class Agenda:
             self._check_ins[event.device] += 1
         return event
 
+    def sessions(self, device: int) -> int:
+        """How many assignments the device has had so far."""
+        return self._sessions[device]
+
     def duration_s(self, device: int) -> float | None:
         """How long the device's next session will take; None if it vanishes in it."""
         if device not in self._next_duration:

@@ -35,3 +35,7 @@ class ResumeMismatch(SimulationError):
 
 class ServerUnavailable(SimulationError):
     """The server did not start, or went away; the message quotes its last words."""
+
+
+class FleetCannotTrain(SimulationError):
+    """No device of the fleet delivers anything any more; the message says why the last one did not."""

@@ -1,0 +1,64 @@
+"""The attackers of a cohort run: the same coalition as among SDK devices, rehearsing in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.protocol.program import Float32Array
+from client_sdk.protocol.training import TrainingPlan
+from simulator.adversaries import AttackPlan, Coalition
+from simulator.adversaries.plan import stacked
+from simulator.cohort.queue import Broadcast
+from simulator.cohort.trainer import CohortTrainer, LocalWork
+
+
+class CohortAttackers:
+    """All attackers of a fleet.
+
+    Args:
+        attack: Who they are, and what they do.
+        rehearsal: Trains on the examples as they were before the attack.
+        parts: Rows of each device.
+        plan: The local training.
+    """
+
+    def __init__(
+        self,
+        attack: AttackPlan,
+        rehearsal: CohortTrainer,
+        parts: Sequence[npt.NDArray[np.int64]],
+        plan: TrainingPlan,
+    ) -> None:
+        self._attack = attack
+        self._coalition = Coalition(attack)
+        self._rehearsal = rehearsal
+        self._parts = parts
+        # SCAFFOLD's correction is each device's own secret; what colluders find out is the plain update.
+        self._plan = plan.model_copy(update={"algorithm": "fedavg"}) if plan.algorithm == "scaffold" else plan
+
+    def attacks(self, device: int) -> bool:
+        """Whether a device is one of them."""
+        return self._attack.attacks(device)
+
+    def craft(self, device: int, broadcast: Broadcast, honest: Float32Array) -> Float32Array:
+        """What an attacker sends instead of its honest update.
+
+        SCAFFOLD's second half, the change of the device's control variate, stays what the device computed: the attacks
+        of the literature are on the model's update.
+        """
+        weights = broadcast.weights
+        delta, control = np.split(honest, [len(weights)])
+        crafted = self._coalition.craft(
+            device, broadcast.version, delta, weights, lambda devices: self._rehearse(devices, broadcast)
+        )
+        return np.concatenate([crafted, control]) if len(control) else crafted
+
+    def _rehearse(self, devices: Sequence[int], broadcast: Broadcast) -> Float32Array:
+        """What these devices would honestly send from this model."""
+        work = [LocalWork(self._parts[d], self._attack.rehearsal_seed(broadcast.version, d)) for d in devices]
+        result = self._rehearsal.train(broadcast.weights, work, self._plan)
+        rows = [row for i, row in enumerate(result.updates) if i not in result.failures]
+        return stacked(rows, len(broadcast.weights))

@@ -1,0 +1,128 @@
+"""The devices of a cohort run: what each learns from, what it remembers, and what it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk.protocol.compression import Codec
+from client_sdk.protocol.program import Float32Array
+from client_sdk.protocol.training import TrainingPlan, normaliser
+from client_sdk.reports import compress_update
+from client_sdk.training import Controls
+from server_ref.aggregation.batch import EncodedUpdate
+from simulator.adversaries.transport import compress_within
+from simulator.adversaries.vectors import within
+from simulator.cohort.attackers import CohortAttackers
+from simulator.cohort.queue import Broadcast, Job, Trained
+from simulator.cohort.trainer import LocalWork
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What every assignment of a task says, and what depends on its number.
+
+    Attributes:
+        plan: The local training.
+        max_abs: Largest value that the server takes.
+        shuffle_seed: Assignment number -> seed of its shuffles.
+        codec: Compresses the updates; None for float32 as they are.
+        compression_seed: Assignment number and model version -> public randomness of its compression.
+    """
+
+    plan: TrainingPlan
+    max_abs: float
+    shuffle_seed: Callable[[int], int]
+    codec: Codec | None = None
+    compression_seed: Callable[[int, int], int] = lambda _number, _version: 0
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What a device carries to its next report, once the server has taken this one.
+
+    Attributes:
+        residual: What error feedback left out, float32[size of the update]; None where nothing is to be remembered.
+        control: SCAFFOLD's control variate, float32[d]; likewise.
+    """
+
+    residual: Float32Array | None = None
+    control: Float32Array | None = None
+
+
+class Clients:
+    """All devices of a run, as far as they differ from one another.
+
+    Memory: error feedback and SCAFFOLD take 4 bytes a parameter for each device whose report was accepted.
+
+    Args:
+        instructions: Of the task.
+        parts: Rows of each device.
+        attackers: The dishonest ones among them.
+    """
+
+    def __init__(
+        self,
+        instructions: Instructions,
+        parts: Sequence[npt.NDArray[np.int64]],
+        attackers: CohortAttackers | None = None,
+    ) -> None:
+        self._instructions = instructions
+        self._parts = parts
+        self._attackers = attackers
+        self._memories: dict[int, Memory] = {}
+
+    def work(self, job: Job, broadcast: Broadcast) -> LocalWork:
+        """A device's local training on a broadcast."""
+        seed = self._instructions.shuffle_seed(job.number)
+        return LocalWork(self._parts[job.device], seed, self._controls(job.device, broadcast))
+
+    def report(self, job: Job, broadcast: Broadcast, trained: Trained) -> tuple[EncodedUpdate, Memory]:
+        """What a device sends, and what it remembers if that is accepted.
+
+        Raises:
+            UpdateOutOfRange: What the server would decode is beyond what it takes.
+        """
+        payload, seed, residual = self._encode(job, broadcast, trained.update)
+        controls = self._controls(job.device, broadcast)
+        control = None if controls is None else controls.device + trained.update[len(controls.device) :]
+        steps = normaliser(self._instructions.plan, trained.steps)
+        return EncodedUpdate(job.number, payload, seed=seed, normaliser=steps), Memory(residual, control)
+
+    def accepted(self, device: int, memory: Memory) -> None:
+        """The server holds the report that this memory was made with."""
+        if memory.residual is not None or memory.control is not None:
+            self._memories[device] = memory
+
+    def _memory(self, device: int) -> Memory:
+        return self._memories.get(device, Memory())
+
+    def _controls(self, device: int, broadcast: Broadcast) -> Controls | None:
+        if broadcast.control is None:
+            return None
+        own = self._memory(device).control
+        return Controls(broadcast.control, np.zeros_like(broadcast.control) if own is None else own)
+
+    def _encode(
+        self, job: Job, broadcast: Broadcast, update: Float32Array
+    ) -> tuple[Float32Array | bytes, int, Float32Array | None]:
+        """The payload, the seed of its compression, and what it leaves out for the next one."""
+        told = self._instructions
+        attackers = self._attackers if self._attackers is not None and self._attackers.attacks(job.device) else None
+        if told.codec is None:
+            if attackers is not None:
+                update = within(attackers.craft(job.device, broadcast, update), told.max_abs)
+            return update, 0, None
+        seed, rounding_seed = told.compression_seed(job.number, broadcast.version), told.shuffle_seed(job.number)
+        residual = self._memory(job.device).residual
+        payload, residual = compress_update(
+            told.codec, update, residual, seed=seed, rounding_seed=rounding_seed, max_abs=told.max_abs
+        )
+        if attackers is not None:
+            # An attacker starts from what the device has sealed, as ``AdversarialTransport`` has it.
+            crafted = attackers.craft(job.device, broadcast, told.codec.decode(payload, seed))
+            payload = compress_within(told.codec, crafted, seed=seed, rounding_seed=rounding_seed, max_abs=told.max_abs)
+        return payload, seed, residual

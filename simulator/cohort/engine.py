@@ -1,0 +1,167 @@
+"""The cohort engine: a fleet's virtual time, played without devices, transports or processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from client_sdk.protocol.errors import ProtocolError, StaleReport, TrainingDiverged
+from client_sdk.protocol.messages import RetryWindow
+from client_sdk.protocol.training import TrainingPlan
+from server_ref.rounds import AssignmentRecord, Waiting
+from simulator.agenda import Agenda, EventKind
+from simulator.cohort.clients import Clients
+from simulator.cohort.queue import Broadcast, Job, TrainingQueue
+from simulator.cohort.server import CohortServer, wire_bytes
+from simulator.cohort.trainer import CohortTrainer
+from simulator.errors import FleetCannotTrain
+from simulator.fleet import FleetObserver
+from simulator.population import Population, Workload
+from simulator.sessions import Outcome, Session, SessionEnd
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A session that gave its assignment back.
+
+    Attributes:
+        session: The session; its report never arrives.
+        error: Why.
+    """
+
+    session: Session
+    error: TrainingDiverged | ProtocolError
+
+
+@dataclass(frozen=True)
+class _Running:
+    session: Session
+    record: AssignmentRecord
+    job: Job
+    broadcast: Broadcast
+    bytes_down: int
+
+
+class CohortEngine:
+    """Plays a population against an in-process server; local training is batched when it is first needed.
+
+    Check-ins, assignments and arrivals happen in the same order and at the same virtual times as with real devices
+    (``VirtualFleet``), so that both engines invite, count and discard the same sessions.
+
+    Guarantees: the result is a function of the arguments, to the bit, on one machine with one thread setting.
+
+    Args:
+        server: The rounds.
+        clients: The devices' data, memory and reports.
+        trainer: Their local training.
+        plan: What it is told.
+        population: Who the devices are.
+        num_samples: Training examples of each device.
+        work: Session number of a device (0 = its first) -> what that session costs.
+        retry: When a device that got no work comes back.
+        observer: Is told about progress.
+        stop: Ends the run at the next event when set.
+
+    Attributes:
+        failures: Sessions whose training diverged, or whose update nobody would take.
+    """
+
+    def __init__(
+        self,
+        server: CohortServer,
+        clients: Clients,
+        trainer: CohortTrainer,
+        plan: TrainingPlan,
+        *,
+        population: Population,
+        num_samples: Sequence[int],
+        work: Callable[[int], Workload],
+        retry: RetryWindow,
+        observer: FleetObserver,
+        stop: threading.Event,
+    ) -> None:
+        self.failures: list[Failure] = []
+        self._server = server
+        self._clients = clients
+        self._queue = TrainingQueue(trainer, plan, clients.work)
+        self._population = population
+        self._num_samples = num_samples
+        self._work = work
+        self._retry = retry
+        self._observer = observer
+        self._stop = stop
+        self._running: dict[int, _Running] = {}
+        self._in_vain = 0
+
+    def run(self) -> bool:
+        """Run until the last round is committed.
+
+        Returns:
+            True if it is, False if ``stop`` was set first.
+
+        Raises:
+            FleetCannotTrain: As many sessions in a row as there are devices gave their assignments back.
+        """
+        agenda = self._agenda = Agenda(self._population, self._num_samples, self._work)
+        while not self._stop.is_set():
+            now, kind, _, device = agenda.next()
+            if kind is EventKind.ARRIVAL:
+                self._arrive(self._running.pop(device), now)
+                agenda.rest(device, now)
+            elif self._server.finished:
+                return True
+            else:
+                self._check_in(device, now)
+        return False
+
+    def _check_in(self, device: int, now: float) -> None:
+        duration = self._agenda.duration_s(device)
+        record = self._server.check_in(device, self._num_samples[device], now, duration)
+        if isinstance(record, Waiting):
+            self._agenda.wait(device, now, self._retry)
+            return
+        bytes_down = self._work(self._agenda.sessions(device)).bytes_down
+        arrives_s = self._agenda.begin(device, record.number, now, record.deadline - record.issued_at)
+        session = Session(device, record.number, record.round_id, record.model_version, now, arrives_s)
+        self._observer.assigned(session)
+        if arrives_s is None:
+            self._end(session, SessionEnd(Outcome.DROPPED))
+            return
+        job, broadcast = Job(arrives_s, record.number, device), self._server.broadcast
+        self._queue.assign(job, broadcast)
+        self._running[device] = _Running(session, record, job, broadcast, bytes_down)
+
+    def _arrive(self, running: _Running, now: float) -> None:
+        """The report that an assignment was given for; it is only now that anybody needs to know what is in it."""
+        server, record, job = self._server, running.record, running.job
+        version = server.version
+        try:
+            server.check_fresh(record, now)
+            trained = self._queue.take(job, running.broadcast, at_most=server.room)
+            update, memory = self._clients.report(job, running.broadcast, trained)
+            server.report(record, update, trained.train_loss, now)
+        except StaleReport:
+            self._end(running.session, SessionEnd(Outcome.REFUSED, 0, running.bytes_down))
+        except (TrainingDiverged, ProtocolError) as e:
+            server.give_up(record)
+            self._fail(running, e)
+        else:
+            self._in_vain = 0
+            self._clients.accepted(job.device, memory)
+            self._end(running.session, SessionEnd(Outcome.ACCEPTED, wire_bytes(update), running.bytes_down))
+            if server.version > version:
+                self._queue.drop_before(server.oldest_version)
+                self._observer.advanced(server.version)
+
+    def _fail(self, running: _Running, error: TrainingDiverged | ProtocolError) -> None:
+        running.session.arrives_s = None
+        self.failures.append(Failure(running.session, error))
+        self._end(running.session, SessionEnd(Outcome.DROPPED))
+        self._in_vain += 1
+        if self._in_vain > self._population.devices:
+            raise FleetCannotTrain(f"{self._in_vain} sessions in a row gave their assignments back: {error}") from error
+
+    def _end(self, session: Session, end: SessionEnd) -> None:
+        session.end = end
+        self._observer.ended(session)
