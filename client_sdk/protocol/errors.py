@@ -269,6 +269,10 @@ class TooManyByzantine(PocketfedError):
         self.limit = limit
 
 
+class DivergenceDetected(PocketfedError):
+    """Training left its course: its loss or the norms of its updates explode. The message says by what it shows."""
+
+
 # --- programs ------------------------------------------------------------------------------------------------
 
 
