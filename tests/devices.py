@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from client_sdk.errors import BlobHashMismatch
 from client_sdk.protocol.errors import UnknownAssignment, UnknownBlob, UnknownDevice
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import (
+    CONTROL_TENSOR,
     REPORT_TENSOR,
     AbandonRequest,
     Assigned,
@@ -200,12 +201,25 @@ class ToyServer:
         self.given += 1
         return make_assignment(self.given, **(self.hashes | self.amend))
 
+    def compress(self, line: str, seed: int = 7) -> Self:
+        """Ask for compressed updates."""
+        self.amend |= {"compression": line, "compression_seed": seed}
+        return self
+
+    def scaffold(self, control: np.ndarray) -> Self:
+        """Ask for SCAFFOLD with this server's control."""
+        frame = encode_frame({CONTROL_TENSOR: control})
+        self.blobs[sha(frame)] = frame
+        plan = TrainingPlan(local_epochs=2, batch_size=BATCH, learning_rate=0.5, algorithm="scaffold")
+        self.amend |= {"plan": plan, "control_sha256": sha(frame)}
+        return self
+
     def device(self, device_id: str) -> ToyTransport:
         """The transport of one device."""
         return ToyTransport(self, device_id)
 
     def updates(self) -> dict[str, np.ndarray]:
-        """Assignment id -> accepted update."""
+        """Assignment id -> accepted update, as it was framed."""
         return {
             ReportFacts.model_validate((f := decode_frame(frame)).metadata).assignment_id: f.tensors[REPORT_TENSOR]
             for _, frame in self.reports.values()

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,6 +23,7 @@ from client_sdk.errors import BlobHashMismatch, InvalidReply, TransportUnavailab
 from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.errors import (
     AuthenticationFailed,
+    BodyAltered,
     DuplicateReport,
     InvalidUpdate,
     LeaseExpired,
@@ -54,9 +56,9 @@ from client_sdk.session_state import (
     Upload,
 )
 from client_sdk.store import MemoryDeviceStore
-from tests.devices import WAIT, ToyProgram, ToyServer, make_assignment, make_data
+from tests.devices import NUM_PARAMETERS, WAIT, ToyProgram, ToyServer, make_assignment, make_data
 
-TRANSIENT = [TransportUnavailable, InvalidReply, BlobHashMismatch, ServerBusy, StorageUnavailable]
+TRANSIENT = [TransportUnavailable, InvalidReply, BlobHashMismatch, ServerBusy, StorageUnavailable, BodyAltered]
 OVER = [StaleReport, LeaseExpired, DuplicateReport, UnknownAssignment]
 FINAL = [AuthenticationFailed, UnsupportedVersion, InvalidUpdate, UnknownBlob]
 ERRORS = [*TRANSIENT, *OVER, *FINAL, UnknownDevice]
@@ -247,12 +249,25 @@ def live(server: ToyServer, store: MemoryDeviceStore, before_run: Callable[[], N
     return client.run()
 
 
-@settings(max_examples=80, deadline=None)
-@given(script=FAULTS, kills_in_training=st.sets(st.integers(1, 20), max_size=3))
+WORK: dict[str, Callable[[], ToyServer]] = {
+    "fedavg": lambda: ToyServer(work=3),
+    "compressed": lambda: ToyServer(work=3).compress("topk:0.3"),
+    "scaffold": lambda: ToyServer(work=3).scaffold(np.full(NUM_PARAMETERS, 0.25, np.float32)),
+}
+
+
+def remembered(store: MemoryDeviceStore) -> dict[str, bytes] | None:
+    memory = store.memory(make_assignment().task_id)
+    return None if memory is None else {name: vector.tobytes() for name, vector in memory.vectors.items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(work=st.sampled_from(list(WORK)), script=FAULTS, kills_in_training=st.sets(st.integers(1, 20), max_size=3))
 def test_a_device_that_is_killed_and_cut_off_anywhere_delivers_each_report_once(
-    script: list[Fault], kills_in_training: set[int]
+    work: str, script: list[Fault], kills_in_training: set[int]
 ):
-    server = ToyServer(work=3)
+    """... and remembers what an undisturbed device does."""
+    server = WORK[work]()
     Faults(server, script)
     calls = itertools.count(1)
 
@@ -271,7 +286,9 @@ def test_a_device_that_is_killed_and_cut_off_anywhere_delivers_each_report_once(
     assert summary is not None
     assert summary.cause == "finished"
     assert set(server.reports) == {IDENTITY.report_id(a) for a in server.updates()}
-    undisturbed = ToyServer(work=3)
-    live(undisturbed, MemoryDeviceStore(IDENTITY))
+    undisturbed, other = WORK[work](), MemoryDeviceStore(IDENTITY)
+    live(undisturbed, other)
     assert len(undisturbed.reports) == 3
     assert server.reports == undisturbed.reports
+    assert remembered(store) == remembered(other)
+    assert (remembered(store) is None) is (work == "fedavg")
