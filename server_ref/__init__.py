@@ -9,20 +9,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from client_sdk.protocol.errors import DivergenceDetected
+    from client_sdk.protocol.updates import UpdateKind, WorkerGradient
     from server_ref.aggregation.accumulator import Accumulator
+    from server_ref.aggregation.asynchronous import AsyncGradientAggregator
+    from server_ref.aggregation.compressed import CompressedGradientAggregator
     from server_ref.aggregation.exact import ExactAccumulator
     from server_ref.aggregation.fixed import Int64Accumulator
+    from server_ref.aggregation.pipeline import Pipeline
     from server_ref.aggregation.plan import AccumulatorPlan
+    from server_ref.aggregation.presets import ByzantineRobustAggregator, GradientAggregator
+    from server_ref.aggregation.tensors import AggregatedUpdate, apply_update
     from server_ref.aggregation.warm import warm_up
 
-__all__ = ["Accumulator", "AccumulatorPlan", "ExactAccumulator", "Int64Accumulator", "warm_up"]
+__all__ = [
+    "Accumulator",
+    "AccumulatorPlan",
+    "AggregatedUpdate",
+    "AsyncGradientAggregator",
+    "ByzantineRobustAggregator",
+    "CompressedGradientAggregator",
+    "DivergenceDetected",
+    "ExactAccumulator",
+    "GradientAggregator",
+    "Int64Accumulator",
+    "Pipeline",
+    "UpdateKind",
+    "WorkerGradient",
+    "apply_update",
+    "warm_up",
+]
 
 _HOMES = {
-    "Accumulator": "server_ref.aggregation",
-    "AccumulatorPlan": "server_ref.aggregation",
-    "ExactAccumulator": "server_ref.aggregation",
-    "Int64Accumulator": "server_ref.aggregation",
-    "warm_up": "server_ref.aggregation",
+    **dict.fromkeys(__all__, "server_ref.aggregation"),
+    "DivergenceDetected": "client_sdk.protocol.errors",
+    "UpdateKind": "client_sdk.protocol.updates",
+    "WorkerGradient": "client_sdk.protocol.updates",
 }
 
 

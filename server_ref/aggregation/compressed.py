@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from client_sdk.protocol.compression import Codec, CompressionMethod, CompressionSpec, CompressionStats, ErrorFeedback
 from client_sdk.protocol.errors import ConfigurationError, MalformedEncoding, NonFiniteUpdate, ShapeMismatch
 from client_sdk.protocol.updates import WorkerGradient
-from server_ref.aggregation.intake import Intake, Rejection
+from server_ref.aggregation.intake import Intake, RefusedUpdate
 from server_ref.aggregation.presets import OnRejected, one_vector, passes
 from server_ref.aggregation.reduce import ExactMean
 from server_ref.aggregation.robust_reduce import RobustRule
@@ -206,7 +206,7 @@ class CompressedGradientAggregator:
         return gathered.named(gathered.aggregate.values * Codec(self._spec, gathered.layout.size).unbias_factor)
 
     @property
-    def rejections(self) -> tuple[Rejection, ...]:
+    def rejections(self) -> tuple[RefusedUpdate, ...]:
         """Who was refused in the last ``aggregate``, and why."""
         return self._intake.rejections
 

@@ -38,7 +38,7 @@ once, and a model beyond it goes through one update at a time."""
 
 
 @dataclass(frozen=True)
-class Rejection:
+class RefusedUpdate:
     """One refused update: who and why, and nothing of what it held.
 
     Attributes:
@@ -98,12 +98,12 @@ class Intake:
         settings: IntakeSettings,
         *,
         opener: Opener | None = None,
-        on_rejected: Callable[[Rejection], None] | None = None,
+        on_rejected: Callable[[RefusedUpdate], None] | None = None,
     ) -> None:
         self.reduce = reduce
         self.settings = settings
         self.opener = opener
-        self.rejections: tuple[Rejection, ...] = ()
+        self.rejections: tuple[RefusedUpdate, ...] = ()
         self._on_rejected = on_rejected
         self._layout: TensorLayout | None = None
         # Whatever does not fit together is refused now, not in the first round.
@@ -152,7 +152,7 @@ class Intake:
                 layout = TensorLayout.of(worker.gradients)
             except ConfigurationError as e:
                 raise ShapeMismatch(str(e)) from e
-        kind = _kind_of(worker, self.settings)
+        kind = kind_of(worker, self.settings)
         self.pipeline(layout, kind).open(self.read(worker, 0, layout))
 
     def gather(self, workers: Iterable[WorkerGradient], model_state: Mapping[str, Any]) -> Gathered:
@@ -174,10 +174,10 @@ class Intake:
             try:
                 batch.take(position, worker)
             except ProtocolError as e:
-                self._reject(Rejection(position, worker.worker_id, type(e)))
+                self._reject(RefusedUpdate(position, worker.worker_id, type(e)))
         return Gathered(batch.finish(), layout)
 
-    def _reject(self, rejection: Rejection) -> None:
+    def _reject(self, rejection: RefusedUpdate) -> None:
         self.rejections += (rejection,)
         if self._on_rejected is not None:
             self._on_rejected(rejection)
@@ -221,7 +221,7 @@ class _Batch:
 
     def take(self, position: int, worker: WorkerGradient) -> None:
         """Admit one worker; see ``Intake.gather``."""
-        kind = _kind_of(worker, self._intake.settings)
+        kind = kind_of(worker, self._intake.settings)
         if worker.worker_id in self._workers:
             raise DuplicateReport(f"update {position} is of a worker that has one in this round already")
         if self._pipeline is not None and self._pipeline.entry.kind is not kind:
@@ -248,7 +248,12 @@ class _Batch:
         return self._pipeline.finish(self._fold)
 
 
-def _kind_of(worker: WorkerGradient, settings: IntakeSettings) -> UpdateKind:
+def kind_of(worker: WorkerGradient, settings: IntakeSettings) -> UpdateKind:
+    """How the worker's update is to be applied.
+
+    Raises:
+        ReportMismatch: It does not say, or it is not what the settings declare.
+    """
     try:
         kind = UpdateKind(worker.kind)
     except ValueError as e:

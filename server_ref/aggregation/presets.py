@@ -21,7 +21,7 @@ import numpy as np
 from client_sdk.protocol.errors import ConfigurationError, ProtocolError
 from client_sdk.protocol.updates import WorkerGradient
 from server_ref.aggregation.batch import Float64Array
-from server_ref.aggregation.intake import Intake, Rejection
+from server_ref.aggregation.intake import Intake, RefusedUpdate
 from server_ref.aggregation.reduce import BaselineMean, ExactMean
 from server_ref.aggregation.robust import RuleOptions
 from server_ref.aggregation.robust_reduce import RobustRule
@@ -30,7 +30,7 @@ from server_ref.aggregation.stages import Reduce
 from server_ref.aggregation.summation import Summation
 from server_ref.aggregation.tensors import AggregatedUpdate
 
-OnRejected = Callable[[Rejection], None]
+OnRejected = Callable[[RefusedUpdate], None]
 
 
 class GradientAggregator:
@@ -83,7 +83,7 @@ class GradientAggregator:
         self._server_control: Float64Array | None = None
 
     @property
-    def rejections(self) -> tuple[Rejection, ...]:
+    def rejections(self) -> tuple[RefusedUpdate, ...]:
         """Who was refused in the last ``aggregate``, and why."""
         return self._intake.rejections
 
@@ -183,7 +183,7 @@ class ByzantineRobustAggregator:
         self._intake = Intake(reduce, settings, on_rejected=on_rejected)
 
     @property
-    def rejections(self) -> tuple[Rejection, ...]:
+    def rejections(self) -> tuple[RefusedUpdate, ...]:
         """Who was refused in the last ``aggregate_byzantine_robust``, and why; the rule never saw them."""
         return self._intake.rejections
 
