@@ -40,6 +40,7 @@ from client_sdk.protocol.profile import DeviceTier
 from client_sdk.protocol.signing import device_id_of, sign_request
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
+from tests.vectors.compression import compression
 
 FOLDER = Path(__file__).parent
 ID, OTHER_ID, HASH = "00112233445566778899aabbccddeeff", "f" * 32, "0123456789abcdef" * 4
@@ -277,7 +278,12 @@ def messages() -> dict[str, Any]:
     }
 
 
-GENERATORS = {"frames.json": frames, "signatures.json": signatures, "messages.json": messages}
+GENERATORS = {
+    "frames.json": frames,
+    "signatures.json": signatures,
+    "messages.json": messages,
+    "compression.json": compression,
+}
 
 
 def text_of(name: str) -> str:

@@ -16,7 +16,7 @@ Int64Array = npt.NDArray[np.int64]
 
 _LANES = 32
 _FIELDS_AT_ONCE = 2**16
-"""Fields that are packed in one go: their lanes stay in a core's cache."""
+"""Fields or unary numbers that are packed in one go: their lanes or bits stay in a core's cache."""
 
 _BYTES_AT_ONCE = 2**14
 """Bytes that are unpacked to bits in one go while unary numbers are read."""
@@ -80,7 +80,7 @@ def read_flags(reader: Reader, count: int) -> npt.NDArray[np.bool_]:
 def pack_fields(values: UInt32Array, width: int) -> bytes:
     """Fields of ``width`` bits (0 to 32), one after the other; higher bits of the values are left out."""
     if width in {8, 16, 32}:
-        return values.astype(f"<u{width // 8}").tobytes()
+        return values.astype(f"<u{width // 8}", copy=False).tobytes()
     if width == 0 or len(values) == 0:
         return b""
     chunks = [
@@ -141,11 +141,18 @@ def _unpack_chunk(octets: memoryview, count: int, width: int) -> UInt32Array:
 
 def pack_unary(values: npt.NDArray[np.unsignedinteger]) -> bytes:
     """Each number as so many 0 bits and a 1."""
-    ends = np.cumsum(values, dtype=np.int64)
-    ends += np.arange(len(values))
-    flags = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.bool_)
-    flags[ends] = True
-    return pack_flags(flags)
+    chunks: list[bytes] = []
+    carry = np.zeros(0, np.bool_)
+    for start in range(0, len(values), _FIELDS_AT_ONCE):
+        ends = np.cumsum(values[start : start + _FIELDS_AT_ONCE], dtype=np.int64)
+        ends += np.arange(len(carry), len(carry) + len(ends))
+        flags = np.zeros(int(ends[-1]) + 1, np.bool_)
+        flags[: len(carry)] = carry
+        flags[ends] = True
+        whole = len(flags) // 8 * 8
+        chunks.append(pack_flags(flags[:whole]))
+        carry = flags[whole:]
+    return b"".join([*chunks, pack_flags(carry)])
 
 
 def read_unary(reader: Reader, count: int) -> Int64Array:

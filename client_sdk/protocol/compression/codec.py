@@ -41,7 +41,7 @@ from client_sdk.protocol.program import Float32Array
 _COUNT_BYTES: Final = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparseUpdate:
     """A decoded update that is 0 elsewhere.
 
@@ -321,7 +321,7 @@ class Codec:
 
     def _write_values(self, values: Float32Array, seed: int, rounding_seed: int) -> bytes:
         if self.spec.is_none:
-            return values.astype("<f4").tobytes()
+            return values.astype("<f4", copy=False).tobytes()
         if self.spec.value_bits == 32:
             return write_signed(magnitudes_of(values), np.signbit(values), MAGNITUDE_BITS)
         return self._quantiser.write(values, seed, rounding_seed)

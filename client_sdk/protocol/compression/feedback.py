@@ -51,12 +51,6 @@ class ErrorFeedback:
         own.flags.writeable = False
         object.__setattr__(self, "residual", own)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ErrorFeedback) and np.array_equal(self.residual, other.residual)
-
-    def __hash__(self) -> int:
-        return hash(self.residual.tobytes())
-
     @classmethod
     def zeros(cls, size: int) -> Self:
         """The state before the first round."""

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.protocol.compression.bits import (
+    Int64Array,
     Reader,
     UInt32Array,
     num_bytes,
@@ -35,6 +36,7 @@ BoolArray = npt.NDArray[np.bool_]
 _PLAIN, _RISING, _FALLING = _KINDS = range(3)
 _KIND_SHIFT: Final = 5
 _ZEROS_APART: Final = 0x80
+_HISTOGRAM_WIDTH: Final = 8
 
 
 @dataclass(frozen=True)
@@ -135,24 +137,28 @@ def max_signed_bytes(count: int, width: int) -> int:
 
 def _best_code(magnitudes: UInt32Array, nonzero: BoolArray, width: int) -> _Code:
     """The shortest code; of equals the first: without a bitmap before with one, then plain, rising, falling."""
-    codes = _codes(magnitudes, width, zeros_apart=False)
-    zeros = len(magnitudes) - int(np.count_nonzero(nonzero))
-    if zeros:
-        codes += _codes(magnitudes[nonzero], width, zeros_apart=True, bitmap=num_bytes(len(magnitudes)))
+    values, counts = magnitudes, None
+    if width <= _HISTOGRAM_WIDTH:
+        # Few different numbers: their histogram stands for them.
+        histogram = np.bincount(magnitudes)
+        values = np.flatnonzero(histogram).astype(np.uint32)
+        counts = histogram[values]
+    codes = _codes(values, counts, width, zeros_apart=False)
+    if not nonzero.all():
+        kept = nonzero if counts is None else values != 0
+        counts = None if counts is None else counts[kept]
+        codes += _codes(values[kept], counts, width, zeros_apart=True, bitmap=num_bytes(len(magnitudes)))
     return min(codes, key=lambda code: code.length)
 
 
-def _codes(magnitudes: UInt32Array, width: int, *, zeros_apart: bool, bitmap: int = 0) -> list[_Code]:
-    n = len(magnitudes)
+def _codes(
+    values: UInt32Array, counts: Int64Array | None, width: int, *, zeros_apart: bool, bitmap: int = 0
+) -> list[_Code]:
+    """The three codes of values, each of which occurs ``counts`` times (None: once)."""
+    n = len(values) if counts is None else int(counts.sum())
     codes = [_Code(zeros_apart, _PLAIN, 0, 0, bitmap + num_bytes(n * width))]
     if n == 0:
         return codes
-    values, counts = magnitudes, None
-    if width <= 8:
-        # Few different codes: their histogram stands for them.
-        counts = np.bincount(magnitudes, minlength=1 << width)
-        values = np.flatnonzero(counts).astype(np.uint32)
-        counts = counts[values]
     for kind, base in ((_RISING, int(values.min())), (_FALLING, int(values.max()))):
         parameter, unary_sum = choose_parameter(_distances(values, kind, base), counts)
         length = bitmap + num_bytes(width) + coded_bytes(n, parameter, unary_sum)

@@ -70,7 +70,7 @@ class Quantiser:
         """
         noise: WordStream | None = None
         if self.stochastic:
-            content = hashlib.sha256(values.astype("<f4").tobytes()).digest()
+            content = hashlib.sha256(values.astype("<f4", copy=False).view(np.uint8).data).digest()
             noise = WordStream("rounding", seed, seed_bytes(rounding_seed) + content)
         scales = self._scales(values)
         codes, negative = np.empty(len(values), np.uint32), np.empty(len(values), np.bool_)
@@ -110,10 +110,12 @@ class Quantiser:
         out = np.empty(count, np.float32)
         for start in range(0, count, _VALUES_AT_ONCE):
             piece = slice(start, start + _VALUES_AT_ONCE)
-            exact = self._spread(scales, start, len(out[piece])) * codes[piece]
+            exact = self._spread(scales, start, len(out[piece]))
+            exact *= codes[piece]
             exact /= self.levels
-            np.negative(exact, out=exact, where=negative[piece])
             out[piece] = exact
+        # No multiplication by -1, which would make -0.0 of a 0; no 0 is negative here.
+        out.view(np.uint32)[:] |= negative.astype(np.uint32) << np.uint32(31)
         return out
 
     def _scales(self, values: Float32Array) -> Float32Array:
@@ -129,7 +131,9 @@ class Quantiser:
 
     def _spread(self, scales: Float32Array, start: int, count: int) -> Float64Array:
         """The scale of each of ``count`` values from ``start`` on."""
-        return scales[np.arange(start, start + count) // self.block].astype(np.float64)
+        first, last = start // self.block, (start + count - 1) // self.block
+        edges = np.clip(np.arange(first, last + 2) * self.block, start, start + count)
+        return np.repeat(scales[first : last + 1].astype(np.float64), np.diff(edges))
 
     def _round(self, exact: Float64Array, scale: Float64Array, rounding: Float64Array | None) -> UInt32Array:
         """Numbers of magnitudes; a block of zeros has scale 0, and gives zeros."""

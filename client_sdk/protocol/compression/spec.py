@@ -222,6 +222,8 @@ def _fields(line: str) -> dict[str, Any]:
         raise ValueError(f"there is no method {head!r}")
     fields: dict[str, Any] = {"method": _LINE_NAMES[name]}
     if name == "quantize":
+        if not value:
+            raise ValueError("quantize needs bits, e.g. quantize:8")
         fields["value_bits"] = int(value)
         if fields["value_bits"] == 32:
             raise ValueError("float32 is called none")
