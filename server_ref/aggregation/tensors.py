@@ -243,14 +243,17 @@ def _is_real(tensor: Any) -> bool:  # noqa: ANN401 - an array or a tensor
 
 
 def _copy(tensor: Any, out: Float32Array, name: str) -> None:  # noqa: ANN401 - an array or a tensor
+    of_torch = _is_torch(tensor)
+    if of_torch:
+        tensor = tensor.detach()
     if tensor.dtype.itemsize > 4 and out.size:
         peak = max(float(tensor.max()), -float(tensor.min()))  # NaN passes through both
         if math.isfinite(peak) and peak > _LARGEST_FLOAT32:
             raise UpdateOutOfRange(f"parameter {name!r} holds values that float32 cannot hold")
-    if _is_torch(tensor):
+    if of_torch:
         import torch  # noqa: PLC0415 - loaded already: the tensor is one of its own
 
-        torch.from_numpy(out).copy_(tensor.detach())
+        torch.from_numpy(out).copy_(tensor)
         return
     with np.errstate(over="ignore"):
         np.copyto(out, tensor, casting="same_kind")
