@@ -1,8 +1,7 @@
-"""Weighted means: speed against reading the data once, memory, and accuracy, of the accumulators and of plain sums.
+"""Weighted means: speed against reading the data once, memory, and wrong bits, of the accumulators and of plain sums.
 
     .venv/bin/python tests/benchmarks/bench_aggregation.py            # table, then one JSON line
     .venv/bin/python tests/benchmarks/bench_aggregation.py --check    # exit status 1 if a bar is missed
-    .venv/bin/python tests/benchmarks/bench_aggregation.py --errors   # accuracy table of docs/numerics.md
 
 L is the time to read the same data once (an XOR over all of it, two threads). Each repeat times L and then the
 candidate; the figure is the median of the repeats' ratios, which a busy machine disturbs least. A candidate's time is
@@ -209,90 +208,14 @@ def figures(work: Work, repeats: int) -> Iterator[Bar]:
     yield Bar(work.shape, "torch add_: wrong coordinates, share", work.wrong_share(work.torch_add()), None)
 
 
-# --- accuracy ---------------------------------------------------------------------------------------------------
-
-
-def naive(x: np.ndarray) -> np.ndarray:
-    total = np.zeros_like(x[0])
-    for row in x:
-        total = total + row
-    return total.astype(np.float64)
-
-
-def kahan(x: np.ndarray) -> np.ndarray:
-    total, carry = np.zeros_like(x[0]), np.zeros_like(x[0])
-    for row in x:
-        y = row - carry
-        t = total + y
-        carry = (t - total) - y
-        total = t
-    return total.astype(np.float64)
-
-
-def neumaier(x: np.ndarray) -> np.ndarray:
-    total, carry = np.zeros_like(x[0]), np.zeros_like(x[0])
-    for row in x:
-        t = total + row
-        carry = carry + np.where(np.abs(total) >= np.abs(row), (total - t) + row, (row - t) + total)
-        total = t
-    return total.astype(np.float64) + carry.astype(np.float64)
-
-
-def exact_mean(x: np.ndarray) -> np.ndarray:
-    accumulator = server_ref.ExactAccumulator(x.shape[1], plan_of(3, len(x)))
-    accumulator.add_many(x, [1] * len(x))
-    return accumulator.result()
-
-
-METHODS: dict[str, Mean] = {
-    "naive, float32": lambda x: naive(x) / len(x),
-    "Kahan, float32": lambda x: kahan(x) / len(x),
-    "Neumaier, float32": lambda x: neumaier(x) / len(x),
-    "naive, float64": lambda x: naive(x.astype(np.float64)) / len(x),
-    "exact, 3 bins": exact_mean,
-}
-
-
-def ranges(n: int, d: int) -> Iterator[tuple[str, np.ndarray]]:
-    rng = np.random.default_rng(4)
-    spread = 10.0 ** rng.uniform(-8, 8, (n, d))
-    yield "1e-8..1e8, one sign", spread.astype(np.float32)
-    yield "1e-8..1e8, both signs", (spread * rng.choice([-1, 1], (n, d))).astype(np.float32)
-    half = (spread * rng.choice([-1, 1], (n, d)))[: n // 2 - 5].astype(np.float32)
-    rest = (10.0 ** rng.uniform(-8, 0, (n - 2 * len(half), d))).astype(np.float32)
-    yield "1e-8..1e8, large ones cancel", rng.permuted(np.concatenate([half, -half, rest]), axis=0)
-
-
-def report_errors(n: int = 1000, d: int = 500, orders: int = 20) -> None:
-    say(f"Means of {n} values at {d} coordinates: the worst coordinate, and the results of {orders} permutations.\n")
-    say("| values | method | error / abs(sum) | error / sum of abs | not the nearest float32 | different results |")
-    say("|---|---|---|---|---|---|")
-    permutations = [np.random.default_rng(s).permutation(n) for s in range(orders)]
-    for values, x in ranges(n, d):
-        columns = x.astype(np.float64).T.tolist()
-        means = np.array([math.fsum(c) for c in columns]) / n
-        sizes = np.array([math.fsum(map(abs, c)) for c in columns]) / n
-        for method, mean in METHODS.items():
-            found = [mean(x[p]) for p in permutations]
-            errors = np.abs(found[0] - means)
-            relative, scaled = (errors / np.abs(means)).max(), (errors / sizes).max()
-            wrong = np.mean(found[0].astype(np.float32) != means.astype(np.float32))
-            distinct = len({f.tobytes() for f in found})
-            say(f"| {values} | {method} | {relative:.1e} | {scaled:.1e} | {100 * wrong:.0f} % | {distinct} |")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a bar is missed")
-    parser.add_argument("--errors", action="store_true", help="print the accuracy table instead")
     parser.add_argument("--repeats", type=int, default=9, help="repeats a figure is the median of (default: 9)")
     args = parser.parse_args()
     start = time.perf_counter()
     server_ref.warm_up()
     compiled_s = time.perf_counter() - start
-    if args.errors:
-        report_errors()
-        return 0
     torch.set_num_threads(2)
     bars: list[Bar] = []
     for n, d in SHAPES:
