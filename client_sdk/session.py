@@ -178,9 +178,10 @@ class DeviceSession:
                 window = (retry.min_s, retry.max_s)
                 pause = self._policy.draw(self._rng, 1, window, reason, asked=True)
                 self._move(phase=Phase.CHECKED_IN, pause=pause, attempts=0)
-            case Finished(model_version=version):
+            case Finished(model_version=version, halted=halted):
                 self._move(phase=Phase.IDLE, attempts=0)
-                self._stop = Stop("finished", f"the task is finished; its model has version {version}")
+                ended = "was halted because it diverged" if halted else "is finished"
+                self._stop = Stop("finished", f"the task {ended}; its model has version {version}")
 
     def on_blob(self, sha256: str) -> None:
         """One blob of the assignment is on the device."""

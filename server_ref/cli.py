@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from server_ref.flags import add_aggregation_flags, aggregation_settings, merged
+
 _EPILOG = """\
 examples:
   pocketfed export mlp --out bundles/mlp --feature-shape 784 --classes 10
   pocketfed serve --bundle bundles/mlp --data-dir state --validation-data val.npz --rounds 40 --buffer 20
+  pocketfed serve --bundle bundles/mlp --data-dir state --rule multi-krum --byzantine 0.2 --buffer 20
+  pocketfed serve --bundle bundles/mlp --data-dir state --async --buffer 10 --compression topk:0.01
   pocketfed serve --config server.toml
 
 A configuration file holds the same settings (and more) as TOML:
@@ -27,6 +31,9 @@ A configuration file holds the same settings (and more) as TOML:
   local_epochs = 2
   batch_size = 32
   learning_rate = 0.1
+  [task.aggregation]
+  rule = "multi-krum"
+  byzantine_fraction = 0.2
 
 Environment variables override the file (POCKETFED_TASK__ROUNDS=80), flags override both. Once it listens, the
 server prints one line of JSON with its url; the API is documented at /docs. It may be killed at any moment: a
@@ -50,6 +57,15 @@ def serve_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespa
     add("--buffer", type=int, metavar="N", help="reports per model update (default 10)")
     add("--concurrency", type=int, metavar="N", help="devices at work at once (default: the buffer)")
     add("--lease", type=float, metavar="SECONDS", help="time a device has for its report (default 600)")
+    add("--epochs", type=int, metavar="N", help="local passes over a device's examples (default 1)")
+    add("--batch-size", type=int, metavar="N", help="examples per local step (default 32)")
+    add("--lr", type=float, metavar="RATE", help="learning rate of the local steps (default 0.1)")
+    add("--prox-mu", type=float, metavar="MU", help="FedProx: pull towards the global model (default 0)")
+    add(
+        "--byzantine", type=float, metavar="F", help="fraction of a buffer's updates that the rule stands, if dishonest"
+    )
+    add("--population", type=int, metavar="N", help="devices in all (scaffold needs to know)")
+    add_aggregation_flags(parser)
     return run_serve
 
 
@@ -66,9 +82,26 @@ def run_serve(args: argparse.Namespace) -> int:
         "buffer_size": args.buffer,
         "concurrency": args.concurrency,
         "lease_s": args.lease,
+        "population": args.population,
+        "aggregation": {"byzantine_fraction": args.byzantine},
+        "plan": {
+            "local_epochs": args.epochs,
+            "batch_size": args.batch_size,
+            "learning_rate": args.lr,
+            "prox_mu": args.prox_mu,
+        },
     }
-    overrides = {k: v for k, v in flags.items() if v is not None}
-    given = {k: v for k, v in task.items() if v is not None}
+    overrides = _without_none(flags)
+    if args.asynchronous and args.buffer is not None and args.concurrency is None:
+        # So that devices train while a buffer fills, which is the point.
+        task["concurrency"] = 2 * args.buffer
+    given = merged(aggregation_settings(args, rounds=args.rounds), _without_none(task))
     if given:
         overrides["task"] = given
     return serve(load_config(args.config, overrides))
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings without those that no flag gave."""
+    cleaned = {k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items()}
+    return {k: v for k, v in cleaned.items() if v is not None and v != {}}

@@ -15,13 +15,62 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.training import TrainingPlan
+from server_ref.aggregation.server_optim import OptimizerConfig
+from server_ref.aggregation.staleness import StalenessPolicy
 from server_ref.rounds import RoundPolicy
 
 
-class TaskConfig(BaseModel):
-    """What is trained, and by which rounds."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AggregationConfig(_Section):
+    """How a buffer's updates become one."""
+
+    rule: Literal[
+        "mean", "krum", "multi-krum", "trimmed-mean", "median", "geometric-median", "centered-clipping", "bulyan"
+    ] = Field("mean", description="the mean, or a rule that stands dishonest updates")
+    num_byzantine: int | None = Field(
+        None, ge=0, description="dishonest updates of a buffer that a robust rule stands; 0: none"
+    )
+    byzantine_fraction: float | None = Field(
+        None, ge=0, lt=0.5, description="the same as a fraction of the buffer; neither: estimated from each buffer"
+    )
+    mixing: Literal["none", "bucketing", "nnm"] = Field(
+        "none", description="before a robust rule: means of random buckets, or of nearest neighbours"
+    )
+    bucket_size: int = Field(2, ge=1, description="updates in a bucket")
+    distances: Literal["exact", "sketch", "sampled"] = Field(
+        "exact", description="how Krum's distances are computed: exactly, from sketches, or to sampled peers"
+    )
+    selected: int | None = Field(None, ge=1, description="updates that multi-krum averages; default: n - f - 2")
+    clip_norm: float | None = Field(None, gt=0, allow_inf_nan=False, description="largest L2 norm of an update")
+    clip_scope: Literal["global", "layer"] = Field("global", description="one norm for the update, or one per layer")
+    weighting: Literal["samples", "uniform"] = Field(
+        "samples", description="a report weighs its (capped) number of examples, or 1"
+    )
+    arithmetic: Literal["float", "fixed"] = Field("float", description="exact sum in float64 bins or on the int64 grid")
+
+
+class SelectionConfig(_Section):
+    """Who gets a free slot."""
+
+    policy: Literal["any", "fair", "fast"] = Field(
+        "any", description="any: who comes first; fair, fast: slow devices are turned away sometimes, or often"
+    )
+    floor: float = Field(0.2, gt=0, le=1, description="smallest chance of a slow device beside the fastest one's")
+
+
+class DivergenceConfig(_Section):
+    """When training is halted by itself."""
+
+    enabled: bool = Field(default=True, description="halt a task whose loss or updates explode")
+    factor: float = Field(2.0, gt=1, allow_inf_nan=False, description="loss beside the best one that is too much")
+    patience: int = Field(5, ge=1, description="rounds in a row")
+
+
+class TaskConfig(_Section):
+    """What is trained, and by which rounds."""
 
     bundle: Path = Field(description="folder with program.pte, manifest.json and weights.safetensors")
     validation_data: Path | None = Field(None, description=".npz with x (float32) and y (int64); None: no evaluation")
@@ -29,16 +78,21 @@ class TaskConfig(BaseModel):
     buffer_size: int = Field(10, ge=1, description="reports per model update")
     concurrency: int | None = Field(None, ge=1, description="devices at work at once; default: buffer_size")
     refill_at: int | None = Field(None, ge=1, description="free slots before new invitations; default: concurrency")
-    max_staleness: int = Field(0, ge=0, description="model versions an update may lag behind")
     lease_s: float = Field(600.0, gt=0, description="seconds from assignment to deadline")
     retry_min_s: float = Field(2.0, ge=0, description="shortest wait told to a device that got no work")
     retry_max_s: float = Field(10.0, ge=0, description="longest wait told to a device that got no work")
     weight_cap: int = Field(1024, ge=1, le=2**20, description="sample counts above it weigh no more")
     max_abs: float = Field(1024.0, gt=0, le=1e8, description="largest value an update may hold")
     resolution: float = Field(1e-8, gt=0, description="magnitudes from here on are summed without any rounding")
-    server_learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
-    seed: int = Field(0, ge=0, description="drives the devices' shuffles, nothing secret")
+    seed: int = Field(0, ge=0, description="drives shuffles, compression and selection, nothing secret")
+    compression: str | None = Field(None, description="of the updates, such as topk:0.01; none by default")
+    population: int | None = Field(None, ge=1, description="devices in all; scaffold needs to know")
     plan: TrainingPlan = TrainingPlan()
+    aggregation: AggregationConfig = AggregationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    staleness: StalenessPolicy = StalenessPolicy(max_staleness=0)
+    selection: SelectionConfig = SelectionConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -57,7 +111,7 @@ class TaskConfig(BaseModel):
             buffer_size=self.buffer_size,
             concurrency=concurrency,
             refill_at=self.refill_at or concurrency,
-            max_staleness=self.max_staleness,
+            max_staleness=self.staleness.tolerance(0),
             lease_s=self.lease_s,
             weight_cap=self.weight_cap,
             rounds=self.rounds,

@@ -16,13 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.errors import (
     MalformedMessage,
-    PocketfedError,
     ProtocolError,
     ReportMismatch,
     UnknownBlob,
@@ -42,15 +39,17 @@ from client_sdk.protocol.messages import (
 )
 from client_sdk.protocol.signing import device_id_of
 from server_ref import status
-from server_ref.accumulation import BufferSum
+from server_ref.aggregation.batch import Update
 from server_ref.background import Background
+from server_ref.buffer import OpenBuffer
 from server_ref.clock import Clock
+from server_ref.closing import close_buffer
 from server_ref.config import ServerConfig
 from server_ref.durable import DurableState
 from server_ref.evaluation import Evaluator
 from server_ref.metrics import Metrics
-from server_ref.models import apply_update
-from server_ref.reports import ReportSchema, check_update, open_report
+from server_ref.recipe import max_payload_bytes
+from server_ref.reports import ReportSchema, open_report
 from server_ref.rounds import AssignmentRecord, Closing, ReportFile, Waiting
 from server_ref.store import database
 from server_ref.store.writer import GroupCommitWriter
@@ -89,10 +88,12 @@ class Coordinator:
         self._lock = threading.RLock()
         manifest = self.task.manifest
         self._schema = ReportSchema(
-            num_parameters=manifest.num_parameters,
+            update_size=self.task.pipeline.entry.size,
             parameter_table_sha256=manifest.parameter_table_sha256,
             kind=self.task.kind,
-            max_abs=config.task.max_abs,
+            plan=config.task.plan,
+            compression=self.task.compression,
+            max_payload_bytes=max_payload_bytes(config.task, manifest),
             max_header_bytes=config.max_header_bytes,
         )
         self._state = DurableState(
@@ -105,8 +106,8 @@ class Coordinator:
         )
         self._writer = GroupCommitWriter(self._state.db, self)
         self._background = Background(evaluator, self._evaluated, self._state.blobs.delete)
-        self._sum = BufferSum(manifest.num_parameters, self.task.plan_of_sum, self._state.load_update)
-        self._to_fold: list[tuple[AssignmentRecord, npt.NDArray[np.float32]]] = []
+        self._buffer = OpenBuffer(self.task.pipeline, self._state.load_update)
+        self._to_fold: list[tuple[AssignmentRecord, Update]] = []
         self._deferred: list[tuple[str, CheckInRequest, Future[CheckInReply]]] = []
         self._devices: dict[str, tuple[str, str]] = {}
 
@@ -219,7 +220,7 @@ class Coordinator:
                     f"assignment {record.assignment_id} is for model version {record.model_version}, "
                     f"the report says {facts.model_version}"
                 )
-            update = check_update(envelope, self._schema)
+            update = self.task.pipeline.open(self._state.encoded(record, envelope))
             sha256 = hashlib.sha256(body).hexdigest()
             file = ReportFile(report_id, sha256, len(body), envelope.train_loss)
             self._state.blobs.put(file.blob_key, body)
@@ -276,6 +277,7 @@ class Coordinator:
             self.metrics.outstanding.set(self._state.engine.outstanding)
             self.metrics.buffered.set(len(self._state.engine.reported))
             self.metrics.round.set(self._state.engine.version)
+            self.metrics.halted.set(self._state.halted is not None)
         with self._state.db.connect() as connection:
             self.metrics.devices.set(database.count_devices(connection))
 
@@ -311,7 +313,7 @@ class Coordinator:
             if engine.close_pending(now):
                 return None
         if engine.finished:
-            return CheckInReply(reply=Finished(model_version=engine.version))
+            return CheckInReply(reply=Finished(model_version=engine.version, halted=self._state.halted is not None))
         before = engine.next_number
         found = engine.check_in(device_id, request.num_samples, now, self._new_id, duration_s=duration)
         if isinstance(found, Waiting):
@@ -322,12 +324,16 @@ class Coordinator:
         return CheckInReply(reply=Assigned(assignment=self._offer(found, now)))
 
     def _offer(self, record: AssignmentRecord, now: float) -> Assignment:
-        sha256 = self._state.model_sha256(record.model_version)
-        return self.task.assignment(record, model_sha256=sha256, now=now, max_report_bytes=self._schema.max_bytes)
+        version = self._state.version(record.model_version)
+        return self.task.assignment(
+            record,
+            model_sha256=version.sha256,
+            control_sha256=version.control_sha256,
+            now=now,
+            max_report_bytes=self._schema.max_bytes,
+        )
 
-    def _accept(
-        self, assignment_id: str, device_id: str, file: ReportFile, update: npt.NDArray[np.float32]
-    ) -> ReportReply:
+    def _accept(self, assignment_id: str, device_id: str, file: ReportFile, update: Update) -> ReportReply:
         with self._lock:
             record = self._state.find(assignment_id, device_id)
             try:
@@ -340,6 +346,7 @@ class Coordinator:
                 self._to_fold.append((record, update))
                 self.metrics.reports.labels("accepted").inc()
                 self.metrics.report_bytes.inc(file.num_bytes)
+                self.metrics.dense_bytes.inc(4 * self._schema.update_size)
             elif record.report is not None and record.report.blob_key != file.blob_key:
                 self._background.delete(file.blob_key)
             return _accepted(file.report_id, record)
@@ -357,8 +364,9 @@ class Coordinator:
             self._state.flushed()
             folding, self._to_fold = self._to_fold, []
         self._on_event("batch-committed")
+        version = self._state.engine.version
         for record, update in folding:
-            self._sum.fold(record, update)
+            self._buffer.fold(record, update, version)
             self._on_event("report-folded")
         with self._lock:
             while (closing := self._state.engine.closing(self._clock.now())) is not None:
@@ -373,29 +381,26 @@ class Coordinator:
         """Forget what was not durable; the sum is rebuilt when a buffer closes."""
         with self._lock:
             self._state.reload()
-            self._sum.reset()
+            self._buffer.reset()
             self._to_fold.clear()
 
     def _close(self, closing: Closing) -> None:
         """Turn a full buffer into the next model."""
         started = time.perf_counter()
-        mean = self._sum.mean(closing.counted)
-        weights = self._state.model.weights
-        try:
-            weights = apply_update(weights, mean, self.task.kind, self.config.task.server_learning_rate)
-        except PocketfedError as e:
-            # The reports are spent either way; the old weights live on and the log says why.
-            _log.error("round %d leaves the model unchanged: %s", closing.round_id, e)
+        outcome = close_buffer(self.task, self._state, self._buffer, closing)
         self._on_event("buffer-summed")
-        spent = self._state.commit_round(closing, weights)
-        self._sum.reset()
+        spent = self._state.commit_round(closing, outcome)
+        self._buffer.reset()
         model = self._state.model
-        for report in spent:
-            self._background.delete(report.blob_key)
+        for key in spent:
+            self._background.delete(key)
         self._background.evaluate(model.version, model.weights)
         self.metrics.commit_seconds.observe(time.perf_counter() - started)
+        self.metrics.observe_round(outcome.measurements)
         self._on_event("round-committed")
         _log.info("round %d: %d reports made model %s", closing.round_id, len(closing.counted), model.sha256[:12])
+        if outcome.halted is not None:
+            _log.error("the task is halted: %s", outcome.halted)
 
     def _evaluated(self, version: int, accuracy: float | None, loss: float) -> None:
         if accuracy is None:

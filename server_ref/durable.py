@@ -7,24 +7,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.errors import ConfigurationError, StorageUnavailable, UnknownAssignment
+from server_ref.aggregation.batch import EncodedUpdate, Update
+from server_ref.aggregation.server_state import CONTROL, ServerState
 from server_ref.clock import Clock
-from server_ref.models import GlobalModel, decode_model, encode_model
-from server_ref.reports import ReportSchema, check_update, open_report
+from server_ref.models import GlobalModel, decode_model, encode_control, encode_model
+from server_ref.reports import ReportEnvelope, ReportSchema, encoded_update, open_report
 from server_ref.rounds import AssignmentRecord, Closing, ReportFile, RoundEngine, RoundPolicy
 from server_ref.store import database
 from server_ref.store.blobs import BlobStore
 from server_ref.task import Task
 
 _REPORTS = "reports"
+_STATES = "states"
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What a closed buffer leads to.
+
+    Attributes:
+        optimizer: The server's next state; its weights are the next model.
+        measurements: What the round's record says.
+        divergence_json: The divergence detector's next state.
+        halted: Why the task ends with this round, if it does.
+    """
+
+    optimizer: ServerState
+    measurements: Mapping[str, Any]
+    divergence_json: str | None = None
+    halted: str | None = None
 
 
 class DurableState:
@@ -41,6 +60,9 @@ class DurableState:
 
     engine: RoundEngine
     model: GlobalModel
+    optimizer: ServerState
+    halted: str | None
+    divergence_json: str | None
 
     def __init__(
         self,
@@ -72,15 +94,14 @@ class DurableState:
         # Blobs first: the rows that name them follow.
         for data in (self.task.program, self.task.manifest_json):
             self.blobs.put_content(data)
-        now = self._clock.now()
-        fresh = database.TaskState(self.task.task_id, self.task.identity_json, opened_at=now)
+        fresh = database.TaskState(self.task.task_id, self.task.identity_json, opened_at=self._clock.now())
         with self.db.begin() as connection:
             found = database.load_task(connection)
             if found is None:
-                model = encode_model(0, self.task.initial_weights, self.task.manifest)
-                self.blobs.put_content(model.frame)
+                optimizer = self.task.pipeline.optimizer.initial(self.task.initial_weights)
+                _model, version = self._store_model(0, optimizer)
                 self.blobs.sync()
-                database.save_model(connection, database.ModelVersion(0, model.sha256, now))
+                database.save_model(connection, version)
                 database.save_task(connection, fresh)
             elif found.task_id != self.task.task_id:
                 differences = _differences(found.config_json, fresh.config_json)
@@ -108,6 +129,7 @@ class DurableState:
             # Time is written with a round; between two rounds the assignments tell how far it had come.
             self._clock.advance(max([state.clock_now, *(r.issued_at for r in live)]))
         self._written = self._flushed = state
+        self.halted, self.divergence_json = state.halted, state.divergence_json
         self.engine = RoundEngine.restore(
             self._policy,
             live,
@@ -116,8 +138,14 @@ class DurableState:
             next_number=self._first_new,
             opened_at=state.opened_at,
             invitations=state.invitations,
+            halted=state.halted is not None,
+            tolerance=self._tolerance,
         )
-        self.model = self.load_model(latest)
+        self.model, self._newest = self.load_model(latest), latest
+        self.optimizer = self._load_optimizer(latest)
+
+    def _tolerance(self, round_id: int) -> int:
+        return self.task.settings.staleness.tolerance(round_id)
 
     def flush(self, connection: Connection) -> None:
         """Write what the engine changed since the last flush that became durable, after the blobs that it names."""
@@ -129,6 +157,8 @@ class DurableState:
             self._written,
             invitations=self.engine.invitations,
             opened_at=self.engine.opened_at,
+            halted=self.halted,
+            divergence_json=self.divergence_json,
         )
         if self._clock.is_virtual and state.opened_at != self._written.opened_at:
             state = replace(state, clock_now=self._clock.now())
@@ -141,27 +171,52 @@ class DurableState:
         self._written = self._flushed
         self._first_new = self.engine.next_number
 
-    def commit_round(self, closing: Closing, weights: npt.NDArray[np.float32]) -> list[ReportFile]:
-        """Make a closed buffer's model and row durable, in one transaction.
+    def commit_round(self, closing: Closing, outcome: RoundOutcome) -> list[str]:
+        """Make a closed buffer's model, state and row durable, in one transaction.
 
-        Repeating it after a crash writes the same bits: the model's blob is named by its content.
+        Repeating it after a crash writes the same bits: blobs are named by their content.
 
         Returns:
-            The reports that no later step can need.
+            Keys of the blobs that no later step can need.
         """
-        model = encode_model(closing.round_id + 1, weights, self.task.manifest)
-        self.blobs.put_content(model.frame)
+        model, version = self._store_model(closing.round_id + 1, outcome.optimizer)
         held = [(r, r.report) for r in self.engine.reported if r.report is not None]
         opened_at = self._written.opened_at
-        superseded = self.engine.commit(closing)
-        now = self._clock.now()
+        superseded = self.engine.commit(closing, halt=outcome.halted is not None)
+        self.halted, self.divergence_json = outcome.halted, outcome.divergence_json
         with self.db.begin() as connection:
-            database.save_model(connection, database.ModelVersion(model.version, model.sha256, now))
-            database.save_round(connection, _row(closing, opened_at, superseded))
+            previous = database.model_version(connection, closing.round_id).state_sha256
+            database.save_model(connection, version)
+            database.save_round(connection, _row(closing, opened_at, superseded, outcome.measurements))
             self.flush(connection)
         self.flushed()
-        self.model = model
-        return [report for record, report in held if self.engine.live(record.assignment_id) is None]
+        self.model, self.optimizer, self._newest = model, outcome.optimizer, version
+        spent = [report.blob_key for record, report in held if self.engine.live(record.assignment_id) is None]
+        if previous is not None and previous != version.state_sha256:
+            spent.append(_state_key(previous))
+        return spent
+
+    def _store_model(self, number: int, optimizer: ServerState) -> tuple[GlobalModel, database.ModelVersion]:
+        """Blobs of a model version: what devices download, and what the next step needs."""
+        model = encode_model(number, optimizer.weights, self.task.manifest)
+        self.blobs.put_content(model.frame)
+        state = optimizer.to_bytes()
+        state_sha256 = hashlib.sha256(state).hexdigest()
+        self.blobs.put(_state_key(state_sha256), state)
+        control = optimizer.tensors.get(CONTROL)
+        control_sha256 = None if control is None else self.blobs.put_content(encode_control(control))
+        return model, database.ModelVersion(
+            number, model.sha256, self._clock.now(), state_sha256=state_sha256, control_sha256=control_sha256
+        )
+
+    def _load_optimizer(self, version: database.ModelVersion) -> ServerState:
+        if version.state_sha256 is None:
+            # Written before optimizers had a state: it begins with this model.
+            return self.task.pipeline.optimizer.initial(self.model.weights)
+        data = self.blobs.get(_state_key(version.state_sha256))
+        if hashlib.sha256(data).hexdigest() != version.state_sha256:
+            raise StorageUnavailable(f"the optimizer's state of model version {version.version} is damaged on disk")
+        return ServerState.from_bytes(data)
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -179,7 +234,21 @@ class DurableState:
             raise UnknownAssignment(f"no assignment {assignment_id} belongs to this device")
         return record
 
-    def load_update(self, record: AssignmentRecord) -> npt.NDArray[np.float32]:
+    def encoded(self, record: AssignmentRecord, envelope: ReportEnvelope) -> EncodedUpdate:
+        """A report's update with what this server's own record says of it.
+
+        Raises:
+            ProtocolError: The report contradicts the record or the task.
+        """
+        return encoded_update(
+            envelope,
+            self._schema,
+            number=record.number,
+            weight=record.weight,
+            seed=self.task.compression_seed(record),
+        )
+
+    def load_update(self, record: AssignmentRecord) -> Update:
         """A report's update, read back from its blob and checked again.
 
         Raises:
@@ -190,30 +259,39 @@ class DurableState:
         body = self.blobs.get(record.report.blob_key)
         if hashlib.sha256(body).hexdigest() != record.report.sha256:
             raise StorageUnavailable(f"report {record.report.report_id} is damaged on disk")
-        return check_update(open_report(body, self._schema), self._schema)
+        return self.task.pipeline.open(self.encoded(record, open_report(body, self._schema)))
 
     def load_model(self, version: database.ModelVersion) -> GlobalModel:
         """A model version's weights."""
         frame = bytes(self.blobs.get_content(version.sha256))
         return decode_model(version.version, frame, self.task.manifest)
 
-    def model_sha256(self, version: int) -> str:
-        """Content hash of a model version."""
-        model = self.model
-        if version == model.version:
-            return model.sha256
-        with self.db.connect() as connection:
-            return database.model_sha256(connection, version)
+    def version(self, number: int) -> database.ModelVersion:
+        """A model version's row."""
+        if number != self._newest.version:
+            with self.db.connect() as connection:
+                return database.model_version(connection, number)
+        return self._newest
 
     def _delete_orphans(self) -> None:
-        """Reports that were stored but never accepted, or not deleted before the last process died."""
+        """What was stored but never accepted, or not deleted before the last process died."""
         wanted = {r.report.blob_key for r in self.engine.reported if r.report is not None}
-        for key in self.blobs.keys(_REPORTS):
-            if key not in wanted:
-                self.blobs.delete(key)
+        if self._newest.state_sha256 is not None:
+            wanted.add(_state_key(self._newest.state_sha256))
+        for prefix in (_REPORTS, _STATES):
+            for key in self.blobs.keys(prefix):
+                if key not in wanted:
+                    self.blobs.delete(key)
 
 
-def _row(closing: Closing, opened_at: float, superseded: int) -> database.CommittedRound:
+def _state_key(sha256: str) -> str:
+    """Key of an optimizer's state: not among the blobs that anybody may download by their hash."""
+    return f"{_STATES}/{sha256}"
+
+
+def _row(
+    closing: Closing, opened_at: float, superseded: int, measurements: Mapping[str, Any]
+) -> database.CommittedRound:
     reports = [(r.weight, r.report) for r in closing.counted if r.report is not None]
     total_weight = sum(weight for weight, _ in reports)
     return database.CommittedRound(
@@ -226,6 +304,7 @@ def _row(closing: Closing, opened_at: float, superseded: int) -> database.Commit
         bytes_up=sum(report.num_bytes for _, report in reports),
         train_loss=sum(weight * report.train_loss for weight, report in reports) / total_weight,
         accepted_set_sha256=_set_hash([report for _, report in reports]),
+        measurements_json=json.dumps(measurements, sort_keys=True, separators=(",", ":")),
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -43,6 +46,29 @@ class Metrics:
             registry=registry,
             buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60),
         )
+
+        self.staleness = Histogram(
+            "pocketfed_report_staleness",
+            "Model versions between a counted report's model and the one it changed",
+            registry=registry,
+            buckets=(0, 1, 2, 4, 8, 16, 32),
+        )
+        self.excluded = Counter(
+            "pocketfed_reports_excluded", "Counted reports that the robust rule left out", registry=registry
+        )
+        self.clipped = Counter("pocketfed_reports_clipped", "Counted reports whose norm was clipped", registry=registry)
+        self.halted = Gauge("pocketfed_halted", "1 if the task was halted because it diverged", registry=registry)
+        self.dense_bytes = Counter(
+            "pocketfed_report_dense_bytes", "Bytes that accepted reports' updates have as float32", registry=registry
+        )
+
+    def observe_round(self, measurements: Mapping[str, Any]) -> None:
+        """Count what a closed buffer measured."""
+        for staleness, reports in measurements.get("staleness", {}).items():
+            for _ in range(reports):
+                self.staleness.observe(int(staleness))
+        self.excluded.inc(len(measurements.get("excluded", ())))
+        self.clipped.inc(measurements.get("clipped", 0))
 
     def render(self) -> bytes:
         """The text exposition format."""

@@ -1,4 +1,4 @@
-"""The global model: applying an aggregate, and its encoding as a blob."""
+"""The global model and its encoding as a blob."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from client_sdk.protocol.errors import InvalidUpdate, ShapeMismatch
 from client_sdk.protocol.frames import decode_frame, encode_frame
+from client_sdk.protocol.messages import CONTROL_TENSOR
 from client_sdk.protocol.program import Manifest
-from client_sdk.protocol.updates import UpdateKind
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,6 @@ def decode_model(version: int, frame: bytes, manifest: Manifest) -> GlobalModel:
     return GlobalModel(version, hashlib.sha256(frame).hexdigest(), frame, weights)
 
 
-def apply_update(
-    weights: npt.NDArray[np.float32],
-    aggregate: npt.NDArray[np.float64],
-    kind: UpdateKind,
-    server_learning_rate: float = 1.0,
-) -> npt.NDArray[np.float32]:
-    """New weights: a delta is added, a gradient subtracted, both scaled by the server's learning rate.
-
-    Args:
-        weights: float32[d].
-        aggregate: float64[d], the weighted mean of the updates.
-        kind: Says the sign.
-        server_learning_rate: Scale.
-
-    Returns:
-        float32[d], computed in float64 and rounded once.
-
-    Raises:
-        InvalidUpdate: The result is not finite.
-    """
-    step = server_learning_rate if kind is UpdateKind.DELTA else -server_learning_rate
-    with np.errstate(over="ignore", invalid="ignore"):
-        updated = (weights.astype(np.float64) + step * aggregate).astype(np.float32)
-    if not np.isfinite(updated).all():
-        raise InvalidUpdate("the update would make the model's weights infinite or NaN")
-    return updated
+def encode_control(control: npt.NDArray[np.float64]) -> bytes:
+    """SCAFFOLD's control variate as devices get it: a frame with one float32[d] tensor."""
+    return encode_frame({CONTROL_TENSOR: control.astype(np.float32)})

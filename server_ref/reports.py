@@ -1,4 +1,4 @@
-"""From the bytes of a report to a vector that can be summed. Pure; every refusal is typed.
+"""From the bytes of a report to an update for the pipeline. Pure; every refusal is typed.
 
 Two steps, so that a report that is too late is refused on its facts alone, before anything looks at its values.
 """
@@ -14,15 +14,15 @@ from pydantic import ValidationError
 
 from client_sdk.protocol.errors import (
     MalformedMessage,
-    NonFiniteUpdate,
     OversizedBody,
     ReportMismatch,
     ShapeMismatch,
-    UpdateOutOfRange,
 )
 from client_sdk.protocol.frames import Frame, FrameLimits, decode_frame
-from client_sdk.protocol.messages import REPORT_TENSOR, ReportFacts
+from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, ReportFacts
+from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.protocol.updates import UpdateKind
+from server_ref.aggregation.batch import EncodedUpdate
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,27 @@ class ReportSchema:
     """What every report of a task must look like.
 
     Attributes:
-        num_parameters: Length d of the flat update.
+        update_size: Coordinates of the flat update.
         parameter_table_sha256: Hash both ends agree on.
         kind: Kind of update; kinds never mix in a round.
-        max_abs: Largest value.
+        plan: Local training; its algorithm says what the update is made of.
+        compression: Canonical specification, or None.
+        max_payload_bytes: Largest update on the wire.
         max_header_bytes: Largest frame header.
     """
 
-    num_parameters: int
+    update_size: int
     parameter_table_sha256: str
     kind: UpdateKind
-    max_abs: float
+    plan: TrainingPlan
+    compression: str | None
+    max_payload_bytes: int
     max_header_bytes: int
 
     @property
     def max_bytes(self) -> int:
         """Largest body: the tensor, the header, and its length."""
-        return 4 * self.num_parameters + self.max_header_bytes + 8
+        return self.max_payload_bytes + self.max_header_bytes + 8
 
 
 @dataclass(frozen=True)
@@ -82,45 +86,50 @@ def open_report(body: bytes | memoryview, schema: ReportSchema) -> ReportEnvelop
     return ReportEnvelope(facts, train_loss, int(facts.steps), frame)
 
 
-def check_update(envelope: ReportEnvelope, schema: ReportSchema) -> npt.NDArray[np.float32]:
-    """The report's update, checked against the task; a read-only view of the body.
+def encoded_update(
+    envelope: ReportEnvelope, schema: ReportSchema, *, number: int, weight: int, seed: int
+) -> EncodedUpdate:
+    """The report's update with the facts of the assignment's record; its values are not looked at yet.
+
+    Args:
+        envelope: An open report.
+        schema: What the task's reports look like.
+        number: Of the assignment.
+        weight: Of the assignment.
+        seed: Of the assignment's compression.
 
     Returns:
-        float32[d], finite, no value beyond ``max_abs``.
+        A view of the body.
 
     Raises:
-        ReportMismatch: Facts that contradict the task.
-        ShapeMismatch: Not one float32[d] tensor of the expected name.
-        NonFiniteUpdate: NaN or infinities.
-        UpdateOutOfRange: Values beyond ``max_abs``.
+        ReportMismatch: Facts that contradict the task or the assignment.
+        ShapeMismatch: Not one tensor of the expected name, type and size.
     """
     facts, tensors = envelope.facts, envelope.frame.tensors
     if facts.parameter_table_sha256 != schema.parameter_table_sha256:
         raise ReportMismatch("the report is for another parameter table")
     if facts.kind is not schema.kind:
         raise ReportMismatch(f"the report is a {facts.kind.value}; this task takes {schema.kind.value} updates")
+    if facts.algorithm != schema.plan.algorithm:
+        raise ReportMismatch(f"the report is of {facts.algorithm}; this task trains by {schema.plan.algorithm}")
+    if facts.compression != (schema.compression or UNCOMPRESSED):
+        raise ReportMismatch(
+            f"the report's compression is {facts.compression}; this task takes {schema.compression or UNCOMPRESSED}"
+        )
+    if int(facts.compression_seed) != seed:
+        raise ReportMismatch("the report was compressed with another seed than its assignment's")
     if list(tensors) != [REPORT_TENSOR]:
         raise ShapeMismatch(f"the report must hold one tensor named {REPORT_TENSOR!r}")
     tensor = tensors[REPORT_TENSOR]
-    if tensor.dtype != np.float32 or tensor.shape != (schema.num_parameters,):
-        raise ShapeMismatch(
-            f"the update must be float32[{schema.num_parameters}], got {tensor.dtype}{list(tensor.shape)}"
-        )
-    update = cast("npt.NDArray[np.float32]", tensor)
-    check_values(update, schema.max_abs)
-    return update
-
-
-def check_values(update: npt.NDArray[np.float32], max_abs: float) -> None:
-    """Refuse NaN, infinities and values beyond the bound, in two passes without a copy.
-
-    Raises:
-        NonFiniteUpdate: NaN or infinities.
-        UpdateOutOfRange: Values beyond ``max_abs``.
-    """
-    # NaN propagates through both, so one comparison catches it.
-    largest = max(float(np.max(update)), -float(np.min(update)))
-    if not np.isfinite(largest):
-        raise NonFiniteUpdate(f"{int(np.count_nonzero(~np.isfinite(update)))} values are NaN or infinite")
-    if largest > max_abs:
-        raise UpdateOutOfRange(f"a value of magnitude {largest:.3g} lies beyond the bound of {max_abs:.3g}")
+    payload: npt.NDArray[np.float32] | memoryview
+    if schema.compression is not None:
+        if tensor.dtype != np.uint8 or tensor.ndim != 1:
+            raise ShapeMismatch(f"a compressed update is uint8[n], got {tensor.dtype}{list(tensor.shape)}")
+        payload = tensor.data
+    else:
+        if tensor.dtype != np.float32 or tensor.shape != (schema.update_size,):
+            raise ShapeMismatch(
+                f"the update must be float32[{schema.update_size}], got {tensor.dtype}{list(tensor.shape)}"
+            )
+        payload = cast("npt.NDArray[np.float32]", tensor)
+    return EncodedUpdate(number, payload, weight=weight, seed=seed, normaliser=normaliser(schema.plan, envelope.steps))

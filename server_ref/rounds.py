@@ -133,7 +133,17 @@ class Closing:
 
 
 class RoundEngine:
-    """State of the open buffer and of all live assignments. Memory: O(concurrency + buffer_size)."""
+    """State of the open buffer and of all live assignments. Memory: O(concurrency + buffer_size).
+
+    Args:
+        policy: The rounds' numbers.
+        virtual_time: Whether devices state how long they will take.
+        version: Model versions made so far.
+        next_number: Number of the next assignment.
+        opened_at: When the open buffer was opened.
+        halted: Whether the task ended before its last round.
+        tolerance: Staleness accepted at a model version, where it changes; never rises. None: ``max_staleness``.
+    """
 
     def __init__(
         self,
@@ -143,8 +153,12 @@ class RoundEngine:
         version: int = 0,
         next_number: int = 0,
         opened_at: float = 0.0,
+        halted: bool = False,
+        tolerance: Callable[[int], int] | None = None,
     ) -> None:
         self.policy = policy
+        self._halted = halted
+        self._tolerance = tolerance or (lambda _version: policy.max_staleness)
         self.virtual_time = virtual_time
         self.version = version
         self.next_number = next_number
@@ -172,9 +186,19 @@ class RoundEngine:
         next_number: int,
         opened_at: float,
         invitations: int = 0,
+        halted: bool = False,
+        tolerance: Callable[[int], int] | None = None,
     ) -> RoundEngine:
         """Rebuild from the table's live rows."""
-        engine = cls(policy, virtual_time=virtual_time, version=version, next_number=next_number, opened_at=opened_at)
+        engine = cls(
+            policy,
+            virtual_time=virtual_time,
+            version=version,
+            next_number=next_number,
+            opened_at=opened_at,
+            halted=halted,
+            tolerance=tolerance,
+        )
         for record in live:
             engine._enter(record)
         engine._invitations = invitations
@@ -184,8 +208,8 @@ class RoundEngine:
 
     @property
     def finished(self) -> bool:
-        """Whether the last round is committed."""
-        return self.version >= self.policy.rounds
+        """Whether the last round is committed, or the task was halted before it."""
+        return self._halted or self.version >= self.policy.rounds
 
     @property
     def invitations(self) -> int:
@@ -333,10 +357,10 @@ class RoundEngine:
         if record.state is not AssignmentState.OUTSTANDING:
             raise StaleReport(f"assignment {record.assignment_id} is {record.state.value}")
         staleness = self.version - record.model_version
-        if staleness > self.policy.max_staleness:
+        tolerance = self._tolerance(self.version)
+        if staleness > tolerance:
             raise StaleReport(
-                f"assignment {record.assignment_id} is {staleness} versions old; "
-                f"at most {self.policy.max_staleness} are accepted"
+                f"assignment {record.assignment_id} is {staleness} versions old; at most {tolerance} are accepted"
             )
         late = record.arrival is None if self.virtual_time else now > record.deadline
         if late:
@@ -357,8 +381,12 @@ class RoundEngine:
             if missed and record.state is AssignmentState.OUTSTANDING:
                 self._retire(record, AssignmentState.EXPIRED)
 
-    def commit(self, closing: Closing) -> int:
+    def commit(self, closing: Closing, *, halt: bool = False) -> int:
         """Apply a closed buffer: its reports are counted, the version rises, what became too old is superseded.
+
+        Args:
+            closing: The buffer.
+            halt: End the task with this round.
 
         Returns:
             How many assignments were superseded.
@@ -367,9 +395,11 @@ class RoundEngine:
             record.counted_in = closing.round_id
             self._retire(record, AssignmentState.COUNTED)
         self.version += 1
+        self._halted = self._halted or halt
         superseded = 0
+        tolerance = self._tolerance(self.version)
         for record in list(self._live.values()):
-            too_old = self.version - record.model_version > self.policy.max_staleness
+            too_old = self.version - record.model_version > tolerance
             if too_old or self.finished:
                 superseded += 1
                 self._retire(record, AssignmentState.SUPERSEDED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from server_ref.durable import DurableState
@@ -21,9 +22,13 @@ def describe(state: DurableState) -> dict[str, Any]:
         "rounds": engine.policy.rounds,
         "round_id": engine.version,
         "finished": engine.finished,
+        "halted": state.halted,
         "buffer_size": engine.policy.buffer_size,
         "concurrency": engine.policy.concurrency,
         "virtual_clock": engine.virtual_time,
+        "compression": task.compression,
+        "dense_report_bytes": 4 * task.pipeline.entry.size,
+        "pipeline": {slot.value: stage.title for slot, stage in task.pipeline.stages.items()},
     }
 
 
@@ -44,6 +49,7 @@ def history(state: DurableState, since: int) -> list[dict[str, Any]]:
                 "closed_at_s": committed.closed_at,
                 "validation_accuracy": model.validation_accuracy,
                 "validation_loss": model.validation_loss,
+                "measurements": json.loads(committed.measurements_json or "{}"),
             }
             for committed, model in database.load_history(connection, since)
         ]

@@ -13,10 +13,30 @@ from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, 
 from client_sdk.protocol.messages import Assignment, F32Encoding
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
-from server_ref.aggregation.plan import AccumulatorPlan
+from server_ref.aggregation.pipeline import Pipeline
 from server_ref.config import TaskConfig
 from server_ref.models import decode_model
+from server_ref.recipe import build_pipeline, compression_of
 from server_ref.rounds import AssignmentRecord
+
+# Settings that change a bit of the result. Concurrency, leases and retries change who takes part, which the accepted
+# sets record.
+_IDENTITY = frozenset(
+    {
+        "plan",
+        "weight_cap",
+        "max_abs",
+        "resolution",
+        "buffer_size",
+        "seed",
+        "population",
+        "aggregation",
+        "optimizer",
+        "staleness",
+        "selection",
+        "divergence",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -31,16 +51,34 @@ class Task:
     program: bytes
     initial_weights: npt.NDArray[np.float32]
     kind: UpdateKind
-    plan_of_sum: AccumulatorPlan
+    pipeline: Pipeline
+    compression: str | None
     settings: TaskConfig
 
     def shuffle_seed(self, assignment_number: int) -> int:
-        """Seed of one assignment's shuffles: 53 bits, so that every JSON reader keeps them."""
-        digest = hashlib.sha256(f"shuffle:{self.settings.seed}:{assignment_number}".encode("ascii")).digest()
+        """Seed of one assignment's shuffles."""
+        return self._seed("shuffle", assignment_number)
+
+    def compression_seed(self, record: AssignmentRecord) -> int:
+        """Public randomness of one assignment's compression; 0 where nothing is compressed.
+
+        One for each assignment: devices that round by the same draws all err to the same side, and the mean with them.
+        """
+        return 0 if self.compression is None else self._seed("compression", record.number)
+
+    def _seed(self, purpose: str, number: int) -> int:
+        """53 bits, so that every JSON reader keeps them."""
+        digest = hashlib.sha256(f"{purpose}:{self.settings.seed}:{number}".encode("ascii")).digest()
         return int.from_bytes(digest[:8], "big") >> 11
 
     def assignment(
-        self, record: AssignmentRecord, *, model_sha256: str, now: float, max_report_bytes: int
+        self,
+        record: AssignmentRecord,
+        *,
+        model_sha256: str,
+        control_sha256: str | None,
+        now: float,
+        max_report_bytes: int,
     ) -> Assignment:
         """The message that gives a device its work."""
         return Assignment(
@@ -56,6 +94,9 @@ class Task:
             kind=self.kind,
             encoding=F32Encoding(max_abs=self.settings.max_abs),
             weight=record.weight,
+            compression=self.compression,
+            compression_seed=self.compression_seed(record),
+            control_sha256=control_sha256,
             plan=self.settings.plan,
             shuffle_seed=self.shuffle_seed(record.number),
             lease_s=max(0.0, record.deadline - now),
@@ -71,6 +112,7 @@ def load_task(config: TaskConfig) -> Task:
         ManifestError: Unreadable manifest.
         ProgramHashMismatch: The program or the weights are not those of the manifest.
         BudgetExceeded: The declared bounds leave no exact sum.
+        PipelineError: Settings of the aggregation that do not go together.
     """
     try:
         manifest_json, program, frame = (
@@ -94,25 +136,17 @@ def load_task(config: TaskConfig) -> Task:
         weights = decode_model(0, frame, manifest).weights
     except ProtocolError as e:
         raise ConfigurationError(f"{config.bundle / WEIGHTS_FILE}: {e.detail}") from e
-    plan_of_sum = AccumulatorPlan.for_bounds(
-        max_abs=config.max_abs,
-        max_weight=config.weight_cap,
-        # What can be folded at once: a full buffer, and in virtual time reports that turn out not to count.
-        max_count=config.buffer_size + (config.concurrency or config.buffer_size),
-        resolution=config.resolution,
-    )
+    pipeline = build_pipeline(config, manifest)
+    # An exact sum that the bounds do not allow is an error of the settings, not of the first report.
+    pipeline.start()
+    compression = compression_of(config)
     manifest_sha256 = hashlib.sha256(manifest_json).hexdigest()
     identity = {
         "manifest": manifest_sha256,
         "kind": UpdateKind.DELTA.value,
-        "plan": config.plan.model_dump(mode="json"),
-        "weight_cap": config.weight_cap,
-        "max_abs": config.max_abs,
-        "resolution": config.resolution,
-        "server_learning_rate": config.server_learning_rate,
-        "buffer_size": config.buffer_size,
-        "max_staleness": config.max_staleness,
-        "seed": config.seed,
+        **{name: settings for name, settings in config.model_dump(mode="json").items() if name in _IDENTITY},
+        # Two spellings of one compression are one task.
+        "compression": None if compression is None else str(compression),
     }
     identity_json = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return Task(
@@ -124,6 +158,7 @@ def load_task(config: TaskConfig) -> Task:
         program=program,
         initial_weights=weights,
         kind=UpdateKind.DELTA,
-        plan_of_sum=plan_of_sum,
+        pipeline=pipeline,
+        compression=None if compression is None else str(compression),
         settings=config,
     )

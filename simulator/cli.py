@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+DEFAULT_ROUNDS: Final = 60
 EXIT_INTERRUPTED = 130
 
 _SIMULATE_EPILOG = """\
@@ -25,10 +26,13 @@ examples:
     pocketfed simulate --dropout 0.1 --overselect 1.3 --out runs/dropouts
 
   asynchronous: a model update every 10 reports, 40 devices always at work, at most 8 versions behind:
-    pocketfed simulate --cohort 10 --overselect 4 --refill-at 1 --max-staleness 8 --rounds 60 --out runs/async
+    pocketfed simulate --async --buffer 10 --overselect 4 --max-staleness 8 --out runs/async
 
-  a fifth of the devices are dishonest, and hide in the spread of the honest ones' updates:
-    pocketfed simulate --attack alie:1.5 --byzantine 0.2 --out runs/attacked
+  a fifth of the devices are dishonest and hide in the spread of the honest ones' updates; a rule that stands it:
+    pocketfed simulate --attack alie:1.5 --byzantine 0.2 --rule multi-krum --out runs/attacked
+
+  devices send one value in a hundred, and the rest later:
+    pocketfed simulate --compression topk:0.01 --out runs/small
 
   go on after Ctrl-C (or after the machine went down):
     pocketfed simulate --resume --out runs/fashion
@@ -44,6 +48,8 @@ DIR gets results.json (every figure), report.html (plots, opens offline), and wh
 
 def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Fill the parser of ``pocketfed simulate``, and return the function that runs it."""
+    from server_ref.flags import add_aggregation_flags  # noqa: PLC0415 - `pocketfed --help` loads no server
+
     parser.description = (
         "Train a model on a simulated fleet, and write a report.\n\n"
         "Every device runs the real thing: the client SDK with an exported ExecuTorch program, over HTTP, against the\n"
@@ -64,28 +70,35 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     rounds = parser.add_argument_group("rounds")
     add = rounds.add_argument
     add("--rounds", type=int, metavar="R", help="model updates (default: 60)")
-    add("--cohort", type=int, metavar="K", help="reports per model update (default: a fifth of the fleet, 10 or more)")
+    add(
+        "--cohort",
+        "--buffer",
+        type=int,
+        metavar="K",
+        help="reports per model update (default: a fifth of the fleet, 10 or more)",
+    )
     add("--overselect", type=float, metavar="X", help="devices invited per report needed, 1.0 or more (default: 1.0)")
     add("--refill-at", type=int, metavar="N", help="asynchronous: invite again when N slots are free (default: all)")
-    add("--max-staleness", type=int, metavar="V", help="asynchronous: versions a report may be behind (default: 0)")
     add("--dropout", type=float, metavar="P", help="probability that an invited device vanishes (default: 0)")
-    add(
-        "--server-lr",
-        dest="server_learning_rate",
-        type=float,
-        metavar="X",
-        help="scale of the mean update (default: 1)",
-    )
     local = parser.add_argument_group("local training")
     add = local.add_argument
     add("--epochs", type=int, metavar="E", help="passes over a device's examples (default: 5)")
     add("--batch-size", type=int, metavar="B", help="examples per step (default: 8 for digits, else 16)")
     add("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: 0.5 for digits, else 0.1)")
     add("--prox-mu", type=float, metavar="MU", help="FedProx's coefficient (default: 0, FedAvg)")
-    attackers = parser.add_argument_group("dishonest devices")
-    add = attackers.add_argument
-    add("--attack", metavar="HOW", help="what they send, e.g. sign-flip, scaling:100, alie, ipm:0.5, backdoor:target=0")
-    add("--byzantine", type=float, metavar="F", help="their fraction of the fleet, from 0 to 1 (default: 0)")
+    add = parser.add_argument_group("attackers").add_argument
+    add(
+        "--attack",
+        metavar="NAME",
+        help="what dishonest devices do, e.g. sign-flip, scaling:100, alie, ipm:0.5, backdoor:target=0",
+    )
+    add(
+        "--byzantine",
+        type=float,
+        metavar="F",
+        help="fraction of the fleet that is dishonest, and that the --rule is built to stand (default: 0)",
+    )
+    add_aggregation_flags(parser)
     other = parser.add_argument_group("another server")
     add = other.add_argument
     add("--server", metavar="URL", help="use a running server: its clock, rounds, model and plan; not repeatable")
@@ -102,18 +115,19 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 
 
 _CONFIG_FLAGS = (
-    "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "max_staleness",
-    "dropout", "server_learning_rate", "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine",
-    "server",
+    "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "dropout",
+    "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine", "server",
 )  # fmt: skip
 
 
 def _run_simulate(args: argparse.Namespace) -> int:
     from client_sdk.protocol.errors import ConfigurationError  # noqa: PLC0415 - keep --help cheap
+    from server_ref.flags import merged  # noqa: PLC0415
     from simulator.config import SimulationConfig  # noqa: PLC0415
     from simulator.folder import RunFolder  # noqa: PLC0415
 
     given: dict[str, Any] = {k: getattr(args, k) for k in _CONFIG_FLAGS if getattr(args, k) is not None}
+    given = merged(_shared_settings(args), given)
     if args.workers < 1:
         raise ConfigurationError(f"--workers must be at least 1, got {args.workers}")
     if args.resume and args.overwrite:
@@ -125,6 +139,19 @@ def _run_simulate(args: argparse.Namespace) -> int:
         folder = RunFolder.begin(args.out, config, overwrite=args.overwrite)
     with folder:
         return _simulate(args, folder)
+
+
+def _shared_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags that ``serve`` has too say, as fields of the configuration."""
+    from server_ref.flags import aggregation_settings  # noqa: PLC0415
+
+    rounds = DEFAULT_ROUNDS if args.rounds is None else args.rounds
+    settings = aggregation_settings(args, rounds=rounds)
+    settings |= settings.pop("plan", {})
+    if args.asynchronous and args.overselect is None:
+        # So that devices train while a buffer fills, which is the point.
+        settings["overselect"] = 2.0
+    return settings
 
 
 def _simulate(args: argparse.Namespace, folder: Any) -> int:  # noqa: ANN401 - its type would load the simulator

@@ -10,12 +10,16 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from client_sdk.protocol.compression import CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError
-from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.training import Algorithm, TrainingPlan
+from server_ref.aggregation.server_optim import OptimizerConfig
+from server_ref.aggregation.staleness import StalenessPolicy
+from server_ref.config import AggregationConfig, DivergenceConfig, SelectionConfig
 from simulator.adversaries.registry import parse_attack
 from simulator.errors import ResumeMismatch
 from simulator.partition import parse_partition
@@ -49,12 +53,18 @@ class SimulationConfig(BaseModel):
         cohort: Reports per model update; None takes ``default_cohort``.
         overselect: Devices invited per report needed: ``concurrency = ceil(cohort * overselect)``.
         refill_at: Free slots before new devices are invited; None (all of them) makes rounds synchronous.
-        max_staleness: Model versions an update may lag behind.
         epochs: Local passes over a device's examples.
         batch_size: Examples per local step.
         learning_rate: Of the local steps.
         prox_mu: FedProx's coefficient; 0 is FedAvg.
-        server_learning_rate: Scale of the averaged update.
+        algorithm: What devices train and send.
+        max_steps: Local steps after which training ends.
+        compression: Of the updates, canonical.
+        aggregation: How a buffer's updates become one.
+        optimizer: What applies that to the model.
+        staleness: How old updates may be, and what that costs them.
+        selection: Who gets a free slot.
+        divergence: When training is halted by itself.
         dropout: Probability that an invited device never reports.
         attack: What dishonest devices do, as ``adversaries.parse_attack`` reads it; None: all are honest.
         byzantine: Fraction of the fleet that attacks, and that a robust rule reckons with.
@@ -73,12 +83,18 @@ class SimulationConfig(BaseModel):
     cohort: int | None = Field(None, ge=1)
     overselect: float = Field(1.0, ge=1.0, le=100.0)
     refill_at: int | None = Field(None, ge=1)
-    max_staleness: int = Field(0, ge=0, le=1000)
     epochs: int = Field(5, ge=1, le=1000)
     batch_size: int = Field(8, ge=1, le=4096)
     learning_rate: float = Field(0.5, gt=0, le=1e3, allow_inf_nan=False)
     prox_mu: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
-    server_learning_rate: float = Field(1.0, gt=0, le=1e3, allow_inf_nan=False)
+    algorithm: Algorithm = "fedavg"
+    max_steps: int | None = Field(None, ge=1)
+    compression: str | None = None
+    aggregation: AggregationConfig = AggregationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    staleness: StalenessPolicy = StalenessPolicy(max_staleness=0)
+    selection: SelectionConfig = SelectionConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     attack: str | None = None
     byzantine: float = Field(0.0, ge=0.0, lt=1.0)
@@ -88,6 +104,11 @@ class SimulationConfig(BaseModel):
     @classmethod
     def _known_partition(cls, value: str) -> str:
         return str(parse_partition(value))
+
+    @field_validator("compression")
+    @classmethod
+    def _canonical_compression(cls, value: str | None) -> str | None:
+        return None if value is None else str(CompressionSpec.parse(value))
 
     @field_validator("attack")
     @classmethod
@@ -105,6 +126,11 @@ class SimulationConfig(BaseModel):
         return math.ceil(round(self.cohort_size * self.overselect, 9))
 
     @property
+    def max_staleness(self) -> int:
+        """Model versions an update may lag behind, at most."""
+        return self.staleness.max_staleness
+
+    @property
     def repeatable(self) -> bool:
         """Whether equal configurations give equal models: not where a foreign server's clock decides."""
         return self.server is None
@@ -117,6 +143,8 @@ class SimulationConfig(BaseModel):
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             prox_mu=self.prox_mu,
+            algorithm=self.algorithm,
+            max_steps=self.max_steps,
         )
 
     def check(self) -> None:
@@ -166,7 +194,7 @@ class SimulationConfig(BaseModel):
             config = cls.model_validate({**RECIPES.get(str(given.get("dataset")), {}), **given})
         except ValidationError as e:
             raise ConfigurationError(
-                "; ".join(f"{_flag(err['loc'])}: {_plain(err['msg'])} (got {err['input']!r})" for err in e.errors())
+                "; ".join(f"{flag_of(err['loc'])}: {_plain(err['msg'])} (got {err['input']!r})" for err in e.errors())
             ) from e
         config.check()
         return config
@@ -187,16 +215,45 @@ class SimulationConfig(BaseModel):
 
     def differences(self, other: SimulationConfig) -> list[str]:
         """``flag: mine, other's`` of every field in which the two differ."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return [f"{_flag((k,))} {mine[k]} (the run has {theirs[k]})" for k in mine if mine[k] != theirs[k]]
+        mine, theirs = flat(self.model_dump(mode="json")), flat(other.model_dump(mode="json"))
+        return [f"{flag_of(k)} {mine[k]} (the run has {theirs[k]})" for k in mine if mine[k] != theirs[k]]
 
 
-_FLAGS = {"learning_rate": "--lr", "server_learning_rate": "--server-lr"}
+def flat(values: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Nested settings by their paths.
+
+    Example:
+        >>> flat({"rounds": 3, "optimizer": {"name": "sgd"}})
+        {('rounds',): 3, ('optimizer', 'name'): 'sgd'}
+    """
+    found: dict[tuple[str, ...], Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found.update({(name, *path): inner for path, inner in flat(value).items()})
+        else:
+            found[(name,)] = value
+    return found
 
 
-def _flag(location: tuple[int | str, ...]) -> str:
-    name = str(location[0]) if location else "configuration"
-    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+_FLAGS = {
+    "learning_rate": "--lr",
+    "optimizer.name": "--optimizer",
+    "optimizer.learning_rate": "--server-lr",
+    "optimizer.momentum": "--server-momentum",
+    "selection.policy": "--selection",
+    "selection.floor": "--selection-floor",
+    "staleness.tighten_rounds": "--tighten",
+    "staleness.exponent": "--staleness",
+    "staleness.final_exponent": "--staleness",
+    "staleness.weighting": "--staleness",
+    "staleness.scale_learning_rate": "--stale-lr",
+}
+
+
+def flag_of(location: tuple[int | str, ...]) -> str:
+    """The flag that sets a field: nested sections are flat on the command line."""
+    name = ".".join(map(str, location)) if location else "configuration"
+    return _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
 
 
 def _plain(message: str) -> str:

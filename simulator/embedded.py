@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 from typing import Any, Final, Self
 
-from client_sdk.protocol.training import TrainingPlan
 from simulator.errors import ServerUnavailable
 
 CONFIG_FILE: Final = "config.toml"
@@ -24,13 +23,12 @@ _STOP_WITHIN_S: Final = 30.0
 _KEPT_VARIABLES: Final = ("POCKETFED_CACHE", "POCKETFED_DEBUG")
 
 
-def write_server_config(folder: Path, task: dict[str, Any], plan: TrainingPlan) -> Path:
+def write_server_config(folder: Path, task: dict[str, Any]) -> Path:
     """Write the configuration of an embedded server on the virtual clock.
 
     Args:
         folder: The server's folder; database and blobs go below it.
-        task: Settings of the task, as ``pocketfed serve`` documents them.
-        plan: The devices' local training.
+        task: Settings of the task, as ``pocketfed serve`` documents them; None leaves one out.
 
     Returns:
         The file.
@@ -42,12 +40,7 @@ def write_server_config(folder: Path, task: dict[str, Any], plan: TrainingPlan) 
         "port = 0",
         'clock = "virtual"',
         "exit_with_stdin = true",
-        "",
-        "[task]",
-        *_toml(task),
-        "",
-        "[task.plan]",
-        *_toml(plan.model_dump()),
+        *_table("task", task),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_FILE
@@ -55,8 +48,16 @@ def write_server_config(folder: Path, task: dict[str, Any], plan: TrainingPlan) 
     return path
 
 
-def _toml(values: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+def _table(name: str, values: dict[str, Any]) -> list[str]:
+    """A TOML table, then the tables inside it."""
+    lines = ["", f"[{name}]"]
+    tables = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            tables += _table(f"{name}.{key}", value)
+        elif value is not None:
+            lines.append(f"{key} = {_toml_value(value)}")
+    return lines + tables
 
 
 def _toml_value(value: Any) -> str:  # noqa: ANN401 - strings, paths and numbers

@@ -75,6 +75,7 @@ class RunMonitor:
         *,
         of_rounds: int,
         cohort: int,
+        dense_report_bytes: int = 0,
         first_version: int = 0,
         scored: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -87,6 +88,7 @@ class RunMonitor:
             display: Is told how far the run is.
             of_rounds: Rounds of the run.
             cohort: Reports per round.
+            dense_report_bytes: What one update would take as float32.
             first_version: Model version that the run began with (a foreign server may have had rounds before).
             scored: Whether the server evaluates its models.
             clock: Seconds.
@@ -98,6 +100,7 @@ class RunMonitor:
         self._display = display
         self._of_rounds = of_rounds
         self._cohort = cohort
+        self._dense_bytes = dense_report_bytes
         self._first = first_version
         self._scored = scored
         self._clock = clock
@@ -214,15 +217,21 @@ class RunMonitor:
                 seconds=self._journal.round_seconds.get(r, 0.0),
                 opened_at_s=committed.opened_at_s,
                 closed_at_s=committed.closed_at_s,
+                bytes_dense=self._dense_bytes * committed.reports,
+                bytes_counted=committed.bytes_up,
+                excluded=tuple(committed.measurements.excluded),
+                clipped=committed.measurements.clipped,
+                staleness=committed.measurements.staleness,
+                unchanged=committed.measurements.unchanged,
                 model_sha256=committed.model_sha256,
             )
             for r, committed in sorted(self._known.items())
         )
 
-    def counted(self, max_staleness: int) -> list[list[Session]]:
+    def counted(self, tolerance: Callable[[int], int]) -> list[list[Session]]:
         """The sessions that each committed round counted."""
         reports = [0] * self._first + [committed.reports for _, committed in sorted(self._known.items())]
-        return counted_sessions(self.sessions, reports, max_staleness)
+        return counted_sessions(self.sessions, reports, tolerance)
 
     def tier_results(self, population: Population, counted: Sequence[Sequence[Session]]) -> tuple[TierResult, ...]:
         """What became of all sessions, tier by tier."""

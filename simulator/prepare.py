@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -168,10 +168,53 @@ def lease_s(config: SimulationConfig, population: Population, costs: SessionCost
     return max(_MIN_LEASE_S, math.ceil(_LEASE_MARGIN * slowest))
 
 
-def write_server(
-    folder: RunFolder, dataset: Dataset, *, lease: float, check_in_interval_s: float, largest_part: int
-) -> Path:
+def task_settings(
+    config: SimulationConfig, *, lease: float, check_in_interval_s: float, num_samples: Sequence[int]
+) -> dict[str, Any]:
+    """The run's task as ``server_ref.config.TaskConfig`` has it, without its files; for both engines.
+
+    Args:
+        config: The run.
+        lease: Seconds.
+        check_in_interval_s: Mean time between two offers of a device.
+        num_samples: Examples of each device.
+    """
+    plan = config.plan
+    if plan.algorithm == "fednova" and plan.max_steps is None:
+        # What no device exceeds anyway: the server wants a bound on what devices claim.
+        most = plan.local_epochs * math.ceil(max(num_samples) / plan.batch_size)
+        plan = plan.model_copy(update={"max_steps": most})
+    aggregation = config.aggregation
+    if aggregation.rule != "mean" and aggregation.num_byzantine is None and config.byzantine > 0:
+        aggregation = aggregation.model_copy(update={"byzantine_fraction": config.byzantine})
+    return {
+        "rounds": config.rounds,
+        "buffer_size": config.cohort_size,
+        "concurrency": config.concurrency,
+        "refill_at": config.refill_at,
+        "lease_s": lease,
+        "retry_min_s": check_in_interval_s / 2,
+        "retry_max_s": check_in_interval_s,
+        "weight_cap": max(num_samples),
+        "seed": config.seed,
+        "compression": config.compression,
+        "population": config.devices,
+        "plan": plan.model_dump(mode="json"),
+        "aggregation": aggregation.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        "staleness": config.staleness.model_dump(mode="json"),
+        "selection": config.selection.model_dump(mode="json"),
+        "divergence": config.divergence.model_dump(mode="json"),
+    }
+
+
+def write_server(folder: RunFolder, dataset: Dataset, task: dict[str, Any]) -> Path:
     """Write the embedded server's validation data and configuration.
+
+    Args:
+        folder: The run's.
+        dataset: Brings the validation data.
+        task: ``task_settings``.
 
     Returns:
         The configuration file.
@@ -180,23 +223,8 @@ def write_server(
     server.mkdir(exist_ok=True)
     validation = server / "validation.npz"
     np.savez(validation, x=dataset.validation.x, y=dataset.validation.y)
-    config = folder.config
-    task = {
-        "bundle": f"../{BUNDLE_FOLDER}",
-        "validation_data": validation.name,
-        "rounds": config.rounds,
-        "buffer_size": config.cohort_size,
-        "concurrency": config.concurrency,
-        "refill_at": config.refill_at,
-        "max_staleness": config.max_staleness,
-        "lease_s": lease,
-        "retry_min_s": check_in_interval_s / 2,
-        "retry_max_s": check_in_interval_s,
-        "weight_cap": largest_part,
-        "server_learning_rate": config.server_learning_rate,
-        "seed": config.seed,
-    }
-    return write_server_config(server, task, config.plan)
+    files = {"bundle": f"../{BUNDLE_FOLDER}", "validation_data": validation.name}
+    return write_server_config(server, {**files, **task})
 
 
 def check_fit(manifest: Manifest, dataset: Dataset) -> None:

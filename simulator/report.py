@@ -14,7 +14,7 @@ import numpy.typing as npt
 from client_sdk.atomic import write_atomically
 from client_sdk.protocol.profile import DeviceTier
 from simulator import figures
-from simulator.config import SimulationConfig
+from simulator.command import command_of
 from simulator.folder import REPORT_FILE
 from simulator.progress import human_bytes, human_time
 from simulator.report_page import POLICY, SCRIPT, STYLE
@@ -97,23 +97,6 @@ def write_report(
     path = folder / REPORT_FILE
     write_atomically(path, page.render(f"pocketfed: {_title(results)}", get_plotlyjs()).encode(), mode=0o644)
     return path
-
-
-def command_of(config: SimulationConfig) -> str:
-    """The command that repeats a run, with every setting that is not the default."""
-    defaults = SimulationConfig().model_dump()
-    flags = {
-        "dataset": "--dataset", "devices": "--devices", "rounds": "--rounds", "model": "--model",
-        "partition": "--partition", "seed": "--seed", "cohort": "--cohort", "overselect": "--overselect",
-        "refill_at": "--refill-at", "max_staleness": "--max-staleness", "epochs": "--epochs",
-        "batch_size": "--batch-size", "learning_rate": "--lr", "prox_mu": "--prox-mu",
-        "server_learning_rate": "--server-lr", "dropout": "--dropout", "attack": "--attack",
-        "byzantine": "--byzantine", "server": "--server",
-    }  # fmt: skip
-    always = {"dataset", "devices", "rounds", "model", "partition", "seed"}
-    values = config.model_dump()
-    shown = [f"{flag} {values[k]}" for k, flag in flags.items() if k in always or values[k] != defaults[k]]
-    return " ".join(["pocketfed simulate", *shown, "--out DIR"])
 
 
 def _title(results: SimulationResults) -> str:

@@ -45,6 +45,12 @@ class RoundResult(_Frozen):
     seconds: NonNegative = Field(description="wall-clock time of this machine")
     opened_at_s: NonNegative = Field(description="the server's clock: virtual time unless the server was foreign")
     closed_at_s: NonNegative
+    bytes_counted: Count = Field(description="bodies of the counted reports")
+    bytes_dense: Count = Field(description="what their updates alone would take as float32")
+    excluded: tuple[Count, ...] = Field(description="assignment numbers of counted reports that a robust rule left out")
+    clipped: Count = Field(description="counted reports whose norm was clipped")
+    staleness: dict[Count, Count] = Field(description="age in model versions -> counted reports")
+    unchanged: str | None = Field(description="the error that made the round leave the model as it was")
     model_sha256: Sha256
 
 
@@ -75,11 +81,13 @@ class SimulationResults(_Frozen):
     ``final_accuracy`` is on the test split, which is read once, after the last round; null in an interrupted run.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     status: Literal["completed", "interrupted"]
     final_accuracy: Fraction | None
     final_loss: Loss | None
     model_sha256: Sha256 | None = Field(description="content hash of the latest model; null before the first round")
+    halted: str | None = Field(description="why the server ended training before its last round")
+    pipeline: dict[str, str] = Field(description="slot -> what the server does there")
     repeatable: bool = Field(description="whether the same command gives the same model_sha256 on this machine")
     rounds: tuple[RoundResult, ...]
     tiers: tuple[TierResult, ...]

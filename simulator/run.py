@@ -32,7 +32,7 @@ from simulator.journal import Journal
 from simulator.loopback import LoopbackConnections, LoopbackTransport
 from simulator.monitor import Display, RunMonitor
 from simulator.population import Workload
-from simulator.prepare import Fleet, check_fit, export_bundle, lease_s, session_costs, write_server
+from simulator.prepare import Fleet, check_fit, export_bundle, lease_s, session_costs, task_settings, write_server
 from simulator.progress import SilentDisplay
 from simulator.report import write_report
 from simulator.results import DatasetFacts, SimulationResults, versions
@@ -77,6 +77,7 @@ class _Ending:
     counted: list[list[Session]]
     manifest: Manifest
     runtime: str
+    task: TaskView
 
 
 def run_simulation(folder: RunFolder, options: RunOptions, fleet: Fleet | None = None) -> SimulationResults:
@@ -141,13 +142,13 @@ class _Attempt:
         with self._beginning():
             bundle = export_bundle(config, self.fleet.dataset, self.folder.path / BUNDLE_FOLDER, self.options.say)
             costs = session_costs(self.folder, self.fleet.dataset, bundle)
-            server_config = write_server(
-                self.folder,
-                self.fleet.dataset,
+            task = task_settings(
+                config,
                 lease=lease_s(config, population, costs, self.fleet.num_samples),
                 check_in_interval_s=population.check_in_interval_s,
-                largest_part=max(self.fleet.num_samples),
+                num_samples=self.fleet.num_samples,
             )
+            server_config = write_server(self.folder, self.fleet.dataset, task)
         self.options.say("server: starting on loopback, on virtual time")
         with (
             EmbeddedServer(server_config) as server,
@@ -254,6 +255,7 @@ class _Attempt:
             self.options.display,
             of_rounds=of_rounds,
             cohort=cohort,
+            dense_report_bytes=view.task().dense_report_bytes,
             first_version=first_version,
         )
 
@@ -278,6 +280,7 @@ class _Attempt:
                 counted=_counted(self.folder.config, monitor),
                 manifest=program.manifest,
                 runtime=type(program).__name__.removesuffix("Program").lower(),
+                task=task,
             )
         finally:
             program.close()
@@ -285,7 +288,7 @@ class _Attempt:
 
 def _counted(config: SimulationConfig, monitor: RunMonitor) -> list[list[Session]]:
     if config.server is None:
-        return monitor.counted(config.max_staleness)
+        return monitor.counted(config.staleness.tolerance)
     # A foreign server does not tell whose reports it counted; those that it took, it counted or may still count.
     return [[s for s in monitor.sessions if s.end is not None and s.end.outcome is Outcome.ACCEPTED]]
 
@@ -302,6 +305,8 @@ def _results(
         final_accuracy=None if evaluation is None else evaluation.accuracy,
         final_loss=None if evaluation is None else evaluation.loss,
         model_sha256=ending.model_sha256,
+        halted=ending.task.halted,
+        pipeline=ending.task.pipeline,
         repeatable=folder.config.repeatable,
         rounds=rounds,
         tiers=monitor.tier_results(fleet.population, ending.counted),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
@@ -63,7 +63,9 @@ class Session:
         return (float("inf") if self.arrives_s is None else self.arrives_s, self.number)
 
 
-def counted_sessions(sessions: Iterable[Session], reports: Iterable[int], max_staleness: int) -> list[list[Session]]:
+def counted_sessions(
+    sessions: Iterable[Session], reports: Iterable[int], tolerance: Callable[[int], int]
+) -> list[list[Session]]:
     """Which sessions each round counted, by the rule that the server closes its buffers with.
 
     Whether an upload *beat* its round's commit depends on the speed of this machine; whether its report *counts*
@@ -72,7 +74,7 @@ def counted_sessions(sessions: Iterable[Session], reports: Iterable[int], max_st
     Args:
         sessions: All sessions of the run.
         reports: Reports that each committed round counted, oldest first.
-        max_staleness: Model versions that a report may lag behind.
+        tolerance: Model versions that a report may lag behind, at each version; never rises.
 
     Returns:
         For each round its counted sessions, in order of arrival.
@@ -84,9 +86,9 @@ def counted_sessions(sessions: Iterable[Session], reports: Iterable[int], max_st
         rest: list[Session] = []
         for session in pending:
             age = version - session.model_version
-            if 0 <= age <= max_staleness and len(counted) < wanted:
+            if 0 <= age <= tolerance(version) and len(counted) < wanted:
                 counted.append(session)
-            elif age < max_staleness:
+            elif age < tolerance(version + 1):
                 rest.append(session)
         rounds.append(counted)
         pending = rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 import httpx
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.transport import open_client
@@ -23,8 +23,22 @@ class TaskView(BaseModel):
     program_sha256: str
     rounds: int
     finished: bool
+    halted: str | None = None
+    dense_report_bytes: int = 0
+    pipeline: dict[str, str] = Field(default_factory=dict)
     buffer_size: int
     virtual_clock: bool
+
+
+class Measurements(BaseModel):
+    """What a round's stages measured, as far as a report shows it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    staleness: dict[int, int] = Field(default_factory=dict, description="age -> counted reports")
+    excluded: tuple[int, ...] = Field((), description="assignment numbers that a robust rule left out")
+    clipped: int = 0
+    unchanged: str | None = Field(None, description="why the round left the model as it was")
 
 
 class CommittedRound(BaseModel):
@@ -42,6 +56,8 @@ class CommittedRound(BaseModel):
     closed_at_s: float
     validation_accuracy: float | None
     validation_loss: float | None
+    bytes_up: int = 0
+    measurements: Measurements = Measurements()
 
 
 _ROUNDS = TypeAdapter(list[CommittedRound])

@@ -49,11 +49,12 @@ sys.exit(serve(load_config(Path(sys.argv[1])), on_event=on_event))
 def write_config(folder: Path, bundle: Path, **settings: object) -> Path:
     """A configuration file; ``task`` settings may be given flat. Returns its path."""
     top = {k: settings.pop(k) for k in ("clock", "blob_quota_bytes", "port") if k in settings}
-    plan = settings.pop("plan", {})
+    tables = {k: settings.pop(k) for k in [k for k, v in settings.items() if isinstance(v, dict)]}
     task = {"bundle": str(bundle), "rounds": 3, "buffer_size": 2, "retry_min_s": 0.0, "retry_max_s": 0.0} | settings
     lines = [f"{k} = {json.dumps(v)}" for k, v in ({"data_dir": str(folder / "state"), "port": 0} | top).items()]
     lines += ["exit_with_stdin = true", "[task]", *(f"{k} = {json.dumps(v)}" for k, v in task.items())]
-    lines += ["[task.plan]", *(f"{k} = {json.dumps(v)}" for k, v in plan.items())]
+    for name, values in tables.items():
+        lines += [f"[task.{name}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "server.toml"
     path.write_text("\n".join(lines) + "\n")

@@ -22,7 +22,7 @@ CONTROL_TENSOR = "control"
 UNCOMPRESSED: Final = "none"
 """What a report says of its compression where there is none."""
 
-WaitReason = Literal["round-full", "already-reported"]
+WaitReason = Literal["round-full", "already-reported", "not-selected"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Id128 = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="128 bits, hex")]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -142,10 +142,11 @@ class Wait(Message):
 
 
 class Finished(Message):
-    """Check-in answer: the task has reached its last round."""
+    """Check-in answer: the task has reached its last round, or was halted before it."""
 
     status: Literal["finished"] = "finished"
     model_version: int = Field(ge=0)
+    halted: bool = Field(default=False, description="training diverged; the operator has to look")
 
 
 class CheckInReply(Message):

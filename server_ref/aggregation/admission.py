@@ -107,6 +107,10 @@ class DecodeDense:
         """
         return _seen(self, facts)
 
+    def unbias_factor(self, facts: Facts) -> float:  # noqa: ARG002 - the slot's signature
+        """1: nothing was left out."""
+        return 1.0
+
     def decode(self, update: EncodedUpdate, facts: Facts) -> Float32Array:
         """The payload itself; see ``stages.Decode``."""
         vector = update.payload
@@ -143,6 +147,10 @@ class DecodeCompressed:
             IndividualUpdatesNeeded: Only a sum is visible.
         """
         return _seen(self, facts)
+
+    def unbias_factor(self, facts: Facts) -> float:
+        """The codec's; 1 with error feedback, which sends later what it leaves out now."""
+        return 1.0 if self.spec.error_feedback else Codec(self.spec, facts.size).unbias_factor
 
     def decode(self, update: EncodedUpdate, facts: Facts) -> Float32Array:
         """The dense vector; see ``stages.Decode``."""

@@ -35,7 +35,7 @@ from server_ref.aggregation.errors import (
     UnboundedWeight,
 )
 from server_ref.aggregation.release import NoNoise
-from server_ref.aggregation.server_optim import ServerState
+from server_ref.aggregation.server_state import ServerState
 from server_ref.aggregation.stages import Apply, Clip, Decode, Fold, Noise, Reduce, Schedule, Slot, Stage, Validate
 from server_ref.aggregation.staleness import SynchronousSchedule
 
@@ -223,7 +223,12 @@ class Pipeline:
             InvalidUpdate: The result would not be finite; the old state lives on.
         """
         scale = self.schedule.learning_rate_scale(list(staleness), round_id)
-        return self.optimizer.step(state, aggregate.values, aggregate.kind, learning_rate_scale=scale)
+        values = aggregate.values
+        decode = self.stages.get(Slot.DECODE)
+        if decode is not None and (factor := cast("Decode", decode).unbias_factor(self.entry)) != 1:
+            # Here and not on single updates: noise was calibrated to what was clipped, so this comes after it.
+            values = values * factor
+        return self.optimizer.step(state, values, aggregate.kind, learning_rate_scale=scale)
 
     def run(
         self, state: ServerState, updates: Iterable[EncodedUpdate], round_id: int = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -14,6 +16,9 @@ from server_ref.aggregation.batch import Adjacency, Aggregate, Facts, Float32Arr
 from server_ref.aggregation.errors import IndividualUpdatesNeeded
 from server_ref.aggregation.reduce import HeldUpdates, effective_progress, measurements_of
 from server_ref.aggregation.robust import (
+    RULES,
+    DistanceMode,
+    Mixing,
     RuleOptions,
     apply_rule,
     check_options,
@@ -37,6 +42,8 @@ class RobustRule:
         byzantine_fraction: The same as a fraction of the buffer, rounded down. If this is None too, the number is
             estimated from each buffer (``robust.estimate_num_byzantine``).
         options: What the rule can be told besides.
+        seed: What random distances and buckets are drawn from, mixed with who is in the buffer: nobody can know the
+            draw before the buffer is full, as long as the seed is not public.
         renormalise: FedNova: multiply the outcome by the updates' effective local progress.
     """
 
@@ -44,10 +51,11 @@ class RobustRule:
     num_byzantine: int | None = None
     byzantine_fraction: float | None = None
     options: RuleOptions = field(default_factory=RuleOptions)
+    seed: int = 0
     renormalise: bool = False
 
     def __post_init__(self) -> None:
-        check_options(self.rule, self.options)
+        check_options(self.rule, self.drawn([]))
         if self.num_byzantine is not None and self.byzantine_fraction is not None:
             raise ConfigurationError("give num_byzantine (a number) or byzantine_fraction (a fraction), not both")
         if self.num_byzantine is not None and self.num_byzantine < 0:
@@ -71,7 +79,7 @@ class RobustRule:
             assumed = f"{self.byzantine_fraction:.0%} dishonest updates"
         else:
             assumed = "an estimated number of dishonest updates"
-        before = "" if self.options.mixing == "none" else f"{self.options.mixing}, then "
+        before = "" if self.options.mixing is Mixing.NONE else f"{self.options.mixing}, then "
         return f"{before}{self.rule} against {assumed}"
 
     def assumed(self, count: int) -> int | None:
@@ -80,6 +88,14 @@ class RobustRule:
             return self.num_byzantine
         # A fraction like 0.3 of 10 is 3, whatever the last bit of the product says.
         return math.floor(round(self.byzantine_fraction * count, 9))
+
+    def drawn(self, updates: Sequence[Update]) -> RuleOptions:
+        """The options with a seed of this buffer, where they draw at all."""
+        if self.options.mode is DistanceMode.EXACT and self.options.mixing is not Mixing.BUCKETING:
+            return self.options
+        text = f"{self.seed}:{','.join(str(u.number) for u in updates)}"
+        seed = int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:6], "big")
+        return self.options.model_copy(update={"seed": seed})
 
     def derive(self, facts: Facts) -> Facts:
         """Needs to see the updates, and enough of them; proves a sensitivity only where the literature has one.
@@ -96,7 +112,7 @@ class RobustRule:
         count = facts.count or facts.capacity
         assumed = self.assumed(count)
         if assumed is not None:
-            tolerated(check_options(self.rule, self.options), count, assumed, self.options)
+            tolerated(RULES[self.rule], count, assumed, self.options)
         return replace(
             facts,
             rescaled=facts.rescaled or self.renormalise,
@@ -108,7 +124,7 @@ class RobustRule:
         num_byzantine = self.assumed(count)
         if facts.norm_bound is None or num_byzantine is None or self.renormalise:
             return MappingProxyType({})
-        value = sensitivity_replace_one(self.rule, count, num_byzantine, facts.norm_bound, self.options)
+        value = sensitivity_replace_one(self.rule, count, num_byzantine, facts.norm_bound, self.drawn([]))
         return MappingProxyType({} if value is None else {Adjacency.REPLACE_ONE: value})
 
     def start(self, facts: Facts) -> Fold:
@@ -129,10 +145,10 @@ class _RobustFold(HeldUpdates):
         measurements = measurements_of(updates)
         if num_byzantine is None:
             seen = rows_after_mixing(len(rows), self._stage.options)
-            limit = check_options(self._stage.rule, self._stage.options).limit(seen)
+            limit = RULES[self._stage.rule].limit(seen)
             num_byzantine = estimate_num_byzantine(rows, limit=max(0, limit))
             measurements["estimated_byzantine"] = num_byzantine
-        found = apply_rule(self._stage.rule, rows, num_byzantine, self._stage.options)
+        found = apply_rule(self._stage.rule, rows, num_byzantine, self._stage.drawn(updates))
         values = found.values
         measurements["rule"] = self._stage.rule
         measurements["num_byzantine"] = found.num_byzantine

@@ -10,14 +10,11 @@ import numpy as np
 from client_sdk.protocol.errors import ConfigurationError, InvalidUpdate
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.batch import Facts, Float32Array, Float64Array
-from server_ref.aggregation.server_optim import ServerState
+from server_ref.aggregation.server_state import CONTROL, ServerState
 from server_ref.aggregation.stages import Slot
 
 if TYPE_CHECKING:
     from server_ref.aggregation.stages import Apply
-
-CONTROL = "control"
-"""Name of the server's control variate c among the state's tensors, float64[d]."""
 
 
 @dataclass(frozen=True)

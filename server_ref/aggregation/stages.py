@@ -94,6 +94,10 @@ class Decode(Stage, Protocol):
         """
         ...
 
+    def unbias_factor(self, facts: Facts) -> float:
+        """What the released aggregate is multiplied by to be right in expectation (random sparsification)."""
+        ...
+
 
 class Clip(Stage, Protocol):
     """Bounds an update's norm."""

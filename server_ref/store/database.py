@@ -33,6 +33,8 @@ class ModelVersion:
     created_at: float
     validation_accuracy: float | None = None
     validation_loss: float | None = None
+    state_sha256: str | None = None
+    control_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class CommittedRound:
     bytes_up: int
     train_loss: float | None
     accepted_set_sha256: str
+    measurements_json: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class TaskState:
     invitations: int = 0
     opened_at: float = 0.0
     clock_now: float = 0.0
+    halted: str | None = None
+    divergence_json: str | None = None
 
 
 def open_database(path: Path) -> Engine:
@@ -108,7 +113,7 @@ def load_task(connection: Connection) -> TaskState | None:
 
 def save_task(connection: Connection, state: TaskState) -> None:
     """Insert or update the task's row."""
-    values = {"invitations": state.invitations, "opened_at": state.opened_at, "clock_now": state.clock_now}
+    values = {k: v for k, v in vars(state).items() if k not in {"task_id", "config_json"}}
     result = connection.execute(sa.update(schema.task).where(schema.task.c.task_id == state.task_id).values(**values))
     if result.rowcount == 0:
         connection.execute(
@@ -272,7 +277,19 @@ def load_history(connection: Connection, since: int) -> Iterable[tuple[Committed
         )
 
 
-def model_sha256(connection: Connection, version: int) -> str:
-    """Content hash of a model version that exists."""
+def model_version(connection: Connection, version: int) -> ModelVersion:
+    """A model version that exists."""
     table = schema.model_versions
-    return str(connection.execute(sa.select(table.c.sha256).where(table.c.version == version)).scalar_one())
+    return ModelVersion(**connection.execute(sa.select(table).where(table.c.version == version)).mappings().one())
+
+
+def report_latencies(connection: Connection, last: int) -> list[tuple[str, float]]:
+    """Device and seconds from assignment to report of the last so many reports, oldest first."""
+    table = schema.assignments
+    query = (
+        sa.select(table.c.device_id, table.c.arrival - table.c.issued_at)
+        .where(table.c.report_id.is_not(None), table.c.arrival.is_not(None))
+        .order_by(table.c.number.desc())
+        .limit(last)
+    )
+    return [(device_id, float(latency)) for device_id, latency in connection.execute(query)][::-1]

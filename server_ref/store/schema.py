@@ -22,6 +22,8 @@ task = Table(
     Column("invitations", Integer, nullable=False),
     Column("opened_at", Float, nullable=False),
     Column("clock_now", Float, nullable=False),
+    Column("halted", Text),
+    Column("divergence_json", Text),
 )
 
 devices = Table(
@@ -41,6 +43,8 @@ model_versions = Table(
     Column("created_at", Float, nullable=False),
     Column("validation_accuracy", Float),
     Column("validation_loss", Float),
+    Column("state_sha256", String(64)),
+    Column("control_sha256", String(64)),
 )
 
 # A committed round r turned model version r into r + 1.
@@ -56,6 +60,7 @@ rounds = Table(
     Column("bytes_up", BigInteger, nullable=False),
     Column("train_loss", Float),
     Column("accepted_set_sha256", String(64), nullable=False),
+    Column("measurements_json", Text),
 )
 
 # An assignment and, once it is there, its report: one row, because there is at most one report per assignment.

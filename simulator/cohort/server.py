@@ -11,8 +11,7 @@ from client_sdk.protocol.errors import InvalidUpdate
 from client_sdk.protocol.program import Float32Array, Manifest
 from server_ref.aggregation.batch import EncodedUpdate, Update
 from server_ref.aggregation.pipeline import Pipeline
-from server_ref.aggregation.scaffold import CONTROL
-from server_ref.aggregation.server_optim import ServerState
+from server_ref.aggregation.server_state import CONTROL, ServerState
 from server_ref.evaluation import Evaluation
 from server_ref.models import GlobalModel, encode_model
 from server_ref.rounds import AssignmentRecord, Closing, ReportFile, RoundEngine, RoundPolicy, Waiting

@@ -64,7 +64,7 @@ def test_reports_become_the_weighted_mean_added_to_the_model(tmp_path, softmax_b
         buffer_size=3,
         weight_cap=20,
         validation_data=str(examples),
-        server_learning_rate=0.5,
+        optimizer={"learning_rate": 0.5},
     )
     with running_server(config) as server:
         devices = [RawDevice(server.url).enrol() for _ in range(3)]
@@ -229,7 +229,7 @@ def test_requests_that_the_device_did_not_sign_are_refused(server, size):
     path = f"/v1/reports/{report_facts(assignment)['report_id']}"
     assert problem(httpx.put(server.url + path, content=body, trust_env=False)) == "authentication-failed"
     assert problem(stranger.send("PUT", path, body)) == "unknown-device"
-    assert problem(device.send("PUT", path, body, {"content-digest": "sha-256=:AAAA:"})) == "authentication-failed"
+    assert problem(device.send("PUT", path, body, {"content-digest": "sha-256=:AAAA:"})) == "body-altered"
     forged = device.send("PUT", path, body, {"signature": "sig1=:" + "A" * 86 + "==:"})
     assert problem(forged) == "authentication-failed"
     other = RawDevice(server.url).enrol()

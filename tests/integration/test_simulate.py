@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from client_sdk.cli import main
+from server_ref.aggregation.staleness import StalenessPolicy
 from simulator.config import SimulationConfig
 from simulator.embedded import EmbeddedServer
 from simulator.errors import ResumeMismatch, ServerUnavailable
@@ -106,7 +107,14 @@ def test_another_seed_gives_another_model(small, tmp_path):
 
 def test_asynchronous_rounds_are_repeatable_too(tmp_path):
     config = SMALL.model_copy(
-        update={"cohort": 2, "overselect": 3.0, "refill_at": 1, "max_staleness": 4, "rounds": 6, "dropout": 0.1}
+        update={
+            "cohort": 2,
+            "overselect": 3.0,
+            "refill_at": 1,
+            "staleness": StalenessPolicy(max_staleness=4),
+            "rounds": 6,
+            "dropout": 0.1,
+        }
     )
     first, second = (simulate(config, tmp_path / str(workers), workers=workers) for workers in (1, 4))
     assert first.model_sha256 == second.model_sha256

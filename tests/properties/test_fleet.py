@@ -173,7 +173,9 @@ def test_what_counted_is_told_from_virtual_times_alone(policy, population):
     link = EngineLink(policy)
     with tempfile.TemporaryDirectory() as folder:
         _, watcher = run(link, Path(folder) / "j", population, 2)
-    told = counted_sessions(watcher.sessions, [len(counted) for _, counted in link.accepted], policy.max_staleness)
+    told = counted_sessions(
+        watcher.sessions, [len(counted) for _, counted in link.accepted], lambda _: policy.max_staleness
+    )
     assert [[n for n, _ in counted] for _, counted in link.accepted] == [
         sorted(s.number for s in counted) for counted in told
     ]

@@ -24,7 +24,7 @@ def task(**changes):
 
 
 def test_the_server_reads_what_was_written(tmp_path):
-    config = load_config(write_server_config(tmp_path, task(refill_at=None), PLAN))
+    config = load_config(write_server_config(tmp_path, task(refill_at=None, plan=PLAN.model_dump())))
     assert config.clock == "virtual"
     assert config.host == "127.0.0.1"
     assert config.exit_with_stdin
@@ -36,13 +36,13 @@ def test_the_server_reads_what_was_written(tmp_path):
 
 @pytest.mark.parametrize("name", ['a "quoted" one', "back\\slash", "Füße 🙂", "new\nline"])
 def test_any_name_survives(tmp_path, name):
-    path = write_server_config(tmp_path, task(bundle=name), PLAN)
+    path = write_server_config(tmp_path, task(bundle=name))
     assert tomllib.loads(path.read_text("utf-8"))["task"]["bundle"] == name
 
 
 def test_a_server_that_cannot_start_is_quoted(tmp_path):
     with pytest.raises(ServerUnavailable, match=r"did not start: .*bundle.*server\.log"):
-        EmbeddedServer(write_server_config(tmp_path, task(), PLAN)).start()
+        EmbeddedServer(write_server_config(tmp_path, task())).start()
 
 
 def test_a_server_that_was_never_started_can_be_stopped(tmp_path):

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.profile import DeviceTier
 from simulator import figures
+from simulator.command import command_of
 from simulator.config import SimulationConfig
 from simulator.progress import human_bytes, human_time
-from simulator.report import command_of, write_report
+from simulator.report import write_report
 from simulator.results import DatasetFacts, RoundResult, SimulationResults, TierResult, versions
 from simulator.sessions import Outcome, Session, SessionEnd
 
@@ -28,14 +29,16 @@ def round_result(number, **changes):
     values = {
         "round": number, "accuracy": number / (number + 5), "loss": 1.5, "train_loss": 0.9, "reports": 2,
         "discarded": 1, "bytes_up": 4000, "bytes_down": 5000, "seconds": 0.25, "opened_at_s": 10.0 * (number - 1),
-        "closed_at_s": 10.0 * number, "model_sha256": HASH,
+        "closed_at_s": 10.0 * number, "bytes_counted": 3000, "bytes_dense": 12_000, "excluded": (), "clipped": 0,
+        "staleness": {0: 2}, "unchanged": None, "model_sha256": HASH,
     }  # fmt: skip
     return RoundResult(**{**values, **changes})
 
 
 def results(rounds=3, **changes):
     values = {
-        "status": "completed", "final_accuracy": 0.8765, "final_loss": 0.4, "model_sha256": HASH, "repeatable": True,
+        "status": "completed", "final_accuracy": 0.8765, "final_loss": 0.4, "model_sha256": HASH, "halted": None,
+        "pipeline": {"reduce": "exact weighted mean (float64 bins)"}, "repeatable": True,
         "rounds": tuple(round_result(n) for n in range(1, rounds + 1)),
         "tiers": (
             TierResult(tier=DeviceTier.HIGH_END, devices=1, counted=4, late=0, dropped=1, unfinished=0),

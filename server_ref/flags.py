@@ -1,0 +1,163 @@
+"""The flags that say how updates are aggregated: the same for ``pocketfed serve`` and ``pocketfed simulate``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Final
+
+from client_sdk.protocol.errors import ConfigurationError
+
+RULES: Final = (
+    "mean",
+    "krum",
+    "multi-krum",
+    "trimmed-mean",
+    "median",
+    "geometric-median",
+    "centered-clipping",
+    "bulyan",
+)
+OPTIMIZERS: Final = ("sgd", "adagrad", "adam", "yogi")
+ASYNC_STALENESS: Final = 10
+"""Staleness that ``--async`` accepts unless told."""
+
+
+def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, in three groups. Every default is None: what is not given stays as the configuration has it."""
+    add = parser.add_argument_group("aggregation").add_argument
+    add("--rule", choices=RULES, help="how a round's updates become one (default mean; the others stand attackers)")
+    add("--num-byzantine", type=int, metavar="N", help="dishonest updates of a buffer that the rule stands")
+    add(
+        "--mixing",
+        choices=("none", "bucketing", "nnm"),
+        help="before the rule: means of random buckets, or of nearest neighbours",
+    )
+    add("--distances", choices=("exact", "sketch", "sampled"), help="how Krum compares updates (default exact)")
+    add("--clip-norm", type=float, metavar="C", help="largest L2 norm of an update (default: not clipped)")
+    add("--clip-scope", choices=("global", "layer"), help="one norm for the whole update (default), or one per layer")
+    add("--weighting", choices=("samples", "uniform"), help="a report weighs its number of examples (default), or 1")
+    add("--optimizer", choices=OPTIMIZERS, help="what applies the aggregate to the model (default sgd)")
+    add("--server-lr", type=float, metavar="RATE", help="learning rate of that optimizer (default 1)")
+    add("--server-momentum", type=float, metavar="BETA", help="momentum of sgd (default 0)")
+    add = parser.add_argument_group("local training and what is sent").add_argument
+    add(
+        "--algorithm",
+        choices=("fedavg", "scaffold", "fednova"),
+        help="what devices train and send (default fedavg; FedProx is --prox-mu)",
+    )
+    add("--max-steps", type=int, metavar="N", help="end local training after so many steps (fednova needs it)")
+    add(
+        "--compression",
+        metavar="SPEC",
+        help="topk:0.01, randomk:0.1, threshold:1e-3, sketch:0.05, quantize:8; add ,bits=8 or ,rotate (default: none)",
+    )
+    add = parser.add_argument_group("asynchronous rounds").add_argument
+    add(
+        "--async",
+        dest="asynchronous",
+        action="store_true",
+        help="make a model of every full buffer, whatever models its updates started from",
+    )
+    add(
+        "--max-staleness",
+        type=int,
+        metavar="N",
+        help=f"model versions an update may lag behind (0; with --async {ASYNC_STALENESS})",
+    )
+    add(
+        "--staleness",
+        metavar="WEIGHTS",
+        help="what lateness costs: polynomial:0.5 (default), constant, or adaptive:0.5..2 over the run",
+    )
+    add("--tighten", type=int, metavar="ROUNDS", help="let the staleness tolerance fall to 0 over so many rounds")
+    add("--stale-lr", action="store_true", help="divide the server's learning rate by 1 + the buffer's mean staleness")
+    add("--selection", choices=("any", "fair", "fast"), help="who gets a free slot (default any: who comes first)")
+    add(
+        "--selection-floor", type=float, metavar="F", help="smallest chance of a slow device beside the fastest's (0.2)"
+    )
+
+
+def aggregation_settings(args: argparse.Namespace, *, rounds: int | None) -> dict[str, Any]:
+    """The given flags as settings of a task, nested like its configuration file.
+
+    Args:
+        args: Parsed flags.
+        rounds: Length of the run, for what follows its progress; None if no flag says it.
+
+    Raises:
+        ConfigurationError: A flag that cannot be read, or that is missing beside another.
+    """
+    task: dict[str, Any] = _given(
+        compression=args.compression,
+        aggregation=_given(
+            rule=args.rule,
+            num_byzantine=args.num_byzantine,
+            mixing=args.mixing,
+            distances=args.distances,
+            clip_norm=args.clip_norm,
+            clip_scope=args.clip_scope,
+            weighting=args.weighting,
+        ),
+        optimizer=_given(name=args.optimizer, learning_rate=args.server_lr, momentum=args.server_momentum),
+        plan=_given(algorithm=args.algorithm, max_steps=args.max_steps),
+        selection=_given(policy=args.selection, floor=args.selection_floor),
+        staleness=_staleness(args, rounds),
+    )
+    if args.asynchronous:
+        task["refill_at"] = 1
+    return task
+
+
+def _given(**values: Any) -> dict[str, Any]:  # noqa: ANN401 - flags of any type
+    return {name: value for name, value in values.items() if value is not None and value != {}}
+
+
+def _staleness(args: argparse.Namespace, rounds: int | None) -> dict[str, Any]:
+    latest = args.max_staleness
+    if latest is None and args.asynchronous:
+        latest = ASYNC_STALENESS
+    found = _given(max_staleness=latest, tighten_rounds=args.tighten, scale_learning_rate=args.stale_lr or None)
+    if args.staleness is not None:
+        found |= _weights(args.staleness, rounds)
+    if found and "max_staleness" not in found:
+        raise ConfigurationError("how staleness is weighed only matters where it is accepted: add --async")
+    return found
+
+
+def _weights(text: str, rounds: int | None) -> dict[str, Any]:
+    name, _, exponents = text.partition(":")
+    first, _, last = exponents.partition("..")
+    try:
+        match name:
+            case "constant" if not exponents:
+                return {"weighting": name}
+            case "polynomial" if not last:
+                return {"weighting": name, **_floats(exponent=first)}
+            case "adaptive":
+                if rounds is None:
+                    raise ConfigurationError("--staleness adaptive follows the run's progress: give --rounds too")
+                return {"weighting": name, "total_rounds": rounds, **_floats(exponent=first, final_exponent=last)}
+    except ValueError:
+        pass
+    raise ConfigurationError(
+        f"--staleness {text} cannot be read; give constant, polynomial, polynomial:0.5, adaptive or adaptive:0.5..2"
+    )
+
+
+def _floats(**texts: str) -> dict[str, float]:
+    return {name: float(text) for name, text in texts.items() if text}
+
+
+def merged(*settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, the later ones over the earlier ones.
+
+    Example:
+        >>> merged({"plan": {"batch_size": 8}, "rounds": 3}, {"plan": {"learning_rate": 0.1}})
+        {'plan': {'batch_size': 8, 'learning_rate': 0.1}, 'rounds': 3}
+    """
+    out: dict[str, Any] = {}
+    for each in settings:
+        for name, value in each.items():
+            old = out.get(name)
+            out[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out

@@ -1,0 +1,147 @@
+"""From a task's settings to its pipeline: the one place where names become stages.
+
+The server and the simulator's cohort engine build the same objects here, so that they cannot differ.
+"""
+
+from __future__ import annotations
+
+from client_sdk.protocol.compression import Codec, CompressionSpec
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.program import Manifest
+from client_sdk.protocol.training import TrainingPlan, normaliser, update_size
+from client_sdk.protocol.updates import UpdateKind
+from server_ref.aggregation.admission import (
+    ClipGlobal,
+    ClipLayers,
+    DecodeCompressed,
+    DecodeDense,
+    NoClip,
+    ValidateFacts,
+)
+from server_ref.aggregation.batch import Facts
+from server_ref.aggregation.pipeline import Pipeline
+from server_ref.aggregation.reduce import ExactMean
+from server_ref.aggregation.robust import DistanceMode, Mixing, RuleOptions
+from server_ref.aggregation.robust_reduce import RobustRule
+from server_ref.aggregation.scaffold import Scaffold
+from server_ref.aggregation.server_optim import server_optimizer
+from server_ref.aggregation.stages import Apply, Clip, Decode, Reduce, Schedule
+from server_ref.aggregation.staleness import BufferedSchedule, SynchronousSchedule
+from server_ref.config import TaskConfig
+
+
+def build_pipeline(config: TaskConfig, manifest: Manifest) -> Pipeline:
+    """The pipeline of a task.
+
+    Args:
+        config: Its settings.
+        manifest: Of its program: sizes, layers.
+
+    Raises:
+        PipelineError: Settings that do not go together; the message says what to change.
+        ConfigurationError: A setting that cannot be.
+    """
+    concurrency = config.concurrency or config.buffer_size
+    facts = Facts(
+        size=update_size(config.plan, manifest.num_parameters),
+        kind=UpdateKind.DELTA,
+        # What can be folded at once: a full buffer, and in virtual time reports that turn out not to count.
+        capacity=config.buffer_size + concurrency,
+        count=config.buffer_size,
+        max_weight=max_weight(config),
+        max_abs=config.max_abs,
+    )
+    return Pipeline.build(
+        _schedule(config),
+        ValidateFacts(max_normaliser=_max_normaliser(config.plan)),
+        _decode(compression_of(config)),
+        _clip(config, manifest),
+        _reduce(config),
+        _apply(config),
+        facts=facts,
+    )
+
+
+def compression_of(config: TaskConfig) -> CompressionSpec | None:
+    """The parsed ``compression`` setting."""
+    return None if config.compression is None else CompressionSpec.parse(config.compression)
+
+
+def max_payload_bytes(config: TaskConfig, manifest: Manifest) -> int:
+    """Largest number of bytes of an update on the wire, without its frame."""
+    size = update_size(config.plan, manifest.num_parameters)
+    spec = compression_of(config)
+    return 4 * size if spec is None else Codec(spec, size).max_bytes
+
+
+def max_weight(config: TaskConfig) -> int:
+    """Largest public weight of a report. SCAFFOLD's control is a plain mean over devices, so its reports weigh 1."""
+    uniform = config.aggregation.weighting == "uniform" or config.plan.algorithm == "scaffold"
+    return 1 if uniform else config.weight_cap
+
+
+def _max_normaliser(plan: TrainingPlan) -> float:
+    if plan.algorithm != "fednova":
+        return 1.0
+    if plan.max_steps is None:
+        raise ConfigurationError(
+            "fednova multiplies the mean by the devices' own claims of local steps, which needs a bound: set "
+            "task.plan.max_steps"
+        )
+    return normaliser(plan, plan.max_steps)
+
+
+def _schedule(config: TaskConfig) -> Schedule:
+    if config.staleness.max_staleness == 0:
+        return SynchronousSchedule()
+    return BufferedSchedule(config.staleness, config.buffer_size)
+
+
+def _decode(spec: CompressionSpec | None) -> Decode:
+    return DecodeDense() if spec is None else DecodeCompressed(spec)
+
+
+def _clip(config: TaskConfig, manifest: Manifest) -> Clip:
+    settings = config.aggregation
+    if settings.clip_norm is None:
+        return NoClip()
+    if settings.clip_scope == "global":
+        return ClipGlobal(settings.clip_norm)
+    d = manifest.num_parameters
+    # SCAFFOLD's second half has the same layers.
+    starts = range(0, update_size(config.plan, d), d)
+    layers = tuple((at + p.offset, at + p.offset + p.num_elements) for at in starts for p in manifest.parameters)
+    return ClipLayers(settings.clip_norm, tuple(layer for layer in layers if layer[0] < layer[1]))
+
+
+def _reduce(config: TaskConfig) -> Reduce:
+    settings, renormalise = config.aggregation, config.plan.algorithm == "fednova"
+    if settings.rule == "mean":
+        if settings.num_byzantine or settings.byzantine_fraction:
+            raise ConfigurationError(
+                "the mean stands no dishonest update; choose a robust rule (task.aggregation.rule), or do not name a "
+                "number of dishonest updates"
+            )
+        return ExactMean(settings.arithmetic, resolution=config.resolution, renormalise=renormalise)
+    return RobustRule(
+        settings.rule,
+        num_byzantine=settings.num_byzantine,
+        byzantine_fraction=settings.byzantine_fraction,
+        options=RuleOptions(
+            m=settings.selected,
+            mode=DistanceMode(settings.distances),
+            mixing=Mixing(settings.mixing),
+            bucket_size=settings.bucket_size,
+        ),
+        seed=config.seed,
+        renormalise=renormalise,
+    )
+
+
+def _apply(config: TaskConfig) -> Apply:
+    optimizer = server_optimizer(config.optimizer)
+    if config.plan.algorithm != "scaffold":
+        return optimizer
+    if config.population is None:
+        raise ConfigurationError("scaffold needs the number of devices in all: set task.population")
+    return Scaffold(optimizer, config.buffer_size / config.population)
