@@ -16,8 +16,10 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel
 
+from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.frames import encode_frame
 from client_sdk.protocol.messages import (
+    CONTROL_TENSOR,
     REPORT_TENSOR,
     AbandonRequest,
     Assigned,
@@ -82,10 +84,25 @@ SCAFFOLD = ASSIGNMENT.model_copy(
         "control_sha256": "c" * 64,
     }
 )
+COMPRESSED = ASSIGNMENT.model_copy(
+    update={
+        "plan": TrainingPlan(batch_size=32, learning_rate=0.125, prox_mu=0.5, max_steps=100, algorithm="fednova"),
+        "compression": "topk:0.5",
+        "compression_seed": 9007199254740991,
+    }
+)
+COMPRESSED_FACTS = FACTS.model_copy(
+    update={"algorithm": "fednova", "compression": "topk:0.5", "compression_seed": "9007199254740991"}
+)
 
 
 def _changed(message: BaseModel, **changes: Any) -> dict[str, Any]:
     return message.model_dump(mode="json") | changes
+
+
+def _compressed(update: np.ndarray) -> np.ndarray:
+    codec = Codec(CompressionSpec.parse(COMPRESSED_FACTS.compression), len(update))
+    return np.frombuffer(codec.encode(update, COMPRESSED.compression_seed), np.uint8)
 
 
 def _tensors(tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -108,6 +125,11 @@ def frames() -> dict[str, Any]:
     contents: dict[str, tuple[dict[str, np.ndarray], dict[str, str]]] = {
         "empty": ({}, {}),
         "a report": ({REPORT_TENSOR: f32}, FACTS.model_dump(mode="json")),
+        "a compressed report": (
+            {REPORT_TENSOR: _compressed(np.array([0.0, -2.5, 0.125, 1e-9], np.float32))},
+            COMPRESSED_FACTS.model_dump(mode="json"),
+        ),
+        "a control variate": ({CONTROL_TENSOR: f32[:2]}, {}),
         "a model of two parameters": (
             {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(3, np.float32)},
             {},
@@ -231,10 +253,12 @@ def messages() -> dict[str, Any]:
         CheckInRequest(num_samples=1, virtual=VirtualTiming(now_s=12.5, duration_s=None)),
         CheckInReply(reply=Assigned(assignment=ASSIGNMENT)),
         CheckInReply(reply=Assigned(assignment=SCAFFOLD)),
+        CheckInReply(reply=Assigned(assignment=COMPRESSED)),
         CheckInReply(reply=Wait(reason="round-full", retry=RetryWindow(min_s=1.0, max_s=5.0))),
         CheckInReply(reply=Finished(model_version=40)),
         ReportReply(report_id=ID, assignment_id=OTHER_ID),
         FACTS,
+        COMPRESSED_FACTS,
         AbandonRequest(reason="no-memory"),
         Problem(
             type="urn:pocketfed:problem:server-busy",
@@ -261,6 +285,8 @@ def messages() -> dict[str, Any]:
             _changed(ASSIGNMENT, plan=_changed(SCAFFOLD.plan, prox_mu=0.5)),
             "scaffold with a proximal term",
         ),
+        ("Assignment", _changed(SCAFFOLD, compression="topk:0.5"), "scaffold's update is not compressed"),
+        ("Assignment", _changed(ASSIGNMENT, plan=_changed(COMPRESSED.plan, learning_rate=2.0)), "a proximal step of 1"),
         ("Assignment", _changed(ASSIGNMENT, compression_seed=2**53), "more than a double can hold"),
         ("RetryWindow", {"min_s": 2, "max_s": 1}, "ends before it begins"),
         ("ReportFacts", _changed(FACTS, model_version=12), "facts are strings"),
