@@ -52,7 +52,7 @@ def test_unary_numbers_are_packed_as_defined_and_end_where_they_end(values, tail
     packed = pack_unary(np.array(values, np.uint32))
     assert packed == oracle.unary(values)
     reader = Reader(packed + tail)
-    assert read_unary(reader, len(values)).tolist() == values
+    assert read_unary(reader, len(values), 60).tolist() == values
     assert bytes(reader.rest) == tail
 
 
@@ -63,12 +63,15 @@ def test_unary_numbers_over_several_pieces():
     packed = pack_unary(values)
     ones = np.flatnonzero(np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little"))
     assert np.array_equal(np.diff(ones, prepend=-1) - 1, values)
-    assert np.array_equal(read_unary(Reader(packed), len(values)), values)
+    assert np.array_equal(read_unary(Reader(packed), len(values), 9_000_000), values)
 
 
 def test_unary_numbers_that_never_end_are_refused():
     with pytest.raises(TruncatedEncoding):
-        read_unary(Reader(bytes(100_000)), 1)
+        read_unary(Reader(bytes(100_000)), 1, 2**31)
+    with pytest.raises(MalformedEncoding):
+        read_unary(Reader(bytes(100_000) + b"\x01"), 1, 799_999)
+    assert read_unary(Reader(bytes(100_000) + b"\x01"), 1, 800_000).tolist() == [800_000]
 
 
 @relaxed

@@ -155,28 +155,38 @@ def pack_unary(values: npt.NDArray[np.unsignedinteger]) -> bytes:
     return b"".join([*chunks, pack_flags(carry)])
 
 
-def read_unary(reader: Reader, count: int) -> Int64Array:
-    """The inverse of ``pack_unary``: int64[count]. It ends where the payload's ``count``-th 1 is found.
+def read_unary(reader: Reader, count: int, limit: int) -> UInt32Array:
+    """The inverse of ``pack_unary``: uint32[count]. It ends where the payload's ``count``-th 1 is found.
+
+    Args:
+        reader: The payload.
+        count: How many.
+        limit: Largest number that is accepted, below 2^32.
 
     Raises:
         TruncatedEncoding: The payload ends first.
+        MalformedEncoding: A larger number.
     """
-    ends = np.empty(count, np.int64)
-    found, rest = 0, reader.rest
+    values = np.empty(count, np.uint32)
+    found, end, rest = 0, -1, reader.rest
     # In pieces: the bits of a hostile payload are never in memory all at once, nor read beyond the last number.
     for start in range(0, len(rest), _BYTES_AT_ONCE):
         if found == count:
             break
         octets = np.frombuffer(rest[start : start + _BYTES_AT_ONCE], np.uint8)
         ones = np.flatnonzero(np.unpackbits(octets, bitorder="little").view(np.bool_))[: count - found]
-        ends[found : found + len(ones)] = ones + 8 * start
-        found += len(ones)
+        if len(ones) == 0:
+            continue
+        ones += 8 * start
+        zeros = np.diff(ones, prepend=end) - 1
+        if int(zeros.max()) > limit:
+            raise MalformedEncoding(f"a unary number exceeds {limit}")
+        values[found : found + len(ones)] = zeros
+        found, end = found + len(ones), int(ones[-1])
     if found < count:
         raise TruncatedEncoding(f"the payload holds {found} of {count} unary numbers")
-    num_bits = int(ends[-1]) + 1 if count else 0
-    _check_padding(np.frombuffer(reader.take(num_bytes(num_bits)), np.uint8), num_bits)
-    ends[1:] -= ends[:-1] + 1
-    return ends
+    _check_padding(np.frombuffer(reader.take(num_bytes(end + 1)), np.uint8), end + 1)
+    return values
 
 
 def _check_padding(octets: npt.NDArray[np.uint8], num_bits: int) -> None:

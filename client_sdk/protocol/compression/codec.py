@@ -95,8 +95,8 @@ class Codec:
     Guarantees:
 
     - ``encode`` is a pure function with the same bytes on every machine; ``decode(encode(x))`` is what the method says.
-    - ``decode`` accepts only what some ``encode`` may have written, and refuses all else with a typed error before it
-      allocates more than the payload and the update need.
+    - ``decode`` accepts canonical payloads only, and refuses all else with a typed error before it allocates more than
+      the payload and the update need.
     - ``len(encode(x)) <= max_bytes``, and no payload beyond it is looked at.
     - Without rotation and with 32 bits, values arrive as they were (-0.0 as 0.0), and encoding a decoded payload again
       gives the same bytes, for every method but the sketch.

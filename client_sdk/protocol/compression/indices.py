@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from client_sdk.protocol.compression.bits import Int64Array, Reader
+from client_sdk.protocol.compression.bits import Int64Array, Reader, UInt32Array
 from client_sdk.protocol.compression.rice import MAX_PARAMETER, choose_parameter, read_rice, write_rice
 from client_sdk.protocol.errors import MalformedEncoding
 
@@ -43,11 +43,11 @@ def read_indices(reader: Reader, count: int, size: int) -> Int64Array:
     if parameter > MAX_PARAMETER:
         raise MalformedEncoding(f"no Rice parameter is as large as {parameter}")
     skipped = read_rice(reader, count, parameter, size - count)
-    indices = np.cumsum(skipped)
+    indices = np.cumsum(skipped, dtype=np.int64)
     indices += np.arange(count)
     if int(indices[-1]) >= size:
         raise MalformedEncoding(f"a coordinate lies outside the update's {size}")
-    if choose_parameter(skipped.astype(np.uint32))[0] != parameter:
+    if choose_parameter(skipped)[0] != parameter:
         raise MalformedEncoding("the Rice parameter of the coordinates is not the best one")
     return indices
 
@@ -64,7 +64,7 @@ def max_index_bytes(count: int, size: int) -> int:
     return 1 + (bits + 14) // 8
 
 
-def _skipped(indices: Int64Array) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+def _skipped(indices: Int64Array) -> UInt32Array:
     gaps = np.diff(indices, prepend=-1)
     gaps -= 1
     return gaps.astype(np.uint32)

@@ -98,9 +98,8 @@ def read_signed(reader: Reader, count: int, width: int) -> tuple[UInt32Array, Bo
     Raises:
         MalformedEncoding: Not the canonical encoding of anything.
     """
-    magnitudes, negative = np.zeros(count, np.uint32), np.zeros(count, np.bool_)
     if count == 0:
-        return magnitudes, negative
+        return np.zeros(0, np.uint32), np.zeros(0, np.bool_)
     head = reader.number(1)
     zeros_apart, kind, parameter = bool(head & _ZEROS_APART), head >> _KIND_SHIFT & 3, head & MAX_PARAMETER
     if kind not in _KINDS:
@@ -115,17 +114,19 @@ def read_signed(reader: Reader, count: int, width: int) -> tuple[UInt32Array, Bo
         if base >> width:
             raise MalformedEncoding(f"the magnitudes' base does not fit {width} bits")
         limit = (1 << width) - 1 - base if kind == _RISING else base
-        distances = read_rice(reader, num_coded, parameter, limit).astype(np.uint32)
+        distances = read_rice(reader, num_coded, parameter, limit)
         coded = np.uint32(base) + distances if kind == _RISING else np.uint32(base) - distances
     if nonzero is None:
         magnitudes, nonzero = coded, coded != 0
     else:
-        magnitudes[nonzero] = coded
         if not coded.all():
             raise MalformedEncoding("a magnitude of 0 is marked as another one")
+        magnitudes = np.zeros(count, np.uint32)
+        magnitudes[nonzero] = coded
     best = _best_code(magnitudes, nonzero, width)
     if (best.head, best.base) != (head, base):
         raise MalformedEncoding("the magnitudes are not in their shortest code")
+    negative = np.zeros(count, np.bool_)
     negative[nonzero] = read_flags(reader, int(np.count_nonzero(nonzero)))
     return magnitudes, negative
 

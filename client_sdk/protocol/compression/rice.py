@@ -10,16 +10,23 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from client_sdk.protocol.compression.bits import Int64Array, Reader, pack_fields, pack_unary, read_fields, read_unary
-from client_sdk.protocol.compression.bits import num_bytes as bytes_for
+from client_sdk.protocol.compression.bits import (
+    Int64Array,
+    Reader,
+    UInt32Array,
+    num_bytes,
+    pack_fields,
+    pack_unary,
+    read_fields,
+    read_unary,
+)
 from client_sdk.protocol.errors import MalformedEncoding
 
 MAX_PARAMETER: Final = 31
 
 
-def choose_parameter(values: npt.NDArray[np.uint32], counts: Int64Array | None = None) -> tuple[int, int]:
+def choose_parameter(values: UInt32Array, counts: Int64Array | None = None) -> tuple[int, int]:
     """The smallest r with which the values take the fewest bits.
 
     Args:
@@ -50,35 +57,30 @@ def choose_parameter(values: npt.NDArray[np.uint32], counts: Int64Array | None =
 
 def coded_bytes(count: int, parameter: int, unary_sum: int) -> int:
     """Length of ``write_rice``'s answer for ``count`` values whose ``v >> r`` add up to ``unary_sum``."""
-    return bytes_for(count * parameter) + bytes_for(count + unary_sum)
+    return num_bytes(count * parameter) + num_bytes(count + unary_sum)
 
 
-def write_rice(values: npt.NDArray[np.uint32], parameter: int) -> bytes:
+def write_rice(values: UInt32Array, parameter: int) -> bytes:
     """The values' low bits, then their unary parts."""
     return pack_fields(values, parameter) + pack_unary(values >> np.uint32(parameter))
 
 
-def read_rice(reader: Reader, count: int, parameter: int, limit: int) -> Int64Array:
-    """The inverse of ``write_rice``: int64[count].
+def read_rice(reader: Reader, count: int, parameter: int, limit: int) -> UInt32Array:
+    """The inverse of ``write_rice``: uint32[count].
 
     Args:
         reader: The payload.
         count: How many.
         parameter: r.
-        limit: Largest value that is accepted.
+        limit: Largest value that is accepted, below 2^31.
 
     Raises:
         MalformedEncoding: A larger value (or, see ``bits``, truncated or not canonical).
     """
-    if count == 0:
-        return np.zeros(0, np.int64)
     low = read_fields(reader, count, parameter)
-    values = read_unary(reader, count)
-    # Before the shift: a long run of 0 bits must not wrap around.
-    if int(values.max()) > limit >> parameter:
-        raise MalformedEncoding(f"a coded number exceeds {limit}")
-    values <<= parameter
+    values = read_unary(reader, count, limit >> parameter)
+    values <<= np.uint32(parameter)
     values |= low
-    if int(values.max()) > limit:
+    if int(values.max(initial=0)) > limit:
         raise MalformedEncoding(f"a coded number exceeds {limit}")
     return values
