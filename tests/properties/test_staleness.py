@@ -118,6 +118,12 @@ def test_a_learning_rate_divided_by_one_plus_the_age_is_stable_at_every_age(stal
     assert spectral_radius(scaled, [0.0] * staleness + [1.0]) < 1
 
 
+def test_a_fresh_half_keeps_a_stale_half_stable_far_beyond_the_limit_of_the_stale():
+    mixture = [0.5, 0, 0, 0, 0, *[0.5 / 6] * 6]
+    assert all(spectral_radius(float(step), mixture) < 1 for step in np.arange(0.1, 4.0, 0.1))
+    assert spectral_radius(4.1, mixture) > 1
+
+
 def test_ages_that_are_chosen_against_the_run_diverge_below_the_limit_for_a_fixed_age():
     # The measured case that the documentation quotes: ages of at most 2, in a cycle of 4 rounds.
     step, cycle = 0.611, (0, 1, 2, 2)
