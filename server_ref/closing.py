@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
+import statistics
+from dataclasses import replace
 from typing import Any
 
-from client_sdk.protocol.errors import PocketfedError
+import numpy as np
+
+from client_sdk.protocol.errors import PocketfedError, StorageUnavailable
+from server_ref.aggregation.batch import Aggregate
+from server_ref.aggregation.delay import DelayCorrection
+from server_ref.aggregation.monitoring import DivergenceDetector, DivergenceState, Health
 from server_ref.buffer import OpenBuffer
 from server_ref.durable import DurableState, RoundOutcome
 from server_ref.rounds import Closing
@@ -15,19 +23,69 @@ _log = logging.getLogger("pocketfed.coordinator")
 
 
 def close_buffer(task: Task, state: DurableState, buffer: OpenBuffer, closing: Closing) -> RoundOutcome:
-    """Reduce, release and apply a buffer.
+    """Reduce, correct, release and apply a buffer, and see whether training is still on course.
 
     A buffer that cannot be aggregated or applied leaves the model as it is: its reports are spent either way, the old
     weights live on, and the round's record says why.
+
+    Raises:
+        StorageUnavailable: A report cannot be read back; nothing is lost, the buffer closes later.
     """
     ages = [closing.round_id - r.model_version for r in closing.counted]
-    optimizer = state.optimizer
-    measurements: dict[str, Any] = {}
+    optimizer, step, norm = state.optimizer, None, None
+    measurements: dict[str, Any] = {"staleness": {}}
     try:
         aggregate = buffer.reduce(closing.counted, closing.round_id)
-        measurements.update(aggregate.measurements)
+        measurements |= aggregate.measurements
+        if state.correction is not None:
+            aggregate = _corrected(task, state.correction, aggregate, closing, ages)
+            step = aggregate.values
+        norm = float(np.linalg.norm(aggregate.values[: optimizer.size]))
+        measurements["aggregate_norm"] = norm
         optimizer = task.pipeline.apply(optimizer, aggregate, staleness=ages, round_id=closing.round_id)
+    except StorageUnavailable:
+        raise
     except PocketfedError as e:
         _log.error("round %d leaves the model unchanged: %s", closing.round_id, e)
         measurements["unchanged"] = type(e).__name__
-    return RoundOutcome(optimizer, measurements)
+        step = None
+    outcome = RoundOutcome(optimizer, measurements, step=step)
+    return _watched(task, state, outcome, closing, norm)
+
+
+def _corrected(
+    task: Task, correction: DelayCorrection, aggregate: Aggregate, closing: Closing, ages: list[int]
+) -> Aggregate:
+    """The aggregate as if its updates had been computed on the present model, to first order."""
+    schedule, facts = task.pipeline.schedule, task.pipeline.admitted
+    scales = [r.weight * schedule.scale(age, closing.round_id) for r, age in zip(closing.counted, ages, strict=True)]
+    denominator = (facts.constant_denominator or sum(r.weight for r in closing.counted)) * facts.max_scale
+    return replace(aggregate, values=correction.correct(aggregate.values, ages, scales, denominator))
+
+
+def _watched(
+    task: Task, state: DurableState, outcome: RoundOutcome, closing: Closing, norm: float | None
+) -> RoundOutcome:
+    """The outcome with the divergence detector's verdict.
+
+    What it looks at is known when the buffer closes, so that a run that diverges is halted in the same round whenever
+    it is repeated: the aggregate's norm, and the median of the losses that devices report (a minority of them cannot
+    move it far).
+    """
+    settings = task.settings.divergence
+    if not settings.enabled:
+        return outcome
+    # A loss that is not finite is read back as NaN, which has no place in an order.
+    losses = [
+        r.report.train_loss if math.isfinite(r.report.train_loss) else math.inf for r in closing.counted if r.report
+    ]
+    loss = statistics.median(losses)
+    detector = DivergenceDetector(factor=settings.factor, patience=settings.patience)
+    before = (
+        DivergenceState()
+        if state.divergence_json is None
+        else DivergenceState.model_validate_json(state.divergence_json)
+    )
+    after = detector.next(before, loss=loss, norm=norm)
+    halted = after.reason if after.health is Health.DIVERGED else None
+    return replace(outcome, divergence_json=after.model_dump_json(), halted=halted)

@@ -91,6 +91,9 @@ class TaskConfig(_Section):
     aggregation: AggregationConfig = AggregationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     staleness: StalenessPolicy = StalenessPolicy(max_staleness=0)
+    delay_damping: float | None = Field(
+        None, gt=0, le=1, description="correct stale updates by the steps they missed: learning rate times curvature"
+    )
     selection: SelectionConfig = SelectionConfig()
     divergence: DivergenceConfig = DivergenceConfig()
 
@@ -99,6 +102,12 @@ class TaskConfig(_Section):
         if self.retry_max_s < self.retry_min_s:
             raise ValueError("retry_max_s lies below retry_min_s")
         return self
+
+    @property
+    def max_weight(self) -> int:
+        """Largest public weight of a report. SCAFFOLD's control is a plain mean of devices: its reports weigh 1."""
+        uniform = self.aggregation.weighting == "uniform" or self.plan.algorithm == "scaffold"
+        return 1 if uniform else self.weight_cap
 
     def policy(self) -> RoundPolicy:
         """The engine's view of the rounds.
@@ -113,7 +122,7 @@ class TaskConfig(_Section):
             refill_at=self.refill_at or concurrency,
             max_staleness=self.staleness.tolerance(0),
             lease_s=self.lease_s,
-            weight_cap=self.weight_cap,
+            weight_cap=self.max_weight,
             rounds=self.rounds,
         )
 

@@ -42,6 +42,7 @@ from server_ref import status
 from server_ref.aggregation.batch import Update
 from server_ref.background import Background
 from server_ref.buffer import OpenBuffer
+from server_ref.checkin import AtCheckIn
 from server_ref.clock import Clock
 from server_ref.closing import close_buffer
 from server_ref.config import ServerConfig
@@ -110,6 +111,7 @@ class Coordinator:
         self._to_fold: list[tuple[AssignmentRecord, Update]] = []
         self._deferred: list[tuple[str, CheckInRequest, Future[CheckInReply]]] = []
         self._devices: dict[str, tuple[str, str]] = {}
+        self._selection: AtCheckIn
 
     # --- life --------------------------------------------------------------------------------------------
 
@@ -120,6 +122,7 @@ class Coordinator:
             ConfigurationError: The directory belongs to a different task.
         """
         self._state.open()
+        self._selection = AtCheckIn.rebuild(self.config.task, self._state.db)
         self._writer.start()
         self._background.start()
         with self._state.db.connect() as connection:
@@ -304,7 +307,7 @@ class Coordinator:
         self._writer.submit(run).add_done_callback(done)
 
     def _check_in(self, device_id: str, request: CheckInRequest) -> CheckInReply | None:
-        engine, settings = self._state.engine, self.config.task
+        engine = self._state.engine
         duration = None
         now = self._clock.now()
         if request.virtual is not None:
@@ -314,14 +317,18 @@ class Coordinator:
                 return None
         if engine.finished:
             return CheckInReply(reply=Finished(model_version=engine.version, halted=self._state.halted is not None))
+        if not self._selection.admits(device_id, engine, now):
+            return CheckInReply(reply=Wait(reason="not-selected", retry=self._retry()))
         before = engine.next_number
         found = engine.check_in(device_id, request.num_samples, now, self._new_id, duration_s=duration)
         if isinstance(found, Waiting):
-            retry = RetryWindow(min_s=settings.retry_min_s, max_s=settings.retry_max_s)
-            return CheckInReply(reply=Wait(reason=found.reason, retry=retry))
+            return CheckInReply(reply=Wait(reason=found.reason, retry=self._retry()))
         if engine.next_number > before:
             self.metrics.assignments.labels(self.device(device_id)[1]).inc()
         return CheckInReply(reply=Assigned(assignment=self._offer(found, now)))
+
+    def _retry(self) -> RetryWindow:
+        return RetryWindow(min_s=self.config.task.retry_min_s, max_s=self.config.task.retry_max_s)
 
     def _offer(self, record: AssignmentRecord, now: float) -> Assignment:
         version = self._state.version(record.model_version)
@@ -381,6 +388,7 @@ class Coordinator:
         """Forget what was not durable; the sum is rebuilt when a buffer closes."""
         with self._lock:
             self._state.reload()
+            self._selection = AtCheckIn.rebuild(self.config.task, self._state.db)
             self._buffer.reset()
             self._to_fold.clear()
 
@@ -391,6 +399,7 @@ class Coordinator:
         self._on_event("buffer-summed")
         spent = self._state.commit_round(closing, outcome)
         self._buffer.reset()
+        self._selection.record(closing.counted)
         model = self._state.model
         for key in spent:
             self._background.delete(key)

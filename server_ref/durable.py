@@ -10,12 +10,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.errors import ConfigurationError, StorageUnavailable, UnknownAssignment
+from client_sdk.protocol.frames import FrameLimits, decode_frame, encode_frame
 from server_ref.aggregation.batch import EncodedUpdate, Update
+from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.server_state import CONTROL, ServerState
 from server_ref.clock import Clock
 from server_ref.models import GlobalModel, decode_model, encode_control, encode_model
@@ -27,6 +31,8 @@ from server_ref.task import Task
 
 _REPORTS = "reports"
 _STATES = "states"
+_STEP = "step"
+"""Among a round's measurements: hash of the aggregate that it applied."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,14 @@ class RoundOutcome:
     Attributes:
         optimizer: The server's next state; its weights are the next model.
         measurements: What the round's record says.
+        step: The aggregate that was applied, float64[size], where later rounds correct stale updates by it.
         divergence_json: The divergence detector's next state.
         halted: Why the task ends with this round, if it does.
     """
 
     optimizer: ServerState
     measurements: Mapping[str, Any]
+    step: npt.NDArray[np.float64] | None = None
     divergence_json: str | None = None
     halted: str | None = None
 
@@ -63,6 +71,7 @@ class DurableState:
     optimizer: ServerState
     halted: str | None
     divergence_json: str | None
+    correction: DelayCorrection | None
 
     def __init__(
         self,
@@ -143,6 +152,7 @@ class DurableState:
         )
         self.model, self._newest = self.load_model(latest), latest
         self.optimizer = self._load_optimizer(latest)
+        self.correction = self._load_correction()
 
     def _tolerance(self, round_id: int) -> int:
         return self.task.settings.staleness.tolerance(round_id)
@@ -184,16 +194,23 @@ class DurableState:
         opened_at = self._written.opened_at
         superseded = self.engine.commit(closing, halt=outcome.halted is not None)
         self.halted, self.divergence_json = outcome.halted, outcome.divergence_json
+        measurements = dict(outcome.measurements)
+        if outcome.step is not None:
+            measurements[_STEP] = self._store_step(outcome.step)
         with self.db.begin() as connection:
             previous = database.model_version(connection, closing.round_id).state_sha256
             database.save_model(connection, version)
-            database.save_round(connection, _row(closing, opened_at, superseded, outcome.measurements))
+            database.save_round(connection, _row(closing, opened_at, superseded, measurements))
             self.flush(connection)
         self.flushed()
         self.model, self.optimizer, self._newest = model, outcome.optimizer, version
         spent = [report.blob_key for record, report in held if self.engine.live(record.assignment_id) is None]
         if previous is not None and previous != version.state_sha256:
             spent.append(_state_key(previous))
+        if self.correction is not None and outcome.step is not None:
+            self.correction.record(outcome.step)
+            oldest = self.engine.version - self._memory
+            spent += [_state_key(sha256) for sha256 in self._steps(since=oldest - 1, before=oldest)]
         return spent
 
     def _store_model(self, number: int, optimizer: ServerState) -> tuple[GlobalModel, database.ModelVersion]:
@@ -217,6 +234,34 @@ class DurableState:
         if hashlib.sha256(data).hexdigest() != version.state_sha256:
             raise StorageUnavailable(f"the optimizer's state of model version {version.version} is damaged on disk")
         return ServerState.from_bytes(data)
+
+    def _store_step(self, step: npt.NDArray[np.float64]) -> str:
+        data = encode_frame({_STEP: step})
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.blobs.put(_state_key(sha256), data)
+        return sha256
+
+    @property
+    def _memory(self) -> int:
+        """Rounds back that a stale update can reach."""
+        return self.task.settings.staleness.max_staleness
+
+    def _load_correction(self) -> DelayCorrection | None:
+        damping = self.task.settings.delay_damping
+        if damping is None:
+            return None
+        correction = DelayCorrection(damping=damping, max_staleness=self._memory)
+        for sha256 in self._steps(since=self.engine.version - self._memory):
+            frame = decode_frame(self.blobs.get(_state_key(sha256)), FrameLimits(max_bytes=2**40))
+            correction.record(cast("npt.NDArray[np.float64]", frame.tensors[_STEP]))
+        return correction
+
+    def _steps(self, *, since: int = 0, before: int | None = None) -> list[str]:
+        """Hashes of the applied aggregates that the rounds of a range recorded, oldest first."""
+        with self.db.connect() as connection:
+            recorded = database.load_measurements(connection, max(0, since), before)
+        found = (json.loads(text).get(_STEP) for text in recorded)
+        return [sha256 for sha256 in found if sha256 is not None]
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -278,6 +323,7 @@ class DurableState:
         wanted = {r.report.blob_key for r in self.engine.reported if r.report is not None}
         if self._newest.state_sha256 is not None:
             wanted.add(_state_key(self._newest.state_sha256))
+        wanted |= {_state_key(sha256) for sha256 in self._steps(since=self.engine.version - self._memory)}
         for prefix in (_REPORTS, _STATES):
             for key in self.blobs.keys(prefix):
                 if key not in wanted:

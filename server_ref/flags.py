@@ -71,6 +71,12 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--tighten", type=int, metavar="ROUNDS", help="let the staleness tolerance fall to 0 over so many rounds")
     add("--stale-lr", action="store_true", help="divide the server's learning rate by 1 + the buffer's mean staleness")
+    add(
+        "--delay-damping",
+        type=float,
+        metavar="D",
+        help="correct stale updates by the steps they missed; D is about learning rate x curvature (default: off)",
+    )
     add("--selection", choices=("any", "fair", "fast"), help="who gets a free slot (default any: who comes first)")
     add(
         "--selection-floor", type=float, metavar="F", help="smallest chance of a slow device beside the fastest's (0.2)"
@@ -89,6 +95,7 @@ def aggregation_settings(args: argparse.Namespace, *, rounds: int | None) -> dic
     """
     task: dict[str, Any] = _given(
         compression=args.compression,
+        delay_damping=args.delay_damping,
         aggregation=_given(
             rule=args.rule,
             num_byzantine=args.num_byzantine,

@@ -48,7 +48,7 @@ def build_pipeline(config: TaskConfig, manifest: Manifest) -> Pipeline:
         # What can be folded at once: a full buffer, and in virtual time reports that turn out not to count.
         capacity=config.buffer_size + concurrency,
         count=config.buffer_size,
-        max_weight=max_weight(config),
+        max_weight=config.max_weight,
         max_abs=config.max_abs,
     )
     return Pipeline.build(
@@ -63,8 +63,9 @@ def build_pipeline(config: TaskConfig, manifest: Manifest) -> Pipeline:
 
 
 def compression_of(config: TaskConfig) -> CompressionSpec | None:
-    """The parsed ``compression`` setting."""
-    return None if config.compression is None else CompressionSpec.parse(config.compression)
+    """The parsed ``compression`` setting; None for updates that travel as they are, however that is said."""
+    spec = CompressionSpec.parse(config.compression or "none")
+    return None if spec.is_none else spec
 
 
 def max_payload_bytes(config: TaskConfig, manifest: Manifest) -> int:
@@ -72,12 +73,6 @@ def max_payload_bytes(config: TaskConfig, manifest: Manifest) -> int:
     size = update_size(config.plan, manifest.num_parameters)
     spec = compression_of(config)
     return 4 * size if spec is None else Codec(spec, size).max_bytes
-
-
-def max_weight(config: TaskConfig) -> int:
-    """Largest public weight of a report. SCAFFOLD's control is a plain mean over devices, so its reports weigh 1."""
-    uniform = config.aggregation.weighting == "uniform" or config.plan.algorithm == "scaffold"
-    return 1 if uniform else config.weight_cap
 
 
 def _max_normaliser(plan: TrainingPlan) -> float:

@@ -411,6 +411,10 @@ class RoundEngine:
 
     # --- bookkeeping -------------------------------------------------------------------------------------
 
+    def holds(self, device_id: str) -> bool:
+        """Whether the device has a live assignment."""
+        return device_id in self._by_device
+
     def live(self, assignment_id: str) -> AssignmentRecord | None:
         """The live assignment of this id, if any."""
         return self._live.get(assignment_id)

@@ -33,6 +33,7 @@ _IDENTITY = frozenset(
         "aggregation",
         "optimizer",
         "staleness",
+        "delay_damping",
         "selection",
         "divergence",
     }

@@ -63,6 +63,7 @@ class SimulationConfig(BaseModel):
         aggregation: How a buffer's updates become one.
         optimizer: What applies that to the model.
         staleness: How old updates may be, and what that costs them.
+        delay_damping: Corrects stale updates by the steps they missed.
         selection: Who gets a free slot.
         divergence: When training is halted by itself.
         dropout: Probability that an invited device never reports.
@@ -93,6 +94,7 @@ class SimulationConfig(BaseModel):
     aggregation: AggregationConfig = AggregationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     staleness: StalenessPolicy = StalenessPolicy(max_staleness=0)
+    delay_damping: float | None = Field(None, gt=0, le=1)
     selection: SelectionConfig = SelectionConfig()
     divergence: DivergenceConfig = DivergenceConfig()
     dropout: float = Field(0.0, ge=0.0, lt=1.0)

@@ -25,7 +25,7 @@ from simulator.folder import BUNDLE_FOLDER, SERVER_FOLDER, WORKLOAD_FILE, RunFol
 from simulator.partition import deal, parse_partition
 from simulator.population import Population, Workload
 
-_INITIAL_WEIGHTS_SEED: Final = 0
+INITIAL_WEIGHTS_SEED: Final = 0
 _EVALUATION_BATCH: Final = 256
 # A lease this many times the slowest device's typical session lets practically everybody finish (four standard
 # deviations of the jitter), and frees the slot of a vanished device soon enough.
@@ -115,7 +115,7 @@ def export_bundle(config: SimulationConfig, dataset: Dataset, folder: Path, say:
             say(f"program: exporting {config.model}, step {step.done} of {step.total} (cached afterwards)")
 
     return export_program(
-        build_model(config.model, dataset.feature_shape, dataset.num_classes, _INITIAL_WEIGHTS_SEED),
+        build_model(config.model, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED),
         out_dir=folder,
         batch_sizes={Role.TRAIN: (config.batch_size,), Role.EVALUATE: (_EVALUATION_BATCH,)},
         feature_shape=dataset.feature_shape,
@@ -155,7 +155,7 @@ def _flops_per_example(model_name: str, dataset: Dataset) -> float:
 
     from mobile_export.models import build_model  # noqa: PLC0415
 
-    model = build_model(model_name, dataset.feature_shape, dataset.num_classes, _INITIAL_WEIGHTS_SEED)
+    model = build_model(model_name, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *dataset.feature_shape)).sum().backward()
     return float(counter.get_total_flops())
@@ -203,6 +203,7 @@ def task_settings(
         "aggregation": aggregation.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json"),
         "staleness": config.staleness.model_dump(mode="json"),
+        "delay_damping": config.delay_damping,
         "selection": config.selection.model_dump(mode="json"),
         "divergence": config.divergence.model_dump(mode="json"),
     }

@@ -283,13 +283,23 @@ def model_version(connection: Connection, version: int) -> ModelVersion:
     return ModelVersion(**connection.execute(sa.select(table).where(table.c.version == version)).mappings().one())
 
 
-def report_latencies(connection: Connection, last: int) -> list[tuple[str, float]]:
-    """Device and seconds from assignment to report of the last so many reports, oldest first."""
+def load_measurements(connection: Connection, since: int, before: int | None) -> list[str]:
+    """What the rounds from ``since`` on (and before ``before``) measured, as JSON, oldest first."""
+    table = schema.rounds
+    query = sa.select(table.c.measurements_json).where(
+        table.c.round_id >= since, table.c.measurements_json.is_not(None)
+    )
+    if before is not None:
+        query = query.where(table.c.round_id < before)
+    return list(connection.execute(query.order_by(table.c.round_id)).scalars())
+
+
+def counted_latencies(connection: Connection) -> list[tuple[str, float]]:
+    """Device and seconds from assignment to arrival of all counted reports, in the order in which they counted."""
     table = schema.assignments
     query = (
         sa.select(table.c.device_id, table.c.arrival - table.c.issued_at)
-        .where(table.c.report_id.is_not(None), table.c.arrival.is_not(None))
-        .order_by(table.c.number.desc())
-        .limit(last)
+        .where(table.c.counted_in.is_not(None), table.c.arrival.is_not(None))
+        .order_by(table.c.counted_in, table.c.arrival, table.c.number)
     )
-    return [(device_id, float(latency)) for device_id, latency in connection.execute(query)][::-1]
+    return [(device_id, float(latency)) for device_id, latency in connection.execute(query)]
