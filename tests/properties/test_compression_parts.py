@@ -36,9 +36,10 @@ def test_fields_are_packed_as_defined_and_read_back(values, width):
 
 
 @pytest.mark.parametrize("width", [1, 3, 7, 11, 24, 31])
+@pytest.mark.parametrize("whole", [bits._BITWISE_UP_TO, bits._FIELDS_AT_ONCE, 2 * bits._FIELDS_AT_ONCE])
 @pytest.mark.parametrize("extra", [-1, 0, 1, 33])
-def test_fields_over_several_pieces(width: int, extra: int):
-    count = bits._FIELDS_AT_ONCE + extra
+def test_fields_in_every_number_of_pieces(width: int, whole: int, extra: int):
+    count = whole + extra
     values = np.random.default_rng(width).integers(0, 1 << width, count, dtype=np.uint32)
     packed = pack_fields(values, width)
     bit_matrix = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")[: count * width].reshape(count, -1)

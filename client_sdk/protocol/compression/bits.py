@@ -18,6 +18,9 @@ _LANES = 32
 _FIELDS_AT_ONCE = 2**16
 """Fields or unary numbers that are packed in one go: their lanes or bits stay in a core's cache."""
 
+_BITWISE_UP_TO = 2**12
+"""Fields up to which one byte a bit costs less than many operations on few words."""
+
 _BYTES_AT_ONCE = 2**14
 """Bytes that are unpacked to bits in one go while unary numbers are read."""
 
@@ -108,7 +111,10 @@ def read_fields(reader: Reader, count: int, width: int) -> UInt32Array:
 
 
 def _pack_chunk(values: UInt32Array, width: int) -> bytes:
-    """32 fields make ``width`` words: lane i of each group starts at bit i * width of them."""
+    if len(values) <= _BITWISE_UP_TO:
+        bit_rows = np.unpackbits(values.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+        return np.packbits(bit_rows[:, :width], bitorder="little").tobytes()
+    # 32 fields make `width` words: lane i of each group starts at bit i * width of them.
     groups = -(-len(values) // _LANES)
     padded = np.zeros(groups * _LANES, np.uint32)
     padded[: len(values)] = values
@@ -125,6 +131,12 @@ def _pack_chunk(values: UInt32Array, width: int) -> bytes:
 
 
 def _unpack_chunk(octets: memoryview, count: int, width: int) -> UInt32Array:
+    """The inverse of ``_pack_chunk``."""
+    if count <= _BITWISE_UP_TO:
+        bits = np.unpackbits(np.frombuffer(octets, np.uint8), count=count * width, bitorder="little")
+        bit_rows = np.zeros((count, _LANES), np.uint8)
+        bit_rows[:, :width] = bits.reshape(count, width)
+        return np.packbits(bit_rows, axis=1, bitorder="little").reshape(-1).view("<u4").astype(np.uint32)
     groups = -(-count // _LANES)
     padded = np.zeros(groups * width * 4, np.uint8)
     padded[: len(octets)] = np.frombuffer(octets, np.uint8)

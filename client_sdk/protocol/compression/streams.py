@@ -82,7 +82,7 @@ class WordStream:
         return ((high * factor + ((low * factor) >> _HALF)) >> _HALF).astype(np.int64)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def support(seed: int, size: int, count: int) -> npt.NDArray[np.int64]:
     """Coordinates that random-k sends: ``count`` of ``size``, each set of them equally likely.
 
