@@ -197,7 +197,7 @@ def test_the_aggregate_is_the_exact_mean_of_what_was_sent(method: str):
 
 def test_random_coordinates_without_feedback_are_right_in_expectation():
     aggregator = CompressedGradientAggregator(0.25, "randomk", error_feedback=False)
-    flat, rounds = drawn(), 4000
+    flat, rounds = drawn(), 500
     total = np.zeros(SIZE)
     for _ in range(rounds):
         total += flatten(aggregator.aggregate([compressed_worker(aggregator, "a", flat)], MODEL))

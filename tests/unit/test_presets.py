@@ -309,7 +309,7 @@ def peak_bytes(n: int, size: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_number_of_workers():
-    size = 5_000_000  # more than are read before they are folded together
+    size = 4_300_000  # more than are read before they are folded together
     few, many = peak_bytes(2, size), peak_bytes(20, size)
     assert many < few + size
     # 24 bytes of bins, 4 of the update that is read, 8 of the mean, 4 of the result, and what the source holds.
