@@ -188,14 +188,18 @@ class ToyServer:
     def __post_init__(self) -> None:
         self.manifest = make_manifest()
         self.model = make_model()
-        manifest = self.manifest.to_json().encode()
+        self.hand_out(self.manifest.to_json().encode(), PROGRAM_BYTES, self.model)
+
+    def hand_out(self, manifest: bytes, program: bytes, model: bytes) -> None:
+        """Make assignments for this bundle."""
+        self.manifest, self.model = Manifest.from_json(manifest), model
         self.hashes = {
             "manifest_sha256": sha(manifest),
-            "program_sha256": sha(PROGRAM_BYTES),
-            "model_sha256": sha(self.model),
+            "program_sha256": sha(program),
+            "model_sha256": sha(model),
             "parameter_table_sha256": self.manifest.parameter_table_sha256,
         }
-        self.blobs |= {sha(b): b for b in (manifest, PROGRAM_BYTES, self.model)}
+        self.blobs |= {sha(b): b for b in (manifest, program, model)}
 
     def next_assignment(self) -> Assignment:
         self.given += 1

@@ -2,126 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
 
-from client_sdk.blobs import Buffer
-from client_sdk.identity import DeviceIdentity
-from client_sdk.protocol.frames import decode_frame
-from client_sdk.protocol.messages import Assignment
-from client_sdk.reports import build_report
+from client_sdk import DeviceProfile, MobileClient
+from client_sdk.protocol.errors import BodyAltered
 from client_sdk.runtime import load_program
-from client_sdk.session_state import Phase, SessionState
-from client_sdk.training import LocalTrainer
+from client_sdk.session_state import Phase, RetryPolicy, SessionState
+from client_sdk.store import MemoryDeviceStore
+from client_sdk.transport import HttpTransport
+from tests.device_process import DeviceProcess
 from tests.servers import ServerProcess, get_json, running_server, start_server, write_config
+from tests.web import Request, Server, proxy
 
 PLAN = {"local_epochs": 3, "batch_size": 8, "learning_rate": 0.25}
-
-# Runs the device command, and SIGKILLs its own process at a named point.
-KILLED_DEVICE = """
-import os, signal, sys
-import httpcore._backends.sync as sockets
-from client_sdk import device, events, store, transport
-from client_sdk.cli import main
-
-point, countdown = sys.argv[1], int(sys.argv[2])
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def count(name):
-    global countdown
-    if name == point:
-        countdown -= 1
-        if countdown == 0:
-            die()
-
-def after(owner, name, label, when=lambda *_: True):
-    original = getattr(owner, name)
-    def wrapper(*args, **kwargs):
-        result = original(*args, **kwargs)
-        if when(*args):
-            count(label)
-        return result
-    setattr(owner, name, wrapper)
-
-after(device.ProgressLines, "__call__", "training", lambda _, event: isinstance(event, events.TrainingProgress))
-after(store.FileDeviceStore, "seal", "sealed")
-after(store.FileDeviceStore, "save_session", "saved")
-after(transport.HttpTransport, "check_in", "checked-in")
-after(transport.HttpTransport, "fetch", "fetched")
-after(transport.HttpTransport, "upload", "uploaded")
-
-send = sockets.SyncStream.write
-def cut(self, buffer, timeout=None):
-    # The body of an upload is the one write that begins like a frame.
-    if point == "half-uploaded" and bytes(buffer[8:10]) == b'{"':
-        send(self, buffer[: len(buffer) // 2], timeout)
-        die()
-    send(self, buffer, timeout)
-sockets.SyncStream.write = cut
-
-sys.exit(main(["device", *sys.argv[3:]]))
-"""
-
-
-@dataclass
-class DeviceProcess:
-    """One device: its files, and the processes that play it."""
-
-    url: str
-    folder: Path
-    seed: int = 0
-    state: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(self.seed)
-        self.x, self.y = rng.standard_normal((30, 6)).astype(np.float32), rng.integers(0, 3, 30)
-        np.savez(self.folder / "data.npz", x=self.x, y=self.y)
-        self.state = self.folder / "state"
-
-    def arguments(self, *more: str) -> list[str]:
-        files = ["--data", str(self.folder / "data.npz"), "--state-dir", str(self.state)]
-        return ["--server", self.url, *files, *more]
-
-    def run(self, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("pocketfed")), "device", *self.arguments(*more)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    def start(self, *more: str) -> subprocess.Popen[str]:
-        command = [str(Path(sys.executable).with_name("pocketfed")), "device", *self.arguments(*more)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-    def run_killed_at(self, point: str, countdown: int) -> SessionState:
-        """Run until the kill, and return what the state directory knows then."""
-        command = [sys.executable, "-c", KILLED_DEVICE, point, str(countdown), *self.arguments("--once")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == -signal.SIGKILL, f"the planned kill did not happen:\n{done.stderr}"
-        return SessionState.model_validate_json((self.state / "session.json").read_bytes())
-
-    def honest_report(self, assignment: Assignment, model: bytes, bundle: Path) -> Buffer:
-        """The frame that an undisturbed device sends."""
-        program = load_program(bundle, "native")
-        weights = np.frombuffer(decode_frame(model).payload, np.float32)
-        trained = LocalTrainer(program).train(weights, self.x, self.y, assignment.plan, assignment.shuffle_seed)
-        program.close()
-        identity = DeviceIdentity.from_private_bytes(bytes.fromhex((self.state / "identity.key").read_text()))
-        return build_report(
-            assignment,
-            identity.report_id(assignment.assignment_id),
-            trained.delta,
-            steps=trained.steps,
-            train_loss=trained.last_epoch_loss,
-        ).frame
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +213,74 @@ def test_bad_input_is_one_line_and_status_two(tmp_path: Path, arguments: list[st
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+class Patient:
+    """A device in this process that waits for nothing."""
+
+    def __init__(self, url: str, data: tuple[np.ndarray, np.ndarray], bundle: Path, attempts: int) -> None:
+        self.store = MemoryDeviceStore()
+        self.program = load_program(bundle, "native")
+        self.transport = HttpTransport(url, self.store.identity)
+        self.waits: list[float] = []
+        self.client = MobileClient(
+            self.program,
+            DeviceProfile("patient"),
+            data=data,
+            transport=self.transport,
+            store=self.store,
+            policy=RetryPolicy(max_attempts=attempts),
+            wait=lambda delay, _stop: self.waits.append(delay),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.transport.close()
+        self.program.close()
+
+
+def flipped(request: Request) -> bytes:
+    """The body of an upload with one bit changed."""
+    body = bytearray(request.body)
+    body[-1] ^= 1
+    return bytes(body)
+
+
+def test_a_body_that_a_proxy_altered_is_sent_again_until_it_arrives(
+    server: ServerProcess, tmp_path: Path, softmax_bundle: Path
+):
+    x, y = DeviceProcess("", tmp_path).data
+    before = len(rounds_of(server))
+    with Server() as front:
+        spoiled = itertools.count()
+
+        def alter(request: Request) -> bytes:
+            return flipped(request) if request.method == "PUT" and next(spoiled) < 3 else request.body
+
+        front.answer = proxy(server.url, alter)
+        with Patient(front.url, (x, y), softmax_bundle, attempts=12) as device:
+            assert device.client.run(max_reports=1).reports == 1
+            assert len(device.waits) == 3
+        uploads = [r.body for r in front.requests if r.method == "PUT"]
+    assert len(uploads) == 4
+    assert len(set(uploads)) == 1, "the very bytes that were sealed"
+    assert [r["reports"] for r in rounds_of(server)[before:]] == [1]
+
+
+def test_a_proxy_that_alters_every_body_is_left_and_the_report_kept(
+    server: ServerProcess, tmp_path: Path, softmax_bundle: Path
+):
+    with Server() as front:
+        front.answer = proxy(server.url, lambda r: flipped(r) if r.method == "PUT" else r.body)
+        with Patient(front.url, DeviceProcess("", tmp_path).data, softmax_bundle, attempts=4) as device:
+            summary = device.client.run(max_reports=1)
+            assert (summary.cause, summary.reports) == ("gave-up", 0)
+            assert isinstance(summary.error, BodyAltered)
+            assert len([r for r in front.requests if r.method == "PUT"]) == 4
+            front.answer = proxy(server.url, lambda r: r.body)
+            assert device.client.run(max_reports=1).reports == 1, "on a better network"
 
 
 def test_data_that_does_not_fit_the_model_stops_the_device_and_gives_the_assignment_back(

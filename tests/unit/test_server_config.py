@@ -8,6 +8,7 @@ import pytest
 
 from client_sdk.protocol.errors import ConfigurationError
 from server_ref.config import ServerConfig, TaskConfig, load_config
+from server_ref.recipe import compression_of
 
 FILE = """
 data_dir = "state"
@@ -87,3 +88,17 @@ def test_the_operators_page_names_every_setting_with_its_default():
             if isinstance(field.default, int | float) and not isinstance(field.default, bool):
                 stated = [word.strip("` ") for word in defaults.split(",")]
                 assert field.default in [float(n) for n in stated if n.replace(".", "", 1).replace("e-", "").isdigit()]
+
+
+def test_reports_weigh_what_the_sum_allows(tmp_path):
+    """Assignments carry the weight that the pipeline declares, or every report would be refused."""
+    plain = TaskConfig(bundle=tmp_path, weight_cap=50)
+    uniform = TaskConfig(bundle=tmp_path, weight_cap=50, aggregation={"weighting": "uniform"})
+    scaffold = TaskConfig(bundle=tmp_path, weight_cap=50, population=3, plan={"algorithm": "scaffold"})
+    assert [c.policy().weight_cap for c in (plain, uniform, scaffold)] == [50, 1, 1]
+
+
+@pytest.mark.parametrize(("line", "found"), [(None, None), ("none", None), ("topk:1e-2", "topk:0.01")])
+def test_no_compression_has_one_form_for_the_devices(tmp_path, line, found):
+    spec = compression_of(TaskConfig(bundle=tmp_path, compression=line))
+    assert (None if spec is None else str(spec)) == found

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -17,7 +14,6 @@ from client_sdk.errors import BlobHashMismatch, InvalidReply, TransportUnavailab
 from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.errors import (
     ConfigurationError,
-    ProtocolError,
     RangeNotSatisfiable,
     ServerBusy,
     StaleReport,
@@ -35,105 +31,23 @@ from client_sdk.protocol.messages import (
 from client_sdk.protocol.signing import device_id_of, signing_device, verify_request
 from client_sdk.transport import HttpTransport, open_client
 from tests.devices import make_assignment, sha
+from tests.web import Answer, Request, Server, problem
 
 IDENTITY = DeviceIdentity.generate()
 REPORT, ASSIGNMENT = "1" * 32, "2" * 32
 ACCEPTED = ReportReply(report_id=REPORT, assignment_id=ASSIGNMENT).model_dump_json().encode()
 
 
-@dataclass
-class Request:
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-
-@dataclass
-class Answer:
-    """What to send; ``cut`` closes the connection after so many bytes of the body."""
-
-    status: int = 200
-    body: bytes = b"{}"
-    headers: dict[str, str] = field(default_factory=dict)
-    cut: int | None = None
-    length: int | None = None
-
-
-class Server:
-    """A real HTTP server whose answers are a function of the request."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-        self.connections = 0
-        self.answer: Callable[[Request], Answer] = lambda _: Answer()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def setup(self) -> None:
-                super().setup()
-                outer.connections += 1
-
-            def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
-                outer.requests.append(request)
-                self.reply(outer.answer(request))
-
-            def reply(self, answer: Answer) -> None:
-                if answer.status == 0:  # hang up without a word
-                    self.close_connection = True
-                    return
-                self.send_response(answer.status)
-                chunked = answer.headers.get("transfer-encoding") == "chunked"
-                if not chunked:
-                    self.send_header(
-                        "content-length", str(len(answer.body) if answer.length is None else answer.length)
-                    )
-                for name, value in answer.headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                body = answer.body if answer.cut is None else answer.body[: answer.cut]
-                with contextlib.suppress(ConnectionError):
-                    for at in range(0, len(body), 1 << 16):
-                        part = body[at : at + (1 << 16)]
-                        self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
-                    if chunked and answer.cut is None:
-                        self.wfile.write(b"0\r\n\r\n")
-                self.close_connection |= answer.cut is not None
-
-            do_GET = do_POST = do_PUT = handle_any  # noqa: N815 - the names that http.server looks for
-
-            def log_message(self, *_: object) -> None:
-                """Quiet."""
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    with Server() as running:
+        yield running
 
 
 @pytest.fixture
 def transport(server: Server) -> Iterator[HttpTransport]:
     with HttpTransport(server.url, IDENTITY) as transport:
         yield transport
-
-
-def problem(error: ProtocolError, **extra: object) -> Answer:
-    body = {"type": error.type_uri, "title": error.title, "status": error.http_status, "detail": error.detail} | extra
-    return Answer(error.http_status, json.dumps(body).encode(), {"content-type": "application/problem+json"})
 
 
 def test_requests_are_signed_by_the_device(server: Server, transport: HttpTransport):
