@@ -28,7 +28,6 @@ _SMOOTHING = 1e-6
 """Distances below this part of their median count as that much, so that no weight is infinite."""
 
 _CLIPPING_ITERATIONS = 3
-_SMALLEST = 2.0**-1022
 _MAGIC = 1.5 * 2.0**52
 
 
@@ -71,10 +70,13 @@ def centered_clipping(
         point = np.array(centre, np.float64)
     distances = _distances(rows, point)
     radius = float(np.median(distances)) if options.radius is None else options.radius
+    if radius == 0.0:
+        # Half of the rows lie on the start, and no step is allowed towards the others.
+        return Reduction(point, num_byzantine, scores=distances, weights=(distances == 0.0) / len(rows))
     iterations = options.iterations or _CLIPPING_ITERATIONS
     weights = np.empty(len(rows))
     for _ in range(iterations):
-        weights = np.minimum(radius / np.maximum(distances, _SMALLEST), 1.0) / len(rows)
+        weights = radius / np.maximum(distances, radius) / len(rows)
         distances, _ = _step(rows, weights, distances, point)
     return Reduction(point, num_byzantine, scores=distances, weights=weights, iterations=iterations)
 

@@ -29,6 +29,9 @@ UInt64Array = npt.NDArray[np.uint64]
 BLOCK = 256
 """Columns at a time: 100 rows of them take 100 KiB as keys, a thousand 1 MiB."""
 
+MEAN_BLOCK = 64
+"""Columns at a time where every row is read many times: a thousand widened rows take 512 KiB."""
+
 _float32_at = pointer_to(types.float32)
 _float64_at = pointer_to(types.float64)
 
@@ -253,6 +256,24 @@ def move(  # noqa: PLR0917 - as above
 # --- mixing, sketching --------------------------------------------------------------------------------------------
 
 
+@njit(nogil=True)
+def _mean_of(rows: Float64Array, members: Int32Array, mean: Float64Array) -> None:
+    """The mean of some rows, added one after the other."""
+    mean[:] = 0.0
+    fours = members.size // 4 * 4
+    for t in range(0, fours, 4):
+        # Four in one pass: the sum is loaded and stored a quarter as often.
+        w, x = rows[members[t]], rows[members[t + 1]]
+        y, z = rows[members[t + 2]], rows[members[t + 3]]
+        for c in range(MEAN_BLOCK):
+            mean[c] = (((mean[c] + w[c]) + x[c]) + y[c]) + z[c]
+    for t in range(fours, members.size):
+        w = rows[members[t]]
+        for c in range(MEAN_BLOCK):
+            mean[c] += w[c]
+    mean /= members.size
+
+
 @njit("void(uint64[::1], boolean, int64, int64, int64, int32[::1], int64[::1], uint64[::1])", cache=True, nogil=True)
 def write_means(  # noqa: PLR0917 - as above
     addresses: UInt64Array,
@@ -277,26 +298,22 @@ def write_means(  # noqa: PLR0917 - as above
         targets: Where each mean is written.
     """
     n = addresses.size
-    rows = np.empty((n, BLOCK))
-    for start in range(first, last, BLOCK):
-        width = min(BLOCK, last - start)
+    rows = np.zeros((n, MEAN_BLOCK))
+    mean = np.empty(MEAN_BLOCK)
+    for start in range(first, last, MEAN_BLOCK):
+        width = min(MEAN_BLOCK, last - start)
         for i in range(n):
             load(addresses[i], wide, size, start, rows[i, :width])
         for k in range(targets.size):
-            mean = np.zeros(BLOCK)
-            count = starts[k + 1] - starts[k]
-            for t in range(starts[k], starts[k + 1]):
-                row = rows[members[t]]
-                for c in range(BLOCK):
-                    mean[c] += row[c]
+            _mean_of(rows, members[starts[k] : starts[k + 1]], mean)
             if wide:
                 y = carray(_float64_at(targets[k]), (size,))[start : start + width]
                 for c in range(width):
-                    y[c] = mean[c] / count
+                    y[c] = mean[c]
             else:
                 x = carray(_float32_at(targets[k]), (size,))[start : start + width]
                 for c in range(width):
-                    x[c] = np.float32(mean[c] / count)
+                    x[c] = np.float32(mean[c])
 
 
 @njit("void(uint64[::1], boolean, int64, int64, int64, int8[::1], int64[::1], float64[:, ::1])", cache=True, nogil=True)

@@ -98,6 +98,22 @@ def _add_squared_differences(_context: Any, _a: Any, _b: Any, _steps: Any, _sums
     return types.void(types.uint64, types.uint64, types.int64, types.uint64), codegen
 
 
+@njit(nogil=True)
+def _interleave(row: npt.NDArray[np.float64], steps: int, packed: npt.NDArray[np.float64]) -> None:
+    """Copy the row's vectors to every ``TILE``-th vector of ``packed``."""
+    # Unsigned indices need no check for negative ones, and loading all lanes before storing any leaves no doubt that
+    # they do not overlap: only so does this become a load and a store of a vector.
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    for step in range(np.uint64(steps)):
+        source = step * np.uint64(LANES)
+        a, b, c, d = row[source], row[source + one], row[source + two], row[source + three]
+        to = step * np.uint64(TILE * LANES)
+        packed[to] = a
+        packed[to + one] = b
+        packed[to + two] = c
+        packed[to + three] = d
+
+
 @njit("void(uint64[::1], boolean, int64, int64, int64, int64, int32[:, ::1], float64[:, ::1])", cache=True, nogil=True)
 def add_tiles(  # noqa: PLR0917 - compiled functions are called by position
     addresses: npt.NDArray[np.uint64],
@@ -135,10 +151,7 @@ def add_tiles(  # noqa: PLR0917 - compiled functions are called by position
         steps = (width + LANES - 1) // LANES
         for i in range(n):
             load(addresses[i], wide, size, start, row[:width])
-            at = (i // TILE) * TILE * columns + (i % TILE) * LANES
-            for step in range(steps):
-                for lane in range(LANES):
-                    packed[at + step * TILE * LANES + lane] = row[step * LANES + lane]
+            _interleave(row, steps, packed[(i // TILE) * TILE * columns + (i % TILE) * LANES :])
         for t in range(tiles.shape[0]):
             _add_squared_differences(  # type: ignore[call-arg]  # numba gives an intrinsic's first argument itself
                 base + np.uint64(tiles[t, 0]) * group_bytes,
