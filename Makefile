@@ -50,11 +50,11 @@ NATIVE_STAMP := $(STAMPS)/native-$(NATIVE_KEY)
 # Replace the older stamps of one kind by the new one.
 stamp = rm -f $(STAMPS)/$(1)-* && touch $@
 
-.PHONY: help setup demo test test-slow check format bench docs clean distclean
+.PHONY: help setup demo test test-slow check format bench bench-large bench-leak docs clean distclean
 
 help: ## list the targets
 	@echo 'pocketfed: make TARGET'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 # --- set-up ----------------------------------------------------------------------------------------------------
 
@@ -126,6 +126,12 @@ format: setup ## rewrite the sources in the house format
 
 bench: setup ## run the benchmarks one after another; each prints its own figures
 	@for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+
+bench-large: setup ## aggregate 100 million parameters, and judge the memory (2.6 GB)
+	@$(BIN)/python tests/benchmarks/bench_large.py --large --check
+
+bench-leak: setup ## aggregate 20,000 rounds in one process, and judge the memory
+	@$(BIN)/python tests/benchmarks/bench_large.py --leak --check
 
 docs: setup ## build the API reference into build/docs from the docstrings, and check the links of docs/
 	@$(BIN)/pdoc --docformat google --output-directory build/docs $(PACKAGES)
