@@ -29,15 +29,21 @@ class AtCheckIn:
         self._seed = seed
 
     @classmethod
-    def rebuild(cls, config: TaskConfig, engine: Engine) -> AtCheckIn:
-        """From the table of assignments."""
+    def begin(cls, config: TaskConfig, history: Iterable[tuple[str, float]] = ()) -> AtCheckIn:
+        """From the counted reports so far: (device, seconds), oldest first."""
         settings = config.selection
         if settings.policy == "any":
             return cls(None, config.seed)
-        with engine.connect() as connection:
-            history = database.counted_latencies(connection)
         policy = SelectionPolicy(settings.policy)
         return cls(Selector.from_history(history, policy, floor=settings.floor), config.seed)
+
+    @classmethod
+    def rebuild(cls, config: TaskConfig, engine: Engine) -> AtCheckIn:
+        """From the table of assignments."""
+        if config.selection.policy == "any":
+            return cls.begin(config)
+        with engine.connect() as connection:
+            return cls.begin(config, database.counted_latencies(connection))
 
     def admits(self, device_id: str, engine: RoundEngine, now: float) -> bool:
         """Whether a device that offers itself now may have a slot; one that holds an assignment keeps it."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,15 +15,42 @@ from client_sdk.protocol.errors import PocketfedError, StorageUnavailable
 from server_ref.aggregation.batch import Aggregate
 from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.monitoring import DivergenceDetector, DivergenceState, Health
-from server_ref.buffer import OpenBuffer
-from server_ref.durable import DurableState, RoundOutcome
-from server_ref.rounds import Closing
+from server_ref.aggregation.server_state import ServerState
+from server_ref.durable import RoundOutcome
+from server_ref.rounds import AssignmentRecord, Closing
 from server_ref.task import Task
 
 _log = logging.getLogger("pocketfed.coordinator")
 
 
-def close_buffer(task: Task, state: DurableState, buffer: OpenBuffer, closing: Closing) -> RoundOutcome:
+class Standing(Protocol):
+    """What a round starts from, durable or not."""
+
+    @property
+    def optimizer(self) -> ServerState:
+        """The server's state."""
+        ...
+
+    @property
+    def correction(self) -> DelayCorrection | None:
+        """What stale updates are corrected by, if anything."""
+        ...
+
+    @property
+    def divergence_json(self) -> str | None:
+        """The divergence detector's state; None before the first round."""
+        ...
+
+
+class Reducible(Protocol):
+    """A buffer that can be turned into an aggregate."""
+
+    def reduce(self, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
+        """The aggregate of exactly these reports, for the model after ``version``."""
+        ...
+
+
+def close_buffer(task: Task, state: Standing, buffer: Reducible, closing: Closing) -> RoundOutcome:
     """Reduce, correct, release and apply a buffer, and see whether training is still on course.
 
     A buffer that cannot be aggregated or applied leaves the model as it is: its reports are spent either way, the old
@@ -63,9 +91,7 @@ def _corrected(
     return replace(aggregate, values=correction.correct(aggregate.values, ages, scales, denominator))
 
 
-def _watched(
-    task: Task, state: DurableState, outcome: RoundOutcome, closing: Closing, norm: float | None
-) -> RoundOutcome:
+def _watched(task: Task, state: Standing, outcome: RoundOutcome, closing: Closing, norm: float | None) -> RoundOutcome:
     """The outcome with the divergence detector's verdict.
 
     What it looks at is known when the buffer closes, so that a run that diverges is halted in the same round whenever
