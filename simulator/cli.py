@@ -79,6 +79,8 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     )
     add("--overselect", type=float, metavar="X", help="devices invited per report needed, 1.0 or more (default: 1.0)")
     add("--refill-at", type=int, metavar="N", help="asynchronous: invite again when N slots are free (default: all)")
+    add("--stragglers", type=float, metavar="F", help="fraction of the fleet that is slow for good (default: 0)")
+    add("--slowdown", type=float, metavar="X", help="how many times longer their sessions take (default: 10)")
     add("--dropout", type=float, metavar="P", help="probability that an invited device vanishes (default: 0)")
     local = parser.add_argument_group("local training")
     add = local.add_argument
@@ -116,7 +118,7 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 
 _CONFIG_FLAGS = (
     "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "dropout",
-    "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine", "server",
+    "stragglers", "slowdown", "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine", "server",
 )  # fmt: skip
 
 

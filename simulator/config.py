@@ -67,6 +67,8 @@ class SimulationConfig(BaseModel):
         selection: Who gets a free slot.
         divergence: When training is halted by itself.
         dropout: Probability that an invited device never reports.
+        stragglers: Fraction of the fleet whose sessions take ``slowdown`` times longer.
+        slowdown: See ``stragglers``.
         attack: What dishonest devices do, as ``adversaries.parse_attack`` reads it; None: all are honest.
         byzantine: Fraction of the fleet that attacks, and that a robust rule reckons with.
         server: Address of a foreign server, which brings its own clock, rounds, model and plan; None for our own.
@@ -98,6 +100,8 @@ class SimulationConfig(BaseModel):
     selection: SelectionConfig = SelectionConfig()
     divergence: DivergenceConfig = DivergenceConfig()
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    stragglers: float = Field(0.0, ge=0.0, lt=1.0)
+    slowdown: float = Field(10.0, ge=1.0, le=1000.0)
     attack: str | None = None
     byzantine: float = Field(0.0, ge=0.0, lt=1.0)
     server: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import NormalDist
 from typing import Final
 
@@ -83,6 +84,8 @@ class Population:
         check_in_spread: How far a single such time may lie from the mean, as a fraction of it. Wide by default, so
             that who comes first after a commit is a fresh draw every round.
         jitter: Standard deviation of the log of a session's duration around its device's typical one.
+        stragglers: Fraction of the devices that are slow for good, rounded to a whole number of devices.
+        slowdown: How many times longer their sessions take.
     """
 
     seed: int
@@ -91,6 +94,8 @@ class Population:
     check_in_interval_s: float = 60.0
     check_in_spread: float = 0.5
     jitter: float = 0.25
+    stragglers: float = 0.0
+    slowdown: float = 10.0
     _prefix: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +105,14 @@ class Population:
         """Uniform in (0, 1), a pure function of its arguments and the seed."""
         digest = hashlib.blake2b(self._prefix + f"{purpose}:{device}:{number}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest, "big") + 0.5) / 2**64
+
+    @cached_property
+    def slow_devices(self) -> frozenset[int]:
+        """Which devices are stragglers: drawn from all tiers alike."""
+        count = round(self.stragglers * self.devices)
+        if not count:
+            return frozenset()
+        return frozenset(sorted(range(self.devices), key=lambda d: self._uniform("straggler", d))[:count])
 
     def tier(self, device: int) -> DeviceTier:
         """The device's tier, drawn with the shares of ``TIERS``."""
@@ -149,7 +162,8 @@ class Population:
             examples = min(examples, work.plan.max_steps * work.plan.batch_size)
         compute = examples * work.flops_per_example / (model.mflops * 1e6)
         network = 8 * (work.bytes_down + work.bytes_up) / (model.bandwidth_mbit * 1e6) + 3 * model.latency_s
-        return (model.startup_s + compute + network) / speed
+        slowdown = self.slowdown if device in self.slow_devices else 1.0
+        return slowdown * (model.startup_s + compute + network) / speed
 
     def duration_s(self, device: int, session: int, num_samples: int, work: Workload) -> float | None:
         """Virtual time from assignment to report of the device's ``session``-th session; None if it drops out.

@@ -13,8 +13,10 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client_sdk.atomic import write_atomically
+from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Manifest, Role
+from client_sdk.protocol.training import update_size
 from mobile_export.bundle import ProgramBundle
 from simulator.adversaries import AttackPlan
 from simulator.config import SimulationConfig
@@ -66,7 +68,10 @@ class Fleet:
         dataset = load_dataset(config.dataset)
         parts = deal(parse_partition(config.partition), dataset.train.y, config.devices, config.seed)
         attack = AttackPlan.of(config, dataset.num_classes)
-        return cls(Population(config.seed, config.devices, config.dropout), dataset, parts, attack)
+        population = Population(
+            config.seed, config.devices, config.dropout, stragglers=config.stragglers, slowdown=config.slowdown
+        )
+        return cls(population, dataset, parts, attack)
 
     @property
     def num_samples(self) -> list[int]:
@@ -137,12 +142,16 @@ def session_costs(folder: RunFolder, dataset: Dataset, bundle: ProgramBundle) ->
             return SessionCosts.model_validate_json(path.read_bytes())
         except ValidationError as e:
             raise ResumeMismatch(f"{path} is damaged: {e}") from e
-    vector_bytes = 4 * bundle.manifest.num_parameters + _FRAME_OVERHEAD_BYTES
+    config, num_parameters = folder.config, bundle.manifest.num_parameters
+    # SCAFFOLD's devices fetch the control beside the model, and send as much.
+    vectors = update_size(config.plan, num_parameters)
+    spec = CompressionSpec.parse(config.compression or "none")
+    payload = 4 * vectors if spec.is_none else Codec(spec, vectors).max_bytes
     costs = SessionCosts(
-        flops_per_example=_flops_per_example(folder.config.model, dataset),
+        flops_per_example=_flops_per_example(config.model, dataset),
         program_bytes=bundle.manifest.program_bytes + len(bundle.manifest.to_json()),
-        model_bytes=vector_bytes,
-        report_bytes=vector_bytes,
+        model_bytes=4 * vectors + _FRAME_OVERHEAD_BYTES,
+        report_bytes=payload + _FRAME_OVERHEAD_BYTES,
     )
     write_atomically(path, costs.model_dump_json(indent=2).encode(), mode=0o644)
     return costs

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,3 +99,14 @@ def test_identities_are_distinct_and_follow_the_seed():
     others = {Population(2, 100).identity(d).device_id for d in range(100)}
     assert len(ids) == 100
     assert not ids & others
+
+
+@given(st.integers(0, 1000), st.integers(1, 60), st.floats(0, 0.99), st.floats(1, 50))
+def test_stragglers_are_a_fixed_part_of_the_fleet_and_so_much_slower(seed, devices, fraction, slowdown):
+    usual = Population(seed, devices)
+    slowed = Population(seed, devices, stragglers=fraction, slowdown=slowdown)
+    assert len(slowed.slow_devices) == round(fraction * devices)
+    for device in range(devices):
+        before = usual.typical_duration_s(device, 20, WORK)
+        expected = slowdown * before if device in slowed.slow_devices else before
+        assert slowed.typical_duration_s(device, 20, WORK) == pytest.approx(expected)
