@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,34 +10,17 @@ import numpy.typing as npt
 
 from client_sdk.protocol.compression import Codec
 from client_sdk.protocol.program import Float32Array
-from client_sdk.protocol.training import TrainingPlan, normaliser
+from client_sdk.protocol.training import normaliser
 from client_sdk.reports import compress_update
 from client_sdk.training import Controls
 from server_ref.aggregation.batch import EncodedUpdate
+from server_ref.recipe import compression_of
+from server_ref.task import Task
 from simulator.adversaries.transport import compress_within
 from simulator.adversaries.vectors import within
 from simulator.cohort.attackers import CohortAttackers
 from simulator.cohort.queue import Broadcast, Job, Trained
 from simulator.cohort.trainer import LocalWork
-
-
-@dataclass(frozen=True)
-class Instructions:
-    """What every assignment of a task says, and what depends on its number.
-
-    Attributes:
-        plan: The local training.
-        max_abs: Largest value that the server takes.
-        shuffle_seed: Assignment number -> seed of its shuffles.
-        codec: Compresses the updates; None for float32 as they are.
-        compression_seed: Assignment number and model version -> public randomness of its compression.
-    """
-
-    plan: TrainingPlan
-    max_abs: float
-    shuffle_seed: Callable[[int], int]
-    codec: Codec | None = None
-    compression_seed: Callable[[int, int], int] = lambda _number, _version: 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,25 +42,27 @@ class Clients:
     Memory: error feedback and SCAFFOLD take 4 bytes a parameter for each device whose report was accepted.
 
     Args:
-        instructions: Of the task.
+        task: What assignments say.
         parts: Rows of each device.
         attackers: The dishonest ones among them.
     """
 
     def __init__(
         self,
-        instructions: Instructions,
+        task: Task,
         parts: Sequence[npt.NDArray[np.int64]],
         attackers: CohortAttackers | None = None,
     ) -> None:
-        self._instructions = instructions
+        self._task = task
+        spec = compression_of(task.settings)
+        self._codec = None if spec is None else Codec(spec, task.pipeline.entry.size)
         self._parts = parts
         self._attackers = attackers
         self._memories: dict[int, Memory] = {}
 
     def work(self, job: Job, broadcast: Broadcast) -> LocalWork:
         """A device's local training on a broadcast."""
-        seed = self._instructions.shuffle_seed(job.number)
+        seed = self._task.shuffle_seed(job.number)
         return LocalWork(self._parts[job.device], seed, self._controls(job.device, broadcast))
 
     def report(self, job: Job, broadcast: Broadcast, trained: Trained) -> tuple[EncodedUpdate, Memory]:
@@ -89,7 +74,7 @@ class Clients:
         payload, seed, residual = self._encode(job, broadcast, trained.update)
         controls = self._controls(job.device, broadcast)
         control = None if controls is None else controls.device + trained.update[len(controls.device) :]
-        steps = normaliser(self._instructions.plan, trained.steps)
+        steps = normaliser(self._task.settings.plan, trained.steps)
         return EncodedUpdate(job.number, payload, seed=seed, normaliser=steps), Memory(residual, control)
 
     def accepted(self, device: int, memory: Memory) -> None:
@@ -110,19 +95,19 @@ class Clients:
         self, job: Job, broadcast: Broadcast, update: Float32Array
     ) -> tuple[Float32Array | bytes, int, Float32Array | None]:
         """The payload, the seed of its compression, and what it leaves out for the next one."""
-        told = self._instructions
+        task, codec, max_abs = self._task, self._codec, self._task.settings.max_abs
         attackers = self._attackers if self._attackers is not None and self._attackers.attacks(job.device) else None
-        if told.codec is None:
+        if codec is None:
             if attackers is not None:
-                update = within(attackers.craft(job.device, broadcast, update), told.max_abs)
+                update = within(attackers.craft(job.device, broadcast, update), max_abs)
             return update, 0, None
-        seed, rounding_seed = told.compression_seed(job.number, broadcast.version), told.shuffle_seed(job.number)
+        seed, rounding_seed = task.compression_seed(job.record), task.shuffle_seed(job.number)
         residual = self._memory(job.device).residual
         payload, residual = compress_update(
-            told.codec, update, residual, seed=seed, rounding_seed=rounding_seed, max_abs=told.max_abs
+            codec, update, residual, seed=seed, rounding_seed=rounding_seed, max_abs=max_abs
         )
         if attackers is not None:
             # An attacker starts from what the device has sealed, as ``AdversarialTransport`` has it.
-            crafted = attackers.craft(job.device, broadcast, told.codec.decode(payload, seed))
-            payload = compress_within(told.codec, crafted, seed=seed, rounding_seed=rounding_seed, max_abs=told.max_abs)
+            crafted = attackers.craft(job.device, broadcast, codec.decode(payload, seed))
+            payload = compress_within(codec, crafted, seed=seed, rounding_seed=rounding_seed, max_abs=max_abs)
         return payload, seed, residual

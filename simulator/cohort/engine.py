@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from client_sdk.protocol.errors import ProtocolError, StaleReport, TrainingDiverged
 from client_sdk.protocol.messages import RetryWindow
-from client_sdk.protocol.training import TrainingPlan
-from server_ref.rounds import AssignmentRecord, Waiting
+from server_ref.rounds import Waiting
 from simulator.agenda import Agenda, EventKind
 from simulator.cohort.clients import Clients
 from simulator.cohort.queue import Broadcast, Job, TrainingQueue
@@ -37,29 +36,26 @@ class Failure:
 @dataclass(frozen=True)
 class _Running:
     session: Session
-    record: AssignmentRecord
     job: Job
     broadcast: Broadcast
     bytes_down: int
 
 
 class CohortEngine:
-    """Plays a population against an in-process server; local training is batched when it is first needed.
+    """Plays a population against an in-process server; local training happens when a buffer is full, many at a time.
 
     Check-ins, assignments and arrivals happen in the same order and at the same virtual times as with real devices
     (``VirtualFleet``), so that both engines invite, count and discard the same sessions.
 
-    Guarantees: the result is a function of the arguments, to the bit, on one machine with one thread setting.
+    Guarantees: the result is a function of the arguments, to the bit, on one machine.
 
     Args:
         server: The rounds.
         clients: The devices' data, memory and reports.
         trainer: Their local training.
-        plan: What it is told.
         population: Who the devices are.
         num_samples: Training examples of each device.
         work: Session number of a device (0 = its first) -> what that session costs.
-        retry: When a device that got no work comes back.
         observer: Is told about progress.
         stop: Ends the run at the next event when set.
 
@@ -72,26 +68,26 @@ class CohortEngine:
         server: CohortServer,
         clients: Clients,
         trainer: CohortTrainer,
-        plan: TrainingPlan,
         *,
         population: Population,
         num_samples: Sequence[int],
         work: Callable[[int], Workload],
-        retry: RetryWindow,
         observer: FleetObserver,
         stop: threading.Event,
     ) -> None:
         self.failures: list[Failure] = []
         self._server = server
         self._clients = clients
-        self._queue = TrainingQueue(trainer, plan, clients.work)
+        settings = server.task.settings
+        self._queue = TrainingQueue(trainer, settings.plan, clients.work)
+        self._retry = RetryWindow(min_s=settings.retry_min_s, max_s=settings.retry_max_s)
         self._population = population
         self._num_samples = num_samples
         self._work = work
-        self._retry = retry
         self._observer = observer
         self._stop = stop
         self._running: dict[int, _Running] = {}
+        self._arrived: dict[int, _Running] = {}
         self._in_vain = 0
 
     def run(self) -> bool:
@@ -116,6 +112,10 @@ class CohortEngine:
         return False
 
     def _check_in(self, device: int, now: float) -> None:
+        if device in self._arrived:
+            # The server has a report of this device in its buffer already.
+            self._agenda.wait(device, now, self._retry)
+            return
         duration = self._agenda.duration_s(device)
         record = self._server.check_in(device, self._num_samples[device], now, duration)
         if isinstance(record, Waiting):
@@ -128,31 +128,42 @@ class CohortEngine:
         if arrives_s is None:
             self._end(session, SessionEnd(Outcome.DROPPED))
             return
-        job, broadcast = Job(arrives_s, record.number, device), self._server.broadcast
+        job, broadcast = Job(arrives_s, record.number, device, record), self._server.broadcast
         self._queue.assign(job, broadcast)
-        self._running[device] = _Running(session, record, job, broadcast, bytes_down)
+        self._running[device] = _Running(session, job, broadcast, bytes_down)
 
     def _arrive(self, running: _Running, now: float) -> None:
-        """The report that an assignment was given for; it is only now that anybody needs to know what is in it."""
-        server, record, job = self._server, running.record, running.job
-        version = server.version
+        """A report arrives. What is in it does not matter before the buffer is full, so that nobody has trained yet."""
         try:
-            server.check_fresh(record, now)
-            trained = self._queue.take(job, running.broadcast, at_most=server.room)
-            update, memory = self._clients.report(job, running.broadcast, trained)
-            server.report(record, update, trained.train_loss, now)
+            self._server.check_fresh(running.job.record, now)
         except StaleReport:
             self._end(running.session, SessionEnd(Outcome.REFUSED, 0, running.bytes_down))
-        except (TrainingDiverged, ProtocolError) as e:
-            server.give_up(record)
-            self._fail(running, e)
-        else:
-            self._in_vain = 0
-            self._clients.accepted(job.device, memory)
-            self._end(running.session, SessionEnd(Outcome.ACCEPTED, wire_bytes(update), running.bytes_down))
-            if server.version > version:
-                self._queue.drop_before(server.oldest_version)
-                self._observer.advanced(server.version)
+            return
+        self._arrived[running.job.device] = running
+        if len(self._arrived) == self._server.room:
+            self._deliver(now)
+
+    def _deliver(self, now: float) -> None:
+        """Train and deliver what has arrived; the buffer closes, unless somebody has nothing to deliver."""
+        server, version = self._server, self._server.version
+        arrived, self._arrived = self._arrived, {}
+        for taken, running in enumerate(arrived.values()):
+            # What arrives later than a full synchronous buffer is worthless; an asynchronous one will want it.
+            at_most = len(arrived) - taken if server.synchronous else None
+            try:
+                trained = self._queue.take(running.job, running.broadcast, at_most=at_most)
+                update, memory = self._clients.report(running.job, running.broadcast, trained)
+                server.report(running.job.record, update, trained.train_loss, now)
+            except (TrainingDiverged, ProtocolError) as e:
+                server.give_up(running.job.record)
+                self._fail(running, e)
+            else:
+                self._in_vain = 0
+                self._clients.accepted(running.job.device, memory)
+                self._end(running.session, SessionEnd(Outcome.ACCEPTED, wire_bytes(update), running.bytes_down))
+        if server.version > version:
+            self._queue.drop_before(server.oldest_version)
+            self._observer.advanced(server.version)
 
     def _fail(self, running: _Running, error: TrainingDiverged | ProtocolError) -> None:
         running.session.arrives_s = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class BatchedModel:
-    """The same arithmetic as the exported program's methods, but for c clients in one call.
+    """The same arithmetic as the exported program's methods, but for c clients in one call. Safe between threads.
 
     Args:
         model: The module that was exported; its own parameters are not read, flat vectors replace them.
@@ -43,10 +45,19 @@ class BatchedModel:
     """
 
     def __init__(self, model: nn.Module, parameters: tuple[ParameterSpec, ...], loss: Loss = cross_entropy) -> None:
-        self._model = model
+        self._template = model
+        self._local = threading.local()
         self._loss = loss
         self._parameters = parameters
         self._slices = [slice(p.offset, p.offset + p.num_elements) for p in parameters]
+
+    @property
+    def _model(self) -> nn.Module:
+        """A copy for the calling thread: ``functional_call`` swaps the module's parameters while it runs."""
+        model: nn.Module | None = getattr(self._local, "model", None)
+        if model is None:
+            model = self._local.model = copy.deepcopy(self._template)
+        return model
 
     @property
     def num_parameters(self) -> int:
@@ -77,8 +88,8 @@ class BatchedModel:
         over_clients = vmap(grad_and_value(loss), (None if shared else 0, *(0 for _ in inputs)))
         gradients, losses = over_clients(self._split(before), *inputs)
         for parameter, columns in zip(self._parameters, self._slices, strict=True):
-            step = gradients.pop(parameter.name).reshape(len(batch.x), -1)
-            torch.sub(before[..., columns], step.mul_(rates), out=after[:, columns])
+            gradient = gradients.pop(parameter.name).reshape(len(batch.x), -1)
+            torch.addcmul(before[..., columns], gradient, rates, value=-1, out=after[:, columns])
         return cast("Tensor", losses)
 
     def bytes_per_client(self, x: Tensor, y: Tensor) -> int:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from client_sdk.protocol.errors import TrainingDiverged
 from client_sdk.protocol.program import Float32Array
 from client_sdk.protocol.training import TrainingPlan
+from server_ref.rounds import AssignmentRecord
 from simulator.cohort.trainer import CohortTrainer, LocalWork
 
 
@@ -35,11 +36,13 @@ class Job(NamedTuple):
         arrives_s: Virtual time at which its report arrives.
         number: Number of the assignment.
         device: Who trains.
+        record: The assignment.
     """
 
     arrives_s: float
     number: int
     device: int
+    record: AssignmentRecord
 
 
 @dataclass(frozen=True)

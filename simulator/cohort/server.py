@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from client_sdk.protocol.errors import InvalidUpdate
-from client_sdk.protocol.program import Float32Array, Manifest
-from server_ref.aggregation.batch import EncodedUpdate, Update
-from server_ref.aggregation.pipeline import Pipeline
+from client_sdk.protocol.program import Float32Array
+from server_ref.aggregation.batch import Aggregate, EncodedUpdate, Update
+from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.server_state import CONTROL, ServerState
+from server_ref.checkin import AtCheckIn
+from server_ref.closing import close_buffer
+from server_ref.durable import RoundOutcome
 from server_ref.evaluation import Evaluation
 from server_ref.models import GlobalModel, encode_model
-from server_ref.rounds import AssignmentRecord, Closing, ReportFile, RoundEngine, RoundPolicy, Waiting
+from server_ref.rounds import AssignmentRecord, Closing, ReportFile, RoundEngine, Waiting
+from server_ref.task import Task
 from simulator.cohort.queue import Broadcast
-from simulator.view import CommittedRound
+from simulator.view import CommittedRound, Measurements
 
 # An update at a time costs three passes over the sum, many at once share them.
 _FOLDED_AT_ONCE = 32
@@ -33,38 +36,42 @@ class Scoring:
 class CohortServer:
     """Rounds on virtual time, from check-ins to models, by the objects that the reference server uses.
 
-    Whoever drives it calls in virtual order: every report at its arrival, and check-ins of the same instant after it.
-    Then a buffer is complete with its last report, and closes at once.
+    Whoever drives it calls in virtual order: reports as they arrive, check-ins of the same instant after them. Then a
+    buffer is complete with its last report, and closes at once.
 
     Args:
-        policy: The rounds' numbers.
-        pipeline: What is done to a buffer.
-        manifest: Lays the model out.
-        weights: float32[d], the first model.
+        task: What is trained, and how.
         scoring: Scores new models; None for none.
+        device_id: Number of a device -> how the server knows it; selection draws by it.
 
     Attributes:
+        task: As given.
         rounds: All committed rounds.
         counted: Assignment numbers that each of them counted, in order.
+        optimizer: The server's state.
+        correction: What stale updates are corrected by, if anything.
+        divergence_json: The divergence detector's state.
+        halted: Why training ended before its last round, if it did.
     """
 
-    def __init__(
-        self,
-        policy: RoundPolicy,
-        pipeline: Pipeline,
-        manifest: Manifest,
-        weights: Float32Array,
-        *,
-        scoring: Scoring | None = None,
-    ) -> None:
+    def __init__(self, task: Task, *, scoring: Scoring | None = None, device_id: Callable[[int], str] = str) -> None:
+        settings = task.settings
+        self.task = task
         self.rounds: list[CommittedRound] = []
         self.counted: list[list[int]] = []
-        self._engine = RoundEngine(policy, virtual_time=True)
-        self._pipeline = pipeline
-        self._manifest = manifest
+        self.optimizer: ServerState = task.pipeline.optimizer.initial(task.initial_weights)
+        self.correction = (
+            None
+            if settings.delay_damping is None
+            else DelayCorrection(damping=settings.delay_damping, max_staleness=settings.staleness.max_staleness)
+        )
+        self.divergence_json: str | None = None
+        self.halted: str | None = None
+        self._engine = RoundEngine(settings.policy(), virtual_time=True, tolerance=settings.staleness.tolerance)
+        self._selection = AtCheckIn.begin(settings)
         self._scoring = scoring
-        self._state: ServerState = pipeline.optimizer.initial(weights)
-        self._model: GlobalModel = encode_model(0, self._state.weights, manifest)
+        self._device_id = device_id
+        self._model: GlobalModel = encode_model(0, self.optimizer.weights, task.manifest)
         self._broadcast = self._announce()
         self._begin_buffer()
 
@@ -82,7 +89,7 @@ class CohortServer:
 
     @property
     def finished(self) -> bool:
-        """Whether the last round is committed."""
+        """Whether the last round is committed, or training was halted."""
         return self._engine.finished
 
     @property
@@ -92,25 +99,36 @@ class CohortServer:
 
     @property
     def oldest_version(self) -> int:
-        """Oldest model version whose updates are still accepted."""
+        """No older model's updates are accepted any more."""
         return max(0, self._engine.version - self._engine.policy.max_staleness)
 
     @property
-    def room(self) -> int | None:
-        """How many reports of the newest model can still count; None where later buffers take them too."""
-        policy = self._engine.policy
-        return None if policy.max_staleness else policy.buffer_size - self._count
+    def room(self) -> int:
+        """How many reports the open buffer still takes."""
+        return self._engine.policy.buffer_size - self._count
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether only reports of the newest model count."""
+        return self._engine.policy.max_staleness == 0
 
     # --- events ------------------------------------------------------------------------------------------
 
     def check_in(
         self, device: int, num_samples: int, now: float, duration_s: float | None
     ) -> AssignmentRecord | Waiting:
-        """A device offers itself, before the task is finished."""
-        engine = self._engine
-        return engine.check_in(
-            str(device), num_samples, now, lambda: f"{engine.next_number:032x}", duration_s=duration_s
-        )
+        """A device without an assignment offers itself, before the task is finished.
+
+        Args:
+            device: Its number.
+            num_samples: Examples it holds.
+            now: Virtual time.
+            duration_s: When its report would arrive; None for never.
+        """
+        engine, device_id = self._engine, self._device_id(device)
+        if not self._selection.admits(device_id, engine, now):
+            return Waiting("not-selected")
+        return engine.check_in(device_id, num_samples, now, lambda: f"{engine.next_number:032x}", duration_s=duration_s)
 
     def check_fresh(self, record: AssignmentRecord, now: float) -> None:
         """Whether a report for this assignment would be accepted.
@@ -140,10 +158,9 @@ class CohortServer:
         engine = self._engine
         engine.check_fresh(record, now)
         staleness = engine.version - record.model_version
-        admitted = self._pipeline.admit(replace(update, weight=record.weight, staleness=staleness), engine.version)
+        admitted = self.task.pipeline.admit(replace(update, weight=record.weight, staleness=staleness), engine.version)
         engine.report(record, ReportFile(record.assignment_id, "", wire_bytes(update), train_loss), now)
         self._count += 1
-        self._ages.append(staleness)
         self._pending.append(admitted)
         if len(self._pending) == _FOLDED_AT_ONCE:
             self._fold_pending()
@@ -153,10 +170,14 @@ class CohortServer:
 
     # --- rounds ------------------------------------------------------------------------------------------
 
+    def reduce(self, _counted: Sequence[AssignmentRecord], _version: int) -> Aggregate:
+        """The open buffer's aggregate: reports came in order, so that it holds those that count and no others."""
+        self._fold_pending()
+        return self.task.pipeline.finish(self._fold)
+
     def _begin_buffer(self) -> None:
-        self._fold = self._pipeline.start()
+        self._fold = self.task.pipeline.start()
         self._pending: list[Update] = []
-        self._ages: list[int] = []
         self._count = 0
 
     def _fold_pending(self) -> None:
@@ -166,54 +187,52 @@ class CohortServer:
     def _commit(self, closing: Closing) -> None:
         engine = self._engine
         opened_at = engine.opened_at
-        self._fold_pending()
-        try:
-            aggregate = self._pipeline.finish(self._fold)
-            self._state = self._pipeline.apply(self._state, aggregate, staleness=self._ages, round_id=closing.round_id)
-        except InvalidUpdate:
-            # The reports are spent either way; the old weights live on, as they do on the server.
-            pass
-        discarded = engine.commit(closing)
-        self._model = encode_model(engine.version, self._state.weights, self._manifest)
+        outcome = close_buffer(self.task, self, self, closing)
+        discarded = engine.commit(closing, halt=outcome.halted is not None)
+        self.optimizer = outcome.optimizer
+        self.divergence_json, self.halted = outcome.divergence_json, outcome.halted
+        if self.correction is not None and outcome.step is not None:
+            self.correction.record(outcome.step)
+        self._selection.record(closing.counted)
+        self._model = encode_model(engine.version, self.optimizer.weights, self.task.manifest)
         self._broadcast = self._announce()
         self._begin_buffer()
         self.counted.append([record.number for record in closing.counted])
+        self.rounds.append(self._record(closing, outcome, opened_at, discarded))
+
+    def _record(self, closing: Closing, outcome: RoundOutcome, opened_at: float, discarded: int) -> CommittedRound:
+        """What the server's history would say of the round."""
         score = self._score()
-        self.rounds.append(
-            CommittedRound(
-                round_id=closing.round_id,
-                model_version=engine.version,
-                model_sha256=self._model.sha256,
-                reports=len(closing.counted),
-                discarded=discarded,
-                train_loss=_train_loss(closing),
-                opened_at_s=opened_at,
-                closed_at_s=closing.closed_at,
-                validation_accuracy=None if score is None else score.accuracy,
-                validation_loss=None if score is None else score.loss,
-            )
+        reports = [(r.weight, r.report) for r in closing.counted if r.report is not None]
+        return CommittedRound(
+            round_id=closing.round_id,
+            model_version=self._engine.version,
+            model_sha256=self._model.sha256,
+            reports=len(reports),
+            discarded=discarded,
+            train_loss=sum(w * report.train_loss for w, report in reports) / sum(w for w, _ in reports),
+            opened_at_s=opened_at,
+            closed_at_s=closing.closed_at,
+            validation_accuracy=None if score is None else score.accuracy,
+            validation_loss=None if score is None else score.loss,
+            bytes_up=sum(report.num_bytes for _, report in reports),
+            measurements=Measurements.model_validate(dict(outcome.measurements)),
         )
 
     def _announce(self) -> Broadcast:
-        control = self._state.tensors.get(CONTROL)
+        control = self.optimizer.tensors.get(CONTROL)
         return Broadcast(
-            self._engine.version, self._state.weights, None if control is None else control.astype(np.float32)
+            self._engine.version, self.optimizer.weights, None if control is None else control.astype(np.float32)
         )
 
     def _score(self) -> Evaluation | None:
         version = self._engine.version
         if self._scoring is None or not (self._engine.finished or version % self._scoring.every == 0):
             return None
-        return self._scoring.evaluate(self._state.weights)
+        return self._scoring.evaluate(self.optimizer.weights)
 
 
 def wire_bytes(update: EncodedUpdate) -> int:
     """Bytes of an update's payload; a frame's header and the messages around it are not counted."""
     payload = update.payload
     return payload.nbytes if isinstance(payload, np.ndarray | memoryview) else len(payload)
-
-
-def _train_loss(closing: Closing) -> float:
-    """The weighted mean of what the devices reported."""
-    weight = sum(record.weight for record in closing.counted)
-    return sum(r.weight * r.report.train_loss for r in closing.counted if r.report is not None) / weight

@@ -6,10 +6,13 @@ which a matrix product adds up, and so the last bits of an update (docs/simulato
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +28,9 @@ from simulator.cohort.model import Batch, BatchedModel
 from simulator.datasets import Split
 
 # Beyond it, weights and gradients of a batch of clients leave the processor's caches, and every step reads memory.
-MEMORY_BYTES: Final = 64 * 2**20
+MEMORY_BYTES: Final = 32 * 2**20
+# Batches that are asked for at once. A constant, so that the number of threads changes no client's company.
+_BATCHES_AT_ONCE: Final = 4
 
 
 @dataclass(frozen=True)
@@ -62,23 +67,35 @@ class CohortResult:
     failures: Mapping[int, TrainingDiverged]
 
 
+class _Figures(NamedTuple):
+    """Steps, mean loss of the first and of the last epoch, and whether training diverged, for each client."""
+
+    steps: Int64Array
+    first: npt.NDArray[np.float64]
+    last: npt.NDArray[np.float64]
+    diverged: npt.NDArray[np.bool_]
+
+
 class CohortTrainer:
     """Trains many clients at once from one weight vector.
 
     Guarantees: the result depends on weights, data, plan, the clients and their order, and ``memory_bytes`` alone, to
-    the bit, on one machine with one thread setting. For each client it agrees with ``LocalTrainer`` up to float32
-    rounding. Memory: the updates, and ``memory_bytes`` besides.
+    the bit, on one machine, with any number of threads. For each client it agrees with ``LocalTrainer`` up to float32
+    rounding. Memory: the updates, and ``memory_bytes`` a thread besides.
 
     Args:
         model: Computes the gradients.
         data: All examples; clients name theirs by row.
         memory_bytes: Bound on what a batch of clients takes at once, apart from the updates themselves.
+        threads: Batches that are trained at the same time.
 
     Raises:
         ProgramInputError: Data that no client could train on: NaN, infinities, wrong dtypes.
     """
 
-    def __init__(self, model: BatchedModel, data: Split, *, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self, model: BatchedModel, data: Split, *, memory_bytes: int = MEMORY_BYTES, threads: int | None = None
+    ) -> None:
         if data.x.dtype != np.float32 or data.y.dtype != np.int64 or data.y.shape != data.x.shape[:1] or not len(data):
             raise ProgramInputError(
                 f"the data must be float32[n, ...] and int64[n], n >= 1; got {data.x.dtype}{list(data.x.shape)} and "
@@ -89,16 +106,20 @@ class CohortTrainer:
         self._model = model
         self._data = data
         self._memory_bytes = memory_bytes
-        self._at_once: dict[int, int] = {}
+        self._threads = threads or os.cpu_count() or 1
+        self._in_a_batch: dict[int, int] = {}
 
     def clients_at_once(self, plan: TrainingPlan) -> int:
-        """How many clients fit into the memory bound, from 1; asking for multiples of it wastes nothing."""
+        """How many clients to ask for at once, so that the updates take no more memory than the training."""
+        return _BATCHES_AT_ONCE * self._clients_in_a_batch(plan)
+
+    def _clients_in_a_batch(self, plan: TrainingPlan) -> int:
         size = plan.batch_size
-        if size not in self._at_once:
+        if size not in self._in_a_batch:
             rows = np.arange(size) % len(self._data)
             batch = torch.tensor(self._data.x[rows]), torch.tensor(self._data.y[rows])
-            self._at_once[size] = max(1, self._memory_bytes // self._model.bytes_per_client(*batch))
-        return self._at_once[size]
+            self._in_a_batch[size] = max(1, self._memory_bytes // self._model.bytes_per_client(*batch))
+        return self._in_a_batch[size]
 
     def train(self, weights: Float32Array, clients: Sequence[LocalWork], plan: TrainingPlan) -> CohortResult:
         """Run the plan's epochs for every client.
@@ -120,11 +141,14 @@ class CohortTrainer:
         order = sorted(range(len(clients)), key=lambda i: -num_steps(len(clients[i].rows), plan))
         sorted_clients = [clients[i] for i in order]
         updates = torch.empty(len(clients), update_size(plan, self._model.num_parameters))
-        at_once = self.clients_at_once(plan)
-        parts = [
-            self._train_some(weights, sorted_clients[at : at + at_once], plan, updates[at : at + at_once])
-            for at in range(0, len(clients), at_once)
-        ]
+        size = self._clients_in_a_batch(plan)
+        batches = [slice(at, at + size) for at in range(0, len(clients), size)]
+
+        def train_batch(batch: slice) -> _Figures:
+            return self._train_batch(weights, sorted_clients[batch], plan, updates[batch])
+
+        with _one_thread_an_operation(), ThreadPoolExecutor(min(self._threads, len(batches))) as pool:
+            parts = list(pool.map(train_batch, batches))
         steps, first, last, diverged = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         result = updates.numpy()
         if order != sorted(order):
@@ -139,14 +163,10 @@ class CohortTrainer:
             )
         return CohortResult(result, steps, first, last, failures)
 
-    def _train_some(
+    def _train_batch(
         self, weights: Float32Array, clients: Sequence[LocalWork], plan: TrainingPlan, updates: Tensor
-    ) -> tuple[Int64Array, npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """Train clients in descending order of their steps; fills ``updates``.
-
-        Returns:
-            Steps, mean loss of the first and of the last epoch, and whether training diverged, for each client.
-        """
+    ) -> _Figures:
+        """Train clients in descending order of their steps; fills ``updates``."""
         table = BatchTable.of(clients, plan)
         start = torch.tensor(weights)
         d = len(weights)
@@ -170,7 +190,7 @@ class CohortTrainer:
         _finish(updates, plan, clients, steps, d)
         diverged = ~(torch.isfinite(losses).all(dim=1) & _finite_rows(updates)).numpy()
         first, last = (_mean_losses(losses, table, among) for among in (table.in_first_epoch, table.in_last_epoch))
-        return steps, first, last, diverged
+        return _Figures(steps, first, last, diverged)
 
     def _check(self, weights: Float32Array, clients: Sequence[LocalWork], plan: TrainingPlan) -> None:
         d = self._model.num_parameters
@@ -185,6 +205,17 @@ class CohortTrainer:
         scaffold = plan.algorithm == "scaffold"
         if any((client.controls is not None) != scaffold for client in clients):
             raise ConfigurationError(f"control variates go with scaffold and with nothing else, not {plan.algorithm}")
+
+
+@contextlib.contextmanager
+def _one_thread_an_operation() -> Iterator[None]:
+    """Batches run in parallel instead: operations this small mostly wait for their threads, and round accordingly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Gatherer:

@@ -13,16 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client_sdk.protocol.errors import TrainingDiverged
-from client_sdk.protocol.messages import RetryWindow
 from client_sdk.protocol.updates import UpdateKind
-from server_ref.aggregation.batch import Facts
-from server_ref.aggregation.pipeline import Pipeline
-from server_ref.aggregation.reduce import ExactMean
-from server_ref.aggregation.server_optim import Sgd
-from server_ref.aggregation.staleness import BufferedSchedule, StalenessPolicy, StalenessWeighting
+from server_ref.aggregation.server_optim import OptimizerConfig
+from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
+from server_ref.config import DivergenceConfig, SelectionConfig, TaskConfig
 from server_ref.evaluation import Evaluation
+from server_ref.recipe import build_pipeline
 from server_ref.rounds import RoundPolicy
-from simulator.cohort.clients import Clients, Instructions
+from server_ref.task import Task
+from simulator.cohort.clients import Clients
 from simulator.cohort.engine import CohortEngine
 from simulator.cohort.server import CohortServer, Scoring
 from simulator.cohort.trainer import CohortResult
@@ -62,33 +61,64 @@ class Arithmetic:
         return CohortResult(updates, np.full(len(clients), 2), losses, losses, failures)
 
 
-def pipeline_of(policy, weighting=StalenessWeighting.CONSTANT, optimizer=None):
-    facts = Facts(
-        size=NUM_PARAMETERS, kind=UpdateKind.DELTA, capacity=2 * policy.buffer_size + policy.concurrency,
-        max_weight=policy.weight_cap, max_abs=1024.0,
-    )  # fmt: skip
-    staleness = StalenessPolicy(max_staleness=policy.max_staleness, weighting=weighting)
-    return Pipeline.build(BufferedSchedule(staleness, policy.buffer_size), ExactMean(), optimizer or Sgd(), facts=facts)
+class NumberedTask(Task):
+    """Seeds are assignment numbers, so that a stub's updates can be traced."""
+
+    def shuffle_seed(self, assignment_number):
+        return assignment_number
+
+
+def task_of(policy, **changes):
+    """A task of these rounds, without a bundle."""
+    settings = TaskConfig(
+        bundle=Path("nowhere"),
+        rounds=policy.rounds,
+        buffer_size=policy.buffer_size,
+        concurrency=policy.concurrency,
+        refill_at=policy.refill_at,
+        lease_s=policy.lease_s,
+        weight_cap=policy.weight_cap,
+        plan=WORK.plan,
+        **{
+            "staleness": StalenessPolicy(max_staleness=policy.max_staleness),
+            "divergence": DivergenceConfig(enabled=False),
+            **changes,
+        },
+    )
+    assert settings.policy() == policy
+    manifest = make_manifest()
+    return NumberedTask(
+        task_id="0" * 32,
+        identity_json="{}",
+        manifest=manifest,
+        manifest_json=b"",
+        manifest_sha256="0" * 64,
+        program=b"",
+        initial_weights=START,
+        kind=UpdateKind.DELTA,
+        pipeline=build_pipeline(settings, manifest),
+        compression=settings.compression,
+        settings=settings,
+    )
 
 
 class CohortRun:
     """A run of the cohort engine over stubbed training."""
 
-    def __init__(self, policy, population, trainer=None, *, stop=None, watcher=None, scoring=None, **pipeline):
+    def __init__(self, policy, population, trainer=None, *, stop=None, watcher=None, scoring=None, **settings):
         self.trainer = trainer or Arithmetic()
-        self.server = CohortServer(policy, pipeline_of(policy, **pipeline), make_manifest(), START, scoring=scoring)
+        task = task_of(policy, **settings)
+        self.server = CohortServer(task, scoring=scoring)
         self.watcher = watcher or Watcher()
-        instructions = Instructions(WORK.plan, 1024.0, shuffle_seed=lambda number: number)
+        # What a stub trains on is its own number.
         self.engine = CohortEngine(
             self.server,
-            Clients(instructions, [np.array([d]) for d in range(population.devices)]),
+            Clients(task, [np.array([d]) for d in range(population.devices)]),
             self.trainer,
-            WORK.plan,
             population=population,
-            # As ``EngineLink`` declares them at the check-in, and ``run`` reckons durations with.
+            # As ``run`` of the device engine's tests reckons durations.
             num_samples=[d % 7 + 1 for d in range(population.devices)],
             work=lambda _session: WORK,
-            retry=RetryWindow(min_s=2, max_s=10),
             observer=self.watcher,
             stop=stop or threading.Event(),
         )
@@ -122,9 +152,9 @@ def test_models_are_the_exact_means_of_what_was_counted(policy, population, weig
     """By rational arithmetic, from the sessions and the counted numbers alone."""
     if weighting is StalenessWeighting.ADAPTIVE:
         weighting = StalenessWeighting.POLYNOMIAL  # the third needs a declared number of rounds
-    cohort = CohortRun(policy, population, weighting=weighting)
-    by_number = {s.number: s for s in cohort.watcher.sessions}
     staleness_policy = StalenessPolicy(max_staleness=policy.max_staleness, weighting=weighting)
+    cohort = CohortRun(policy, population, staleness=staleness_policy)
+    by_number = {s.number: s for s in cohort.watcher.sessions}
     full = 1 if weighting is StalenessWeighting.CONSTANT else staleness_policy.scale(0, 0)
     weights, master = [START], START.astype(np.float64)
     for version, counted in enumerate(cohort.server.counted):
@@ -154,8 +184,7 @@ def test_training_waits_until_it_is_needed(policy, population, at_once):
     counted = {number for numbers in cohort.server.counted for number in numbers}
     assert counted <= set(trained)
     if policy.max_staleness == 0:
-        # What a later invitation overtook was trained for nothing; everything else counts.
-        assert len(trained) <= policy.rounds * (policy.buffer_size + at_once - 1)
+        assert counted == set(trained)
     arrivals = {s.number: (s.arrives_s, s.number) for s in cohort.watcher.sessions}
     for window in windows:
         assert window == sorted(window, key=arrivals.__getitem__)
@@ -206,10 +235,31 @@ def test_an_update_beyond_the_declared_range_is_given_back_too():
 
 
 def test_a_model_that_would_overflow_lives_on():
-    cohort = CohortRun(SYNCHRONOUS, Population(5, 20), optimizer=Sgd(1e39))
+    cohort = CohortRun(SYNCHRONOUS, Population(5, 20), optimizer=OptimizerConfig(learning_rate=1e39))
     assert cohort.finished
     assert cohort.server.model.weights.tobytes() == START.tobytes()
-    assert [r.reports for r in cohort.server.rounds] == [4, 4, 4]
+    assert [(r.reports, r.measurements.unchanged) for r in cohort.server.rounds] == [(4, "InvalidUpdate")] * 3
+
+
+def test_a_run_that_diverges_is_halted():
+    class Growing(Arithmetic):
+        def update(self, weights, _device, _seed):
+            return (weights * np.float32(3)).astype(np.float32)
+
+    policy = RoundPolicy(4, 4, 4, 0, 120.0, 100, 100)
+    cohort = CohortRun(policy, Population(5, 20), Growing(), divergence=DivergenceConfig(), max_abs=1e8)
+    assert cohort.finished
+    assert cohort.server.halted
+    assert len(cohort.server.rounds) < 20
+
+
+@pytest.mark.parametrize("selection", ["fair", "fast"])
+def test_selection_turns_devices_away(selection):
+    policy = RoundPolicy(4, 4, 4, 0, 120.0, 100, 12)
+    chosen = CohortRun(policy, Population(5, 12), selection=SelectionConfig(policy=selection))
+    anybody = CohortRun(policy, Population(5, 12))
+    assert chosen.finished
+    assert chosen.accepted != anybody.accepted
 
 
 def test_stop_ends_the_run_where_it_is():

@@ -1,0 +1,155 @@
+"""One run by the cohort engine: the task that an embedded server would have, played without the server."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from mobile_export.models import build_model
+from server_ref.config import TaskConfig
+from server_ref.evaluation import Evaluation
+from server_ref.task import Task, load_task
+from simulator.cohort.attackers import CohortAttackers
+from simulator.cohort.clients import Clients
+from simulator.cohort.engine import CohortEngine
+from simulator.cohort.model import BatchedModel
+from simulator.cohort.server import CohortServer, Scoring
+from simulator.cohort.trainer import CohortTrainer
+from simulator.folder import BUNDLE_FOLDER, RunFolder
+from simulator.interrupt import stop_on_interrupt
+from simulator.journal import Journal
+from simulator.monitor import Display, RunMonitor
+from simulator.prepare import (
+    INITIAL_WEIGHTS_SEED,
+    Fleet,
+    Say,
+    SessionCosts,
+    export_bundle,
+    lease_s,
+    session_costs,
+    task_settings,
+)
+from simulator.sessions import Session
+
+
+@dataclass(frozen=True)
+class CohortEnding:
+    """What is known when the last event is over.
+
+    Attributes:
+        finished: Whether the last round is committed, or training was halted.
+        halted: Why training was halted; None if it was not.
+        model_sha256: Content hash of the newest model; None before the first round.
+        evaluation: Of the last model on the test split; None where the run is not finished.
+        counted: The sessions that each round counted.
+    """
+
+    finished: bool
+    halted: str | None
+    model_sha256: str | None
+    evaluation: Evaluation | None
+    counted: list[list[Session]]
+
+
+@dataclass(frozen=True)
+class CohortSetting:
+    """A run that is ready to begin: the task, costs and seeds that it would have with an embedded server."""
+
+    folder: RunFolder
+    fleet: Fleet
+    task: Task
+    costs: SessionCosts
+
+    @classmethod
+    def prepare(cls, folder: RunFolder, fleet: Fleet, say: Say) -> Self:
+        """Export the model, whose size decides how long sessions last, and check the task's settings.
+
+        Raises:
+            PocketfedError: Set-up failed.
+        """
+        config, population = folder.config, fleet.population
+        bundle = export_bundle(config, fleet.dataset, folder.path / BUNDLE_FOLDER, say)
+        costs = session_costs(folder, fleet.dataset, bundle)
+        settings = task_settings(
+            config,
+            lease=lease_s(config, population, costs, fleet.num_samples),
+            check_in_interval_s=population.check_in_interval_s,
+            num_samples=fleet.num_samples,
+        )
+        return cls(folder, fleet, load_task(TaskConfig.model_validate({"bundle": bundle.path, **settings})), costs)
+
+    def play(
+        self, journal: Journal, display: Display, say: Say, *, threads: int | None = None, score_every: int = 1
+    ) -> tuple[RunMonitor, CohortEnding]:
+        """Play it to its end, or until a signal stops it.
+
+        Args:
+            journal: Is told how long rounds took.
+            display: Shows progress.
+            say: Is told what deserves a line.
+            threads: Batches that are trained at the same time; by default one a core. Changes no bit.
+            score_every: Every how many rounds the model is scored on the validation split; the last one always is.
+
+        Raises:
+            FleetCannotTrain: No device delivers anything any more.
+        """
+        config, fleet, task, dataset = self.folder.config, self.fleet, self.task, self.fleet.dataset
+        model = BatchedModel(
+            build_model(config.model, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED),
+            task.manifest.parameters,
+        )
+        trainer = CohortTrainer(model, fleet.training_data, threads=threads)
+        server = CohortServer(
+            task,
+            scoring=Scoring(lambda w: model.evaluate(w, dataset.validation.x, dataset.validation.y), score_every),
+            device_id=self._device_ids(),
+        )
+        monitor = RunMonitor(
+            lambda since: server.rounds[since:],
+            journal,
+            display,
+            of_rounds=config.rounds,
+            cohort=config.cohort_size,
+            dense_report_bytes=4 * task.pipeline.entry.size,
+            scored=score_every == 1,
+        )
+        with stop_on_interrupt(say) as stop:
+            engine = CohortEngine(
+                server,
+                Clients(task, fleet.parts, self._attackers(model, threads)),
+                trainer,
+                population=fleet.population,
+                num_samples=fleet.num_samples,
+                work=lambda session: self.costs.workload(config, session),
+                observer=monitor,
+                stop=stop,
+            )
+            finished = engine.run()
+        monitor.refresh()
+        if engine.failures:
+            last = engine.failures[-1].error
+            say(f"{len(engine.failures)} sessions gave their assignments back, the last one because: {last}")
+        sessions = {session.number: session for session in monitor.sessions}
+        return monitor, CohortEnding(
+            finished=finished,
+            halted=server.halted,
+            model_sha256=server.model.sha256 if server.version > 0 else None,
+            evaluation=model.evaluate(server.model.weights, dataset.test.x, dataset.test.y) if finished else None,
+            counted=[[sessions[number] for number in numbers] for numbers in server.counted],
+        )
+
+    def _device_ids(self) -> Callable[[int], str]:
+        """Real ids, which follow from keys and are dear, where something is drawn by them."""
+        if self.task.settings.selection.policy == "any":
+            return str
+        population = self.fleet.population
+        return functools.cache(lambda device: population.identity(device).device_id)
+
+    def _attackers(self, model: BatchedModel, threads: int | None) -> CohortAttackers | None:
+        fleet = self.fleet
+        if fleet.attack is None:
+            return None
+        rehearsal = CohortTrainer(model, fleet.dataset.train, threads=threads)
+        return CohortAttackers(fleet.attack, rehearsal, fleet.parts, self.task.settings.plan)
