@@ -16,6 +16,7 @@ from client_sdk.protocol.compression import rotation
 from client_sdk.protocol.compression.bits import Int64Array, Reader
 from client_sdk.protocol.compression.indices import max_index_bytes, read_indices, write_indices
 from client_sdk.protocol.compression.magnitudes import max_signed_bytes, read_signed, write_signed
+from client_sdk.protocol.compression.payloads import CompressionStats, SparseUpdate
 from client_sdk.protocol.compression.quantisation import Quantiser
 from client_sdk.protocol.compression.selection import (
     LARGEST_MAGNITUDE,
@@ -39,53 +40,6 @@ from client_sdk.protocol.errors import (
 from client_sdk.protocol.program import Float32Array
 
 _COUNT_BYTES: Final = 4
-
-
-@dataclass(frozen=True, eq=False)
-class SparseUpdate:
-    """A decoded update that is 0 elsewhere.
-
-    Attributes:
-        indices: int64[n], ascending.
-        values: float32[n].
-        size: Coordinates of the whole.
-    """
-
-    indices: Int64Array
-    values: Float32Array
-    size: int
-
-    def dense(self) -> Float32Array:
-        """float32[size]."""
-        out = np.zeros(self.size, np.float32)
-        out[self.indices] = self.values
-        return out
-
-
-@dataclass(frozen=True)
-class CompressionStats:
-    """Bytes of updates, counted where they are sent.
-
-    Attributes:
-        dense_bytes: What they would take as float32.
-        sent_bytes: What the payloads take, all of them: coordinates, scales and parameters included.
-    """
-
-    dense_bytes: int = 0
-    sent_bytes: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """Sent over dense; 1 where there is nothing."""
-        return self.sent_bytes / self.dense_bytes if self.dense_bytes else 1.0
-
-    @property
-    def saved_bytes(self) -> int:
-        """Dense less sent; negative where compression did not pay."""
-        return self.dense_bytes - self.sent_bytes
-
-    def __add__(self, other: CompressionStats) -> CompressionStats:
-        return CompressionStats(self.dense_bytes + other.dense_bytes, self.sent_bytes + other.sent_bytes)
 
 
 @dataclass(frozen=True)
