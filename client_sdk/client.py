@@ -154,11 +154,11 @@ class MobileClient:
             should_stop: Asked between two steps.
 
         Returns:
-            The model delta (trained minus given weights) per parameter, of kind ``DELTA``; None if ``should_stop``
-            said so, and then nothing has changed.
+            The model delta (trained minus given weights) per parameter, of kind ``DELTA``, with fednova divided by
+            the plan's ``normaliser``; None if ``should_stop`` said so, and then nothing has changed.
 
         Raises:
-            ConfigurationError: No program or no weights.
+            ConfigurationError: No program or no weights, or scaffold, which needs a server's control variate.
             ProgramInputError: Data or weights that do not fit the program.
             TrainingDiverged: Weights or loss stopped being finite.
         """
@@ -175,7 +175,7 @@ class MobileClient:
             return None
         return WorkerGradient(
             worker_id=self._profile.device_id,
-            gradients=_named(result.delta, manifest),
+            gradients=_named(result.update(plan), manifest),
             num_samples=result.num_samples,
             timestamp=self._clock(),
             metadata={

@@ -122,6 +122,18 @@ def test_local_training_returns_the_model_delta_of_each_parameter():
     assert gradient.metadata["device_type"] == "low_end"
 
 
+def test_local_training_by_fednova_returns_what_fednova_sends_and_scaffold_needs_a_server():
+    weights = np.frombuffer(decode_frame(make_model()).payload, np.float32)
+    client = MobileClient(ToyProgram(), PROFILE, weights=weights)
+    plan = TrainingPlan(local_epochs=3, batch_size=BATCH, learning_rate=0.2, algorithm="fednova")
+    gradient = client.train_local_model(make_data(), plan=plan)
+    assert gradient is not None
+    expected = LocalTrainer(ToyProgram()).train(weights, *make_data(), plan, 0).update(plan)
+    assert np.array_equal(np.concatenate([np.ravel(gradient.gradients[p.name]) for p in PARAMETERS]), expected)
+    with pytest.raises(ConfigurationError, match="scaffold needs control variates"):
+        client.train_local_model(make_data(), plan=plan.model_copy(update={"algorithm": "scaffold"}))
+
+
 def test_local_training_takes_batches_and_named_weights():
     frame = decode_frame(make_model())
     flat = np.frombuffer(frame.payload, np.float32)
