@@ -39,3 +39,7 @@ class ServerUnavailable(SimulationError):
 
 class FleetCannotTrain(SimulationError):
     """No device of the fleet delivers anything any more; the message says why the last one did not."""
+
+
+class WorkerLost(SimulationError):
+    """A worker process ended without a result; the message says how to go on."""

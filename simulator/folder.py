@@ -57,7 +57,7 @@ class RunFolder:
             OutputDirectoryInUse: It is not empty, or another process uses it.
             ConfigurationError: It cannot be created or written.
         """
-        lock = _lock(path)
+        lock = lock_folder(path)
         try:
             _check_vacant(path, overwrite=overwrite)
             folder = cls(path, lock, config, fresh=True)
@@ -82,7 +82,7 @@ class RunFolder:
         """
         if not path.is_dir():
             raise ResumeMismatch(f"there is no run to resume in {path}")
-        lock = _lock(path)
+        lock = lock_folder(path)
         try:
             config = SimulationConfig.read(path / CONFIG_FILE)
             _check_same(config, given)
@@ -151,7 +151,7 @@ def _check_own_server(path: Path, config: SimulationConfig) -> None:
         )
 
 
-def _lock(path: Path) -> IO[bytes]:
+def lock_folder(path: Path) -> IO[bytes]:
     """Create the folder if needed, and lock it; the operating system lets go when the process ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _lock(path: Path) -> IO[bytes]:
     # The file may have been removed by the process that held it a moment ago.
     if not _is_same(lock, path / _LOCK_FILE):
         lock.close()
-        return _lock(path)
+        return lock_folder(path)
     return lock
 
 
