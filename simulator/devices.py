@@ -6,7 +6,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,21 @@ from client_sdk.blobs import BlobPool
 from client_sdk.client import MobileClient
 from client_sdk.identity import DeviceIdentity
 from client_sdk.programs import DownloadedPrograms, ReadBlob
-from client_sdk.protocol.errors import StaleReport
-from client_sdk.protocol.messages import Assignment, VirtualTiming
+from client_sdk.protocol.errors import (
+    DuplicateReport,
+    InvalidUpdate,
+    MalformedFrame,
+    MemoryBudgetExceeded,
+    OversizedBody,
+    PocketfedError,
+    ProgramExecutionError,
+    ProtocolError,
+    ReportMismatch,
+    StaleReport,
+    TrainingDiverged,
+    UnknownAssignment,
+)
+from client_sdk.protocol.messages import AbandonRequest, Assignment, VirtualTiming
 from client_sdk.protocol.program import Program
 from client_sdk.session_state import RetryPolicy
 from client_sdk.store import MemoryDeviceStore
@@ -28,6 +41,19 @@ from simulator.datasets import Split
 from simulator.journal import Reply
 from simulator.population import Population
 from simulator.sessions import Outcome, SessionEnd
+
+# The server had no use for the assignment any more; nothing is wrong with the report.
+_OVER: Final = (StaleReport, DuplicateReport, UnknownAssignment)
+# What one device sent, or could not make, is its own affair: the others go on. Everything else ends a run.
+_OWN_FAULT: Final = (
+    InvalidUpdate,
+    ReportMismatch,
+    MalformedFrame,
+    OversizedBody,
+    TrainingDiverged,
+    ProgramExecutionError,
+    MemoryBudgetExceeded,
+)
 
 
 class ThreadPrograms:
@@ -72,6 +98,7 @@ class SdkDevices:
         runtime: str,
         policy: RetryPolicy | None = None,
         attack: AttackPlan | None = None,
+        virtual: bool = False,
     ) -> None:
         """Put the devices together; nothing is sent yet.
 
@@ -83,6 +110,7 @@ class SdkDevices:
             runtime: ExecuTorch adapter.
             policy: How devices wait after a failure; by default as real ones do.
             attack: What some devices do instead of what they are told.
+            virtual: Time is simulated: a device that fails says so when ``give_back`` tells it to, not at once.
         """
         self._scratch = tempfile.TemporaryDirectory(prefix="pocketfed-simulate-")
         self._programs = ThreadPrograms(Path(self._scratch.name), runtime)
@@ -105,7 +133,7 @@ class SdkDevices:
                     None,
                     population.profile(device),
                     data=(data.x[rows], data.y[rows]),
-                    transport=transport,
+                    transport=_Unhurried(transport) if virtual else transport,
                     store=MemoryDeviceStore(identity, pool),
                     programs=self._programs,
                     policy=policy,
@@ -123,12 +151,18 @@ class SdkDevices:
         if device in self._attackers:
             # The assignment may come from the journal of an earlier process.
             self._attackers[device].expect(assignment)
+        outcome, reason = Outcome.ACCEPTED, None
         try:
             self._clients[device].perform(assignment)
-            outcome = Outcome.ACCEPTED
-        except StaleReport:
-            outcome = Outcome.REFUSED
-        return SessionEnd(outcome, counters.bytes_up - up, counters.bytes_down - down)
+        except _OVER as e:
+            outcome, reason = Outcome.REFUSED, e.slug
+        except _OWN_FAULT as e:
+            outcome, reason = Outcome.FAILED, _reason(e)
+        return SessionEnd(outcome, counters.bytes_up - up, counters.bytes_down - down, reason)
+
+    def give_back(self, device: int, assignment_id: str) -> None:
+        """Tell the server that no report will come; saying it again is harmless."""
+        self._transports[device].abandon(assignment_id, AbandonRequest(reason="training-failed"))
 
     def close(self) -> None:
         """Release programs and temporary files."""
@@ -142,3 +176,28 @@ class SdkDevices:
     def __exit__(self, *_: object) -> None:
         """``close``."""
         self.close()
+
+
+class _Unhurried:
+    """A device's transport that gives no assignment back.
+
+    In virtual time a device that fails has done so when its report would have arrived. Sooner, the word would free its
+    slot for whoever checks in next in *real* time, and a run would not repeat.
+    """
+
+    def __init__(self, inner: Transport) -> None:
+        self.counters = inner.counters
+        self.enrol = inner.enrol
+        self.check_in = inner.check_in
+        self.fetch = inner.fetch
+        self.upload = inner.upload
+        self.close = inner.close
+
+    def abandon(self, assignment_id: str, request: AbandonRequest) -> None:
+        """Nothing yet."""
+
+
+def _reason(error: PocketfedError) -> str:
+    if isinstance(error, ProtocolError):
+        return error.slug
+    return "training-diverged" if isinstance(error, TrainingDiverged) else "training-failed"

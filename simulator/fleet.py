@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, VirtualTiming
 from simulator.agenda import Agenda, EventKind
+from simulator.errors import FleetCannotTrain
 from simulator.journal import Journal, Reply
 from simulator.population import Population, Workload
 from simulator.sessions import Outcome, Session, SessionEnd
@@ -32,8 +33,13 @@ class DeviceLink(Protocol):
     def perform(self, device: int, assignment: Assignment) -> SessionEnd:
         """Train and deliver the report. Called by worker threads, never twice at once for one device.
 
-        A report that came too late is an end like any other; what else goes wrong is raised, and ends the run.
+        A report that came too late, and one that was refused or could not be made, are ends like any other; what else
+        goes wrong is raised, and ends the run.
         """
+        ...
+
+    def give_back(self, device: int, assignment_id: str) -> None:
+        """Tell the server that a session failed. Called by one thread, in virtual order, perhaps more than once."""
         ...
 
 
@@ -45,12 +51,37 @@ class FleetObserver(Protocol):
         ...
 
     def ended(self, session: Session) -> None:
-        """A report arrived, or was refused."""
+        """A report arrived, was refused, or will never come."""
         ...
 
     def advanced(self, rounds_committed: int) -> None:
         """The server is known to have committed this many rounds of the run."""
         ...
+
+
+class Patience:
+    """Ends a run in which nobody delivers anything any more.
+
+    Args:
+        devices: So many sessions in a row may fail.
+    """
+
+    def __init__(self, devices: int) -> None:
+        self._devices = devices
+        self._in_vain = 0
+
+    def note(self, end: SessionEnd) -> None:
+        """A session has ended.
+
+        Raises:
+            FleetCannotTrain: One failure too many.
+        """
+        if end.outcome is Outcome.ACCEPTED:
+            self._in_vain = 0
+        if end.outcome is Outcome.FAILED:
+            self._in_vain += 1
+        if self._in_vain > self._devices:
+            raise FleetCannotTrain(f"{self._in_vain} sessions in a row came to nothing, the last one by {end.reason}")
 
 
 class SessionPool:
@@ -122,7 +153,8 @@ class VirtualFleet:
         self._workers = workers
         self._stop = stop
         self._version = 0
-        self._running: dict[int, tuple[Session, Future[SessionEnd]]] = {}
+        self._patience = Patience(population.devices)
+        self._running: dict[int, tuple[Session, str, Future[SessionEnd]]] = {}
 
     def run(self) -> bool:
         """Run until the server says that the task is finished.
@@ -132,7 +164,8 @@ class VirtualFleet:
 
         Raises:
             ResumeMismatch: The journal does not fit this configuration.
-            PocketfedError: Whatever ended a session other than a late report.
+            FleetCannotTrain: More sessions than there are devices failed in a row.
+            PocketfedError: What else went wrong in a session.
         """
         self._agenda = Agenda(self._population, self._num_samples, self._work)
         pool = SessionPool(self._link, self._journal, self._workers)
@@ -179,15 +212,20 @@ class VirtualFleet:
             self._observer.ended(session)
             return
         self._observer.assigned(session)
-        self._running[device] = (session, pool.start(device, assignment))
+        self._running[device] = (session, assignment.assignment_id, pool.start(device, assignment))
 
     def _arrive(self, device: int) -> bool:
         """Wait for the real upload; False if the run was stopped meanwhile."""
-        session, future = self._running[device]
+        session, assignment_id, future = self._running[device]
         while not wait([future], timeout=_STOP_POLL_S).done:
             if self._stop.is_set():
                 return False
         del self._running[device]
         session.end = future.result()
+        if session.end.outcome is Outcome.FAILED:
+            # Now, and also in a replay: nobody knows whether the server heard it before the process died.
+            self._link.give_back(device, assignment_id)
+            session.arrives_s = None
         self._observer.ended(session)
+        self._patience.note(session.end)
         return True

@@ -88,7 +88,9 @@ class Journal:
             if entry != _HEADER:
                 raise ValueError("the first line is not this version's header")
         elif "done" in entry:
-            end = SessionEnd(Outcome(entry["outcome"]), int(entry["bytes_up"]), int(entry["bytes_down"]))
+            end = SessionEnd(
+                Outcome(entry["outcome"]), int(entry["bytes_up"]), int(entry["bytes_down"]), entry.get("reason")
+            )
             self.done[str(entry["done"])] = end
         elif "round" in entry:
             self.round_seconds[int(entry["round"])] = float(entry["seconds"])

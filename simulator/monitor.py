@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from client_sdk.protocol.errors import ConfigurationError, StaleReport
 from client_sdk.protocol.profile import DeviceTier
+from server_ref.selection import selection_ratio
 from simulator.journal import Journal
 from simulator.population import TIERS, Population
 from simulator.results import RoundResult, TierResult
@@ -125,9 +127,11 @@ class RunMonitor:
         """A report arrived, was refused, or will never come."""
         if session.end is None or session.end.outcome is Outcome.DROPPED:
             return
-        self._ended += 1
         self._bytes_up += session.end.bytes_up
         self._bytes_down += session.end.bytes_down
+        if session.end.outcome is Outcome.FAILED:
+            return
+        self._ended += 1
         if session.model_version == self._version:
             self._reports += 1
         if not self._journal.replaying:
@@ -197,8 +201,16 @@ class RunMonitor:
         self._display.show(self.standing())
         return self._shown >= self._version
 
-    def round_results(self) -> tuple[RoundResult, ...]:
-        """All committed rounds, with the traffic of the devices assigned in each."""
+    def round_results(
+        self, counted: Sequence[Sequence[Session]] = (), attacks: Callable[[int], bool] = lambda _device: False
+    ) -> tuple[RoundResult, ...]:
+        """All committed rounds, with the traffic of the devices assigned in each.
+
+        Args:
+            counted: The sessions that each round counted; only needed where devices attack.
+            attacks: Whether a device does.
+        """
+        attackers = {s.number for s in self.sessions if attacks(s.device)}
         up, down = Counter[int](), Counter[int]()
         for session in self.sessions:
             if session.end is not None:
@@ -220,7 +232,13 @@ class RunMonitor:
                 bytes_dense=self._dense_bytes * committed.reports,
                 bytes_counted=committed.bytes_up,
                 excluded=tuple(committed.measurements.excluded),
+                attackers=sum(s.number in attackers for s in counted[r]) if attackers else 0,
+                excluded_attackers=sum(number in attackers for number in committed.measurements.excluded),
+                num_byzantine=committed.measurements.num_byzantine,
                 clipped=committed.measurements.clipped,
+                norm_median=committed.measurements.norm_median,
+                norm_max=committed.measurements.norm_max,
+                aggregate_norm=committed.measurements.aggregate_norm,
                 staleness=committed.measurements.staleness,
                 unchanged=committed.measurements.unchanged,
                 model_sha256=committed.model_sha256,
@@ -247,10 +265,40 @@ class RunMonitor:
                 counted=kinds[tier]["counted"],
                 late=kinds[tier]["late"],
                 dropped=kinds[tier]["dropped"],
+                refused=kinds[tier]["refused"],
                 unfinished=kinds[tier]["unfinished"],
             )
             for tier in TIERS
         )
+
+    def refusals(self, counted: Sequence[Sequence[Session]]) -> dict[str, int]:
+        """Why reports are in no model: problem type -> sessions, the commonest first.
+
+        In virtual time a report that came too late counts as stale whether or not its upload beat the commit on this
+        machine.
+        """
+        in_a_model = {id(s) for sessions in counted for s in sessions}
+        reasons = Counter(
+            s.end.reason or StaleReport.slug
+            for s in self.sessions
+            if s.end is not None and s.end.outcome is not Outcome.DROPPED and id(s) not in in_a_model
+        )
+        return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+
+
+def participation(population: Population, counted: Sequence[Sequence[Session]]) -> list[int]:
+    """How often each device counted."""
+    times = Counter(s.device for sessions in counted for s in sessions)
+    return [times[device] for device in range(population.devices)]
+
+
+def slow_share(population: Population, times: Sequence[int]) -> float | None:
+    """How often a low-end device counted, on average, beside one of the others; None where nothing can be compared."""
+    slow = [str(d) for d in range(population.devices) if population.tier(d) is DeviceTier.LOW_END]
+    try:
+        return selection_ratio({str(d): n for d, n in enumerate(times)}, slow)
+    except ConfigurationError:
+        return None
 
 
 def _kind(session: Session, counted: bool) -> str:
@@ -258,4 +306,4 @@ def _kind(session: Session, counted: bool) -> str:
         return "counted"
     if session.end is None:
         return "unfinished"
-    return "dropped" if session.end.outcome is Outcome.DROPPED else "late"
+    return {Outcome.DROPPED: "dropped", Outcome.FAILED: "refused"}.get(session.end.outcome, "late")

@@ -48,7 +48,13 @@ class RoundResult(_Frozen):
     bytes_counted: Count = Field(description="bodies of the counted reports")
     bytes_dense: Count = Field(description="what their updates alone would take as float32")
     excluded: tuple[Count, ...] = Field(description="assignment numbers of counted reports that a robust rule left out")
+    attackers: Count = Field(description="counted reports of devices that attack")
+    excluded_attackers: Count = Field(description="those of them that the rule left out")
+    num_byzantine: Count | None = Field(description="dishonest reports that the rule reckoned with; null: no rule")
     clipped: Count = Field(description="counted reports whose norm was clipped")
+    norm_median: NonNegative | None = Field(description="of the counted updates before clipping; null without clipping")
+    norm_max: NonNegative | None
+    aggregate_norm: NonNegative | None = Field(description="L2 norm of what they became; null if that failed")
     staleness: dict[Count, Count] = Field(description="age in model versions -> counted reports")
     unchanged: str | None = Field(description="the error that made the round leave the model as it was")
     model_sha256: Sha256
@@ -62,6 +68,7 @@ class TierResult(_Frozen):
     counted: Count = Field(description="reports that are part of a model")
     late: Count = Field(description="reports that came after their round had closed")
     dropped: Count = Field(description="sessions that never reported")
+    refused: Count = Field(description="reports refused for what was in them, and trainings that failed")
     unfinished: Count = Field(description="sessions that were under way when the run ended")
 
 
@@ -86,11 +93,16 @@ class SimulationResults(_Frozen):
     final_accuracy: Fraction | None
     final_loss: Loss | None
     model_sha256: Sha256 | None = Field(description="content hash of the latest model; null before the first round")
-    halted: str | None = Field(description="why the server ended training before its last round")
+    halted: str | None = Field(description="why training ended before its last round; null if it did not")
     pipeline: dict[str, str] = Field(description="slot -> what the server does there")
     repeatable: bool = Field(description="whether the same command gives the same model_sha256 on this machine")
     rounds: tuple[RoundResult, ...]
     tiers: tuple[TierResult, ...]
+    refusals: dict[str, Count] = Field(description="why reports are in no model: problem type -> sessions")
+    jain_index: Fraction = Field(description="fairness of how often each device counted: 1 equally often, 1/n one only")
+    slow_share: NonNegative | None = Field(
+        description="how often a low-end device counted beside one of the others; null if nothing can be compared"
+    )
     sessions: Count = Field(description="sessions delivered, whether their report counted or came late")
     seconds: NonNegative = Field(description="wall-clock time of all rounds; set-up is not in it")
     clients_per_second: NonNegative = Field(description="sessions delivered per second of this process' rounds")
@@ -100,8 +112,10 @@ class SimulationResults(_Frozen):
         description="length of the run in virtual time; null on a foreign server"
     )
     config: SimulationConfig
-    server: str = Field(description="'embedded', or the address of the foreign server")
-    runtime: str = Field(description="ExecuTorch adapter that ran the programs")
+    server: str = Field(description="'embedded', 'none' (cohort engine), or the address of the foreign server")
+    runtime: str = Field(
+        description="ExecuTorch adapter that ran the programs; 'torch' where the cohort engine trained"
+    )
     workers: Count
     dataset: DatasetFacts
     parameters: Count = Field(description="length of the model's weight vector")

@@ -16,17 +16,27 @@ class Outcome(StrEnum):
     ACCEPTED = "accepted"
     REFUSED = "refused"
     """Its round was over (over-selection) or its model too old."""
+    FAILED = "failed"
+    """Its report was refused for what is in it, or could not be made: the assignment is given back."""
     DROPPED = "dropped"
     """The device vanished, or would have been later than its lease."""
 
 
 @dataclass(frozen=True)
 class SessionEnd:
-    """The end of a session, with the bytes of bodies that it really sent and received."""
+    """The end of a session.
+
+    Attributes:
+        outcome: How it ended.
+        bytes_up: Bytes of bodies that it really sent.
+        bytes_down: Bytes of bodies that it really received.
+        reason: Why it was refused or failed: a problem's type, or what kept the device from training.
+    """
 
     outcome: Outcome
     bytes_up: int = 0
     bytes_down: int = 0
+    reason: str | None = None
 
 
 @dataclass(slots=True)

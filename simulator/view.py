@@ -38,6 +38,10 @@ class Measurements(BaseModel):
     staleness: dict[int, int] = Field(default_factory=dict, description="age -> counted reports")
     excluded: tuple[int, ...] = Field((), description="assignment numbers that a robust rule left out")
     clipped: int = 0
+    norm_median: float | None = Field(None, description="of the counted updates' L2 norms, before clipping")
+    norm_max: float | None = None
+    aggregate_norm: float | None = Field(None, description="L2 norm of what the updates were made into")
+    num_byzantine: int | None = Field(None, description="dishonest updates that the rule reckoned with")
     unchanged: str | None = Field(None, description="why the round left the model as it was")
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 from client_sdk.protocol.messages import Assigned, Finished
-from simulator.fleet import DeviceLink, FleetObserver
+from simulator.fleet import DeviceLink, FleetObserver, Patience
 from simulator.population import Population, Workload
 from simulator.sessions import Outcome, Session, SessionEnd
 
@@ -66,6 +66,7 @@ class WallFleet:
         self._due: list[tuple[float, int]] = []
         self._ended: queue.SimpleQueue[tuple[Session, Future[SessionEnd]]] = queue.SimpleQueue()
         self._running = 0
+        self._patience = Patience(population.devices)
 
     def run(self) -> bool:
         """Run until the last round.
@@ -74,7 +75,8 @@ class WallFleet:
             True if it is committed, False if ``stop`` was set first.
 
         Raises:
-            PocketfedError: Whatever ended a session other than a late report.
+            FleetCannotTrain: More sessions than there are devices failed in a row.
+            PocketfedError: What else went wrong in a session.
         """
         self._due = [(0.0, device) for device in range(self._population.devices)]
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="device")
@@ -140,6 +142,8 @@ class WallFleet:
             block = False
             self._running -= 1
             session.end = future.result()
-            session.arrives_s = self._now()
+            if session.end.outcome is not Outcome.FAILED:
+                session.arrives_s = self._now()
             self._observer.ended(session)
+            self._patience.note(session.end)
             heapq.heappush(self._due, (self._now(), session.device))

@@ -17,7 +17,7 @@ from client_sdk.protocol.messages import Assigned, Assignment, F32Encoding, Fini
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.rounds import ReportFile, RoundEngine, RoundPolicy, Waiting
-from simulator.errors import ResumeMismatch
+from simulator.errors import FleetCannotTrain, ResumeMismatch
 from simulator.fleet import VirtualFleet
 from simulator.journal import Journal
 from simulator.population import Population, Workload
@@ -37,6 +37,7 @@ class EngineLink:
     def __init__(self, policy):
         self.engine = RoundEngine(policy, virtual_time=True)
         self.accepted = []
+        self.fails = lambda _number: False
         self._records = {}
         self.calls = 0
         self.crash_at = None
@@ -100,12 +101,19 @@ class EngineLink:
         with self._changed:
             report_id = assignment.assignment_id[::-1]
             record = self._records[assignment.assignment_id]
+            if self.fails(assignment.assignment_number):
+                return SessionEnd(Outcome.FAILED, 100, 200, "update-out-of-range")
             try:
                 self.engine.report(record, ReportFile(report_id, HASH, 100, 0.0), 0.0)
             except StaleReport:
                 return SessionEnd(Outcome.REFUSED, 100, 200)
             self._changed.notify_all()
         return SessionEnd(Outcome.ACCEPTED, 100, 200)
+
+    def give_back(self, device, assignment_id):  # noqa: ARG002 - the fleet's interface
+        with self._changed:
+            self.engine.abandon(assignment_id)
+            self._changed.notify_all()
 
 
 class Watcher:
@@ -182,10 +190,45 @@ def test_what_counted_is_told_from_virtual_times_alone(policy, population):
 
 
 @settings(max_examples=60, deadline=None)
-@given(policies(), populations, st.integers(1, 60), st.booleans(), st.integers(0, 40))
-def test_a_run_that_dies_anywhere_resumes_to_the_same_accepted_sets(policy, population, crash_at, before, torn):
+@given(policies(), populations, st.integers(2, 5), st.integers(2, 7))
+def test_reports_that_are_refused_for_what_is_in_them_end_no_run_and_change_with_no_thread(
+    policy, population, workers, every
+):
+    def fails(number):
+        return number % every == 0
+
+    told = []
+    with tempfile.TemporaryDirectory() as folder:
+        links = [EngineLink(policy), EngineLink(policy)]
+        for link, threads in zip(links, (1, workers), strict=True):
+            link.fails = fails
+            finished, watcher = run(link, Path(folder) / str(threads), population, threads)
+            assert finished
+            told = counted_sessions(
+                watcher.sessions, [len(counted) for _, counted in link.accepted], lambda _: policy.max_staleness
+            )
+    one, many = (link.accepted for link in links)
+    assert len(one) == policy.rounds
+    assert one == many
+    assert [[n for n, _ in counted] for _, counted in one] == [sorted(s.number for s in counted) for counted in told]
+    assert not [n for _, counted in one for n, _ in counted if fails(n)]
+
+
+def test_a_fleet_of_which_nobody_delivers_anything_says_so(tmp_path):
+    link = EngineLink(synchronous())
+    link.fails = lambda _number: True
+    with pytest.raises(FleetCannotTrain, match=r"21 sessions in a row .* update-out-of-range"):
+        run(link, tmp_path / "j", Population(5, 20))
+
+
+@settings(max_examples=60, deadline=None)
+@given(policies(), populations, st.integers(1, 60), st.booleans(), st.integers(0, 40), st.sampled_from([3, 7, 10**9]))
+def test_a_run_that_dies_anywhere_resumes_to_the_same_accepted_sets(
+    policy, population, crash_at, before, torn, fails_every
+):
     with tempfile.TemporaryDirectory() as folder:
         undisturbed, disturbed = EngineLink(policy), EngineLink(policy)
+        undisturbed.fails = disturbed.fails = lambda number: number % fails_every == 1
         run(undisturbed, Path(folder) / "undisturbed", population)
         journal = Path(folder) / "disturbed"
         disturbed.crash_at, disturbed.before = crash_at, before

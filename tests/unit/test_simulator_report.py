@@ -29,7 +29,9 @@ def round_result(number, **changes):
     values = {
         "round": number, "accuracy": number / (number + 5), "loss": 1.5, "train_loss": 0.9, "reports": 2,
         "discarded": 1, "bytes_up": 4000, "bytes_down": 5000, "seconds": 0.25, "opened_at_s": 10.0 * (number - 1),
-        "closed_at_s": 10.0 * number, "bytes_counted": 3000, "bytes_dense": 12_000, "excluded": (), "clipped": 0,
+        "closed_at_s": 10.0 * number, "bytes_counted": 3000, "bytes_dense": 12_000, "excluded": (), "attackers": 0,
+        "excluded_attackers": 0, "num_byzantine": None, "clipped": 0, "norm_median": None, "norm_max": None,
+        "aggregate_norm": 0.5,
         "staleness": {0: 2}, "unchanged": None, "model_sha256": HASH,
     }  # fmt: skip
     return RoundResult(**{**values, **changes})
@@ -41,10 +43,11 @@ def results(rounds=3, **changes):
         "pipeline": {"reduce": "exact weighted mean (float64 bins)"}, "repeatable": True,
         "rounds": tuple(round_result(n) for n in range(1, rounds + 1)),
         "tiers": (
-            TierResult(tier=DeviceTier.HIGH_END, devices=1, counted=4, late=0, dropped=1, unfinished=0),
-            TierResult(tier=DeviceTier.MID_RANGE, devices=2, counted=2, late=1, dropped=0, unfinished=0),
-            TierResult(tier=DeviceTier.LOW_END, devices=1, counted=0, late=2, dropped=0, unfinished=1),
+            TierResult(tier=DeviceTier.HIGH_END, devices=1, counted=4, late=0, dropped=1, refused=0, unfinished=0),
+            TierResult(tier=DeviceTier.MID_RANGE, devices=2, counted=2, late=1, dropped=0, refused=0, unfinished=0),
+            TierResult(tier=DeviceTier.LOW_END, devices=1, counted=0, late=2, dropped=0, refused=0, unfinished=1),
         ),
+        "refusals": {"stale-report": 3}, "jain_index": 0.75, "slow_share": 0.0,
         "sessions": 9, "seconds": 0.75, "clients_per_second": 12.0, "bytes_up": 12000, "bytes_down": 15000,
         "virtual_seconds": 30.0, "config": CONFIG, "server": "embedded", "runtime": "native", "workers": 2,
         "dataset": DatasetFacts(name="digits", sha256=HASH, train=10, validation=3, test=4), "parameters": 100,
