@@ -278,14 +278,10 @@ class RoundEngine:
         held = self._by_device.get(device_id)
         if held is not None:
             return held if held.state is AssignmentState.OUTSTANDING else Waiting("already-reported")
-        free = self.policy.concurrency - len(self._busy)
-        # A wave invites as many devices as there were free slots when it began: a slot that falls free meanwhile waits
-        # for the next wave, or a synchronous round would invite more than ``concurrency`` devices.
-        if self._invitations == 0 and free >= self.policy.refill_at:
-            self._invitations = free
-        if free <= 0 or self._invitations == 0:
+        wave = self._wave()
+        if wave == 0:
             return Waiting("round-full")
-        self._invitations -= 1
+        self._invitations = wave - 1
         arrival = None
         if self.virtual_time and duration_s is not None and duration_s <= self.policy.lease_s:
             arrival = now + duration_s
@@ -411,6 +407,11 @@ class RoundEngine:
 
     # --- bookkeeping -------------------------------------------------------------------------------------
 
+    def inviting(self, now: float) -> bool:
+        """Whether a device without an assignment would be given one now."""
+        self.expire(now)
+        return self._wave() > 0
+
     def holds(self, device_id: str) -> bool:
         """Whether the device has a live assignment."""
         return device_id in self._by_device
@@ -424,6 +425,17 @@ class RoundEngine:
         changed = [self._changed[n] for n in sorted(self._changed)]
         self._changed.clear()
         return changed
+
+    def _wave(self) -> int:
+        """Invitations left in the wave that is on, or in the one that can begin.
+
+        A wave invites as many devices as there were free slots when it began: a slot that falls free meanwhile waits
+        for the next wave, or a synchronous round would invite more than ``concurrency`` devices.
+        """
+        free = self.policy.concurrency - len(self._busy)
+        if self._invitations == 0 and free >= self.policy.refill_at:
+            return free
+        return self._invitations if free > 0 else 0
 
     def _enter(self, record: AssignmentRecord) -> None:
         self._live[record.assignment_id] = self._by_device[record.device_id] = record
