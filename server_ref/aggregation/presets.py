@@ -13,7 +13,9 @@ the work. (``CompressedGradientAggregator`` is in ``compressed``.) What they sha
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
@@ -153,7 +155,8 @@ class ByzantineRobustAggregator:
         num_byzantine: Dishonest workers to stand; 0 means none. None: estimated from each round, which sees only what
             is far away, and so is a lower bound.
         byzantine_fraction: The same as a share of the round's workers.
-        rule_options: What the rule can be told besides: ``m``, distance mode, mixing, ``degraded``.
+        rule_options: What the rule can be told besides: ``m``, distance mode, mixing, ``degraded``. With a ``seed``,
+            what is drawn repeats from run to run; without, it is the operating system's.
         on_rejected: Called with each refusal.
         **options: See ``IntakeSettings``. ``scaffold`` is not among the methods: no rule here is made for two vectors.
 
@@ -173,14 +176,15 @@ class ByzantineRobustAggregator:
         **options: Unpack[MethodOptions],
     ) -> None:
         settings = one_vector(IntakeSettings.parse(options))
-        reduce = RobustRule(
+        self._rule = RobustRule(
             aggregation_rule,
             num_byzantine=num_byzantine,
             byzantine_fraction=byzantine_fraction,
             options=rule_options or RuleOptions(),
             renormalise=settings.aggregation_method is AggregationMethod.FEDNOVA,
         )
-        self._intake = Intake(reduce, settings, on_rejected=on_rejected)
+        self._intake = Intake(self._rule, settings, on_rejected=on_rejected)
+        self._rounds = 0
 
     @property
     def rejections(self) -> tuple[RefusedUpdate, ...]:
@@ -205,6 +209,11 @@ class ByzantineRobustAggregator:
             MixedKinds: Deltas and gradients in one round, and ``kind`` was not declared.
             UpdateOutOfRange: The outcome does not fit the model's dtype.
         """
+        seed = self._rule.options.seed
+        # Buckets, peers and sketches are drawn anew in every round; nobody shall know them before the updates are in.
+        seed = secrets.randbits(48) if seed is None else seed + self._rounds
+        self._intake.reduce = replace(self._rule, seed=seed)
+        self._rounds += 1
         gathered = self._intake.gather(worker_gradients, server_model_state)
         return gathered.named(gathered.aggregate.values)
 

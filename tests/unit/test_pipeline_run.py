@@ -458,6 +458,20 @@ def test_deltas_are_added_and_gradients_subtracted(kind: UpdateKind, expected: f
     assert state.weights.tolist() == [1.0] * 3
 
 
+@pytest.mark.parametrize(
+    ("line", "factor"), [("randomk:0.25", 4.0), ("randomk:0.25,feedback=on", 1.0), ("topk:0.25", 1.0)]
+)
+def test_what_random_sparsification_left_out_is_made_up_for_after_release(line: str, factor: float):
+    """On the aggregate, and not on single updates: their clipped norms are what noise was calibrated to."""
+    spec = CompressionSpec.parse(line)
+    built = pipeline(DecodeCompressed(spec), ClipGlobal(1.0), facts=replace(FACTS, size=40))
+    payload = Codec(spec, 40).encode(np.linspace(1, 2, 40, dtype=np.float32), 3)
+    state = built.optimizer.initial(np.zeros(40, np.float32))
+    after, found = built.run(state, [EncodedUpdate(0, payload, seed=3)])
+    assert np.linalg.norm(found.values) <= 1.0
+    np.testing.assert_array_equal(after.master, factor * found.values)
+
+
 def test_run_is_its_steps_and_reads_its_updates_once():
     built = pipeline(ASYNC, facts=replace(FACTS, max_weight=1))
     state = built.optimizer.initial(np.ones(3, np.float32))

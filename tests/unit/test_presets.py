@@ -423,3 +423,17 @@ def test_a_share_of_dishonest_workers_follows_the_size_of_the_round():
 def test_too_few_workers_for_the_rule_are_an_error_by_name():
     with pytest.raises(TooManyByzantine, match=r"n >= 2f \+ 3"):
         aggregate(ByzantineRobustAggregator("krum", 2), crowd(6))
+
+
+@pytest.mark.parametrize("options", [{"mixing": "bucketing"}, {"mode": "sampled", "peers": 4}])
+def test_what_a_rule_draws_is_new_in_every_round_and_repeats_with_a_seed(options: dict):
+    rows = np.random.default_rng(0).standard_normal((12, 30))
+    workers = [WorkerGradient(f"w{i}", {"w": row}, 1, 0.0) for i, row in enumerate(rows)]
+
+    def rounds(**seed) -> list[bytes]:
+        aggregator = ByzantineRobustAggregator("krum", 1, rule_options=RuleOptions(**options, **seed))
+        return [aggregate(aggregator, workers, {"w": rows[0]})["w"].tobytes() for _ in range(50)]
+
+    assert rounds(seed=7) == rounds(seed=7)
+    assert len(set(rounds(seed=7))) > 1
+    assert rounds() != rounds()
