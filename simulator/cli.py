@@ -67,6 +67,11 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     add("--devices", type=int, metavar="N", help="size of the fleet (default: 100)")
     add("--partition", metavar="HOW", help="iid, dirichlet:ALPHA or shards:K (default: dirichlet:0.5)")
     add("--seed", type=int, metavar="S", help="fixes the whole run (default: 1)")
+    add(
+        "--engine",
+        choices=("devices", "cohort"),
+        help="devices: each runs the real SDK (default); cohort: the same run, trained in batches in this process",
+    )
     rounds = parser.add_argument_group("rounds")
     add = rounds.add_argument
     add("--rounds", type=int, metavar="R", help="model updates (default: 60)")
@@ -118,7 +123,8 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 
 _CONFIG_FLAGS = (
     "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "dropout",
-    "stragglers", "slowdown", "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine", "server",
+    "stragglers", "slowdown", "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine", "engine",
+    "server",
 )  # fmt: skip
 
 

@@ -71,6 +71,8 @@ class SimulationConfig(BaseModel):
         slowdown: See ``stragglers``.
         attack: What dishonest devices do, as ``adversaries.parse_attack`` reads it; None: all are honest.
         byzantine: Fraction of the fleet that attacks, and that a robust rule reckons with.
+        engine: What plays the fleet: ``devices`` runs the SDK in each of them against a server, ``cohort`` trains them
+            in batches, without HTTP.
         server: Address of a foreign server, which brings its own clock, rounds, model and plan; None for our own.
     """
 
@@ -104,6 +106,7 @@ class SimulationConfig(BaseModel):
     slowdown: float = Field(10.0, ge=1.0, le=1000.0)
     attack: str | None = None
     byzantine: float = Field(0.0, ge=0.0, lt=1.0)
+    engine: Literal["devices", "cohort"] = "devices"
     server: str | None = None
 
     @field_validator("partition")
@@ -173,6 +176,8 @@ class SimulationConfig(BaseModel):
             raise ConfigurationError(
                 f"--refill-at {self.refill_at} slots can never be free: at most {self.concurrency} devices work at once"
             )
+        if self.engine == "cohort" and self.server is not None:
+            raise ConfigurationError("--engine cohort plays without HTTP; leave it or --server out")
         self._check_attack()
 
     def _check_attack(self) -> None:

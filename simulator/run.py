@@ -20,11 +20,12 @@ from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, Manifest
 from client_sdk.runtime import load_program
 from client_sdk.session_state import RetryPolicy
 from client_sdk.transport import HttpTransport, Transport, open_client
-from server_ref.evaluation import Evaluation, ProgramEvaluator
+from server_ref.evaluation import ProgramEvaluator
 from simulator.adversaries import AttackPlan
 from simulator.config import SimulationConfig
 from simulator.devices import SdkDevices
 from simulator.embedded import EmbeddedServer
+from simulator.ending import Ending, results_of
 from simulator.fleet import VirtualFleet
 from simulator.folder import BUNDLE_FOLDER, JOURNAL_FILE, RunFolder
 from simulator.interrupt import stop_on_interrupt
@@ -35,7 +36,7 @@ from simulator.population import Workload
 from simulator.prepare import Fleet, check_fit, export_bundle, lease_s, session_costs, task_settings, write_server
 from simulator.progress import SilentDisplay
 from simulator.report import write_report
-from simulator.results import DatasetFacts, SimulationResults, versions
+from simulator.results import SimulationResults
 from simulator.sessions import Outcome, Session
 from simulator.view import ServerView, TaskView
 from simulator.wall import WallFleet
@@ -67,19 +68,6 @@ class RunOptions:
     say: Say = field(default=lambda _line: None)
 
 
-@dataclass(frozen=True)
-class _Ending:
-    """What is known when the last event is over."""
-
-    finished: bool
-    model_sha256: str | None
-    evaluation: Evaluation | None
-    counted: list[list[Session]]
-    manifest: Manifest
-    runtime: str
-    task: TaskView
-
-
 def run_simulation(folder: RunFolder, options: RunOptions, fleet: Fleet | None = None) -> SimulationResults:
     """Run (or resume) the simulation that a folder is for, and write its results and report there.
 
@@ -109,12 +97,15 @@ def run_simulation(folder: RunFolder, options: RunOptions, fleet: Fleet | None =
         f"data: {config.dataset}, {len(fleet.dataset.train)} training examples dealt {config.partition} to "
         f"{config.devices} devices"
     )
-    with Journal(folder.path / JOURNAL_FILE) as journal:
-        attempt = _Attempt(folder, options, fleet, journal)
-        monitor, ending = attempt.embedded() if config.server is None else attempt.foreign(config.server)
+    journal_file = folder.path / JOURNAL_FILE
+    if config.engine == "cohort":
+        # It is as quick to play anew what a journal would say.
+        journal_file.unlink(missing_ok=True)
+    with Journal(journal_file) as journal:
+        monitor, ending = _Attempt(folder, options, fleet, journal).run()
         if not ending.finished:
             journal.record_pause(monitor.open_round_s)
-        results = _results(folder, options, fleet, monitor, ending)
+        results = results_of(folder.config, fleet, monitor, ending, workers=options.workers)
     results.write(folder.path)
     write_report(
         folder.path,
@@ -136,7 +127,24 @@ class _Attempt:
     fleet: Fleet
     journal: Journal
 
-    def embedded(self) -> tuple[RunMonitor, _Ending]:
+    def run(self) -> tuple[RunMonitor, Ending]:
+        """By the engine and the server that the configuration names."""
+        config = self.folder.config
+        if config.engine == "cohort":
+            return self.cohort()
+        return self.embedded() if config.server is None else self.foreign(config.server)
+
+    def cohort(self) -> tuple[RunMonitor, Ending]:
+        """In this process, trained in batches, in virtual time."""
+        from simulator.cohort.run import CohortSetting  # noqa: PLC0415 - torch, where devices need none
+
+        options = self.options
+        with self._beginning():
+            setting = CohortSetting.prepare(self.folder, self.fleet, options.say)
+        options.say("devices: trained in batches in this process, on virtual time")
+        return setting.play(self.journal, options.display, options.say, threads=options.workers)
+
+    def embedded(self) -> tuple[RunMonitor, Ending]:
         """Against a server of our own, in virtual time."""
         config, population = self.folder.config, self.fleet.population
         with self._beginning():
@@ -178,7 +186,7 @@ class _Attempt:
                 raise
         return monitor, ending
 
-    def foreign(self, url: str) -> tuple[RunMonitor, _Ending]:
+    def foreign(self, url: str) -> tuple[RunMonitor, Ending]:
         """Against somebody else's server, in real time."""
         config = self.folder.config
         with contextlib.ExitStack() as stack:
@@ -246,6 +254,7 @@ class _Attempt:
             runtime=self.options.runtime,
             policy=policy,
             attack=fleet.attack,
+            virtual=self.folder.config.server is None,
         )
 
     def _monitor(self, view: ServerView, *, of_rounds: int, cohort: int, first_version: int = 0) -> RunMonitor:
@@ -259,7 +268,7 @@ class _Attempt:
             first_version=first_version,
         )
 
-    def _end(self, view: ServerView, monitor: RunMonitor, bundle: Path, *, finished: bool) -> _Ending:
+    def _end(self, view: ServerView, monitor: RunMonitor, bundle: Path, *, finished: bool) -> Ending:
         """Wait for the last validation figures; after the last round, read the test split, once."""
         patience = threading.Event()
         polls = round(_SCORED_WITHIN_S / _SCORE_POLL_S) if finished else 1
@@ -273,14 +282,16 @@ class _Attempt:
                 test = self.fleet.dataset.test
                 weights = np.frombuffer(decode_frame(view.blob(task.model_sha256)).payload, np.float32)
                 evaluation = ProgramEvaluator(program, test.x, test.y).evaluate(weights)
-            return _Ending(
+            return Ending(
                 finished=finished,
                 model_sha256=task.model_sha256 if task.model_version > 0 else None,
                 evaluation=evaluation,
                 counted=_counted(self.folder.config, monitor),
-                manifest=program.manifest,
+                parameters=program.manifest.num_parameters,
+                server=self.folder.config.server or "embedded",
                 runtime=type(program).__name__.removesuffix("Program").lower(),
-                task=task,
+                halted=task.halted,
+                pipeline=task.pipeline,
             )
         finally:
             program.close()
@@ -291,42 +302,3 @@ def _counted(config: SimulationConfig, monitor: RunMonitor) -> list[list[Session
         return monitor.counted(config.staleness.tolerance)
     # A foreign server does not tell whose reports it counted; those that it took, it counted or may still count.
     return [[s for s in monitor.sessions if s.end is not None and s.end.outcome is Outcome.ACCEPTED]]
-
-
-def _results(
-    folder: RunFolder, options: RunOptions, fleet: Fleet, monitor: RunMonitor, ending: _Ending
-) -> SimulationResults:
-    rounds = monitor.round_results()
-    standing = monitor.standing()
-    seconds = sum(r.seconds for r in rounds) + (0.0 if ending.finished else monitor.open_round_s)
-    evaluation, dataset = ending.evaluation, fleet.dataset
-    return SimulationResults(
-        status="completed" if ending.finished else "interrupted",
-        final_accuracy=None if evaluation is None else evaluation.accuracy,
-        final_loss=None if evaluation is None else evaluation.loss,
-        model_sha256=ending.model_sha256,
-        halted=ending.task.halted,
-        pipeline=ending.task.pipeline,
-        repeatable=folder.config.repeatable,
-        rounds=rounds,
-        tiers=monitor.tier_results(fleet.population, ending.counted),
-        sessions=standing.sessions,
-        seconds=seconds,
-        clients_per_second=standing.sessions / max(seconds, 1e-9),
-        bytes_up=standing.bytes_up,
-        bytes_down=standing.bytes_down,
-        virtual_seconds=None if folder.config.server else (rounds[-1].closed_at_s if rounds else 0.0),
-        config=folder.config,
-        server=folder.config.server or "embedded",
-        runtime=ending.runtime,
-        workers=options.workers,
-        dataset=DatasetFacts(
-            name=dataset.name,
-            sha256=dataset.sha256,
-            train=len(dataset.train),
-            validation=len(dataset.validation),
-            test=len(dataset.test),
-        ),
-        parameters=ending.manifest.num_parameters,
-        versions=versions(),
-    )

@@ -14,8 +14,7 @@ from simulator.cohort.clients import Clients
 from simulator.cohort.queue import Broadcast, Job, TrainingQueue
 from simulator.cohort.server import CohortServer, wire_bytes
 from simulator.cohort.trainer import CohortTrainer
-from simulator.errors import FleetCannotTrain
-from simulator.fleet import FleetObserver
+from simulator.fleet import FleetObserver, Patience
 from simulator.population import Population, Workload
 from simulator.sessions import Outcome, Session, SessionEnd
 
@@ -88,7 +87,7 @@ class CohortEngine:
         self._stop = stop
         self._running: dict[int, _Running] = {}
         self._arrived: dict[int, _Running] = {}
-        self._in_vain = 0
+        self._patience = Patience(population.devices)
 
     def run(self) -> bool:
         """Run until the last round is committed.
@@ -97,7 +96,7 @@ class CohortEngine:
             True if it is, False if ``stop`` was set first.
 
         Raises:
-            FleetCannotTrain: As many sessions in a row as there are devices gave their assignments back.
+            FleetCannotTrain: More sessions than there are devices failed in a row.
         """
         agenda = self._agenda = Agenda(self._population, self._num_samples, self._work)
         while not self._stop.is_set():
@@ -112,8 +111,10 @@ class CohortEngine:
         return False
 
     def _check_in(self, device: int, now: float) -> None:
+        if device in self._arrived and self._server.inviting(now):
+            # Whoever has reported waits for the commit; whoever could not may be invited again. Only training tells.
+            self._deliver(now)
         if device in self._arrived:
-            # The server has a report of this device in its buffer already.
             self._agenda.wait(device, now, self._retry)
             return
         duration = self._agenda.duration_s(device)
@@ -137,7 +138,7 @@ class CohortEngine:
         try:
             self._server.check_fresh(running.job.record, now)
         except StaleReport:
-            self._end(running.session, SessionEnd(Outcome.REFUSED, 0, running.bytes_down))
+            self._end(running.session, SessionEnd(Outcome.REFUSED, 0, running.bytes_down, StaleReport.slug))
             return
         self._arrived[running.job.device] = running
         if len(self._arrived) == self._server.room:
@@ -155,10 +156,8 @@ class CohortEngine:
                 update, memory = self._clients.report(running.job, running.broadcast, trained)
                 server.report(running.job.record, update, trained.train_loss, now)
             except (TrainingDiverged, ProtocolError) as e:
-                server.give_up(running.job.record)
                 self._fail(running, e)
             else:
-                self._in_vain = 0
                 self._clients.accepted(running.job.device, memory)
                 self._end(running.session, SessionEnd(Outcome.ACCEPTED, wire_bytes(update), running.bytes_down))
         if server.version > version:
@@ -166,13 +165,13 @@ class CohortEngine:
             self._observer.advanced(server.version)
 
     def _fail(self, running: _Running, error: TrainingDiverged | ProtocolError) -> None:
+        self._server.give_up(running.job.record)
         running.session.arrives_s = None
         self.failures.append(Failure(running.session, error))
-        self._end(running.session, SessionEnd(Outcome.DROPPED))
-        self._in_vain += 1
-        if self._in_vain > self._population.devices:
-            raise FleetCannotTrain(f"{self._in_vain} sessions in a row gave their assignments back: {error}") from error
+        reason = error.slug if isinstance(error, ProtocolError) else "training-diverged"
+        self._end(running.session, SessionEnd(Outcome.FAILED, 0, running.bytes_down, reason))
 
     def _end(self, session: Session, end: SessionEnd) -> None:
         session.end = end
         self._observer.ended(session)
+        self._patience.note(end)

@@ -9,7 +9,6 @@ from typing import Self
 
 from mobile_export.models import build_model
 from server_ref.config import TaskConfig
-from server_ref.evaluation import Evaluation
 from server_ref.task import Task, load_task
 from simulator.cohort.attackers import CohortAttackers
 from simulator.cohort.clients import Clients
@@ -17,6 +16,7 @@ from simulator.cohort.engine import CohortEngine
 from simulator.cohort.model import BatchedModel
 from simulator.cohort.server import CohortServer, Scoring
 from simulator.cohort.trainer import CohortTrainer
+from simulator.ending import Ending
 from simulator.folder import BUNDLE_FOLDER, RunFolder
 from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
@@ -31,26 +31,6 @@ from simulator.prepare import (
     session_costs,
     task_settings,
 )
-from simulator.sessions import Session
-
-
-@dataclass(frozen=True)
-class CohortEnding:
-    """What is known when the last event is over.
-
-    Attributes:
-        finished: Whether the last round is committed, or training was halted.
-        halted: Why training was halted; None if it was not.
-        model_sha256: Content hash of the newest model; None before the first round.
-        evaluation: Of the last model on the test split; None where the run is not finished.
-        counted: The sessions that each round counted.
-    """
-
-    finished: bool
-    halted: str | None
-    model_sha256: str | None
-    evaluation: Evaluation | None
-    counted: list[list[Session]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +62,7 @@ class CohortSetting:
 
     def play(
         self, journal: Journal, display: Display, say: Say, *, threads: int | None = None, score_every: int = 1
-    ) -> tuple[RunMonitor, CohortEnding]:
+    ) -> tuple[RunMonitor, Ending]:
         """Play it to its end, or until a signal stops it.
 
         Args:
@@ -132,12 +112,16 @@ class CohortSetting:
             last = engine.failures[-1].error
             say(f"{len(engine.failures)} sessions gave their assignments back, the last one because: {last}")
         sessions = {session.number: session for session in monitor.sessions}
-        return monitor, CohortEnding(
+        return monitor, Ending(
             finished=finished,
-            halted=server.halted,
             model_sha256=server.model.sha256 if server.version > 0 else None,
             evaluation=model.evaluate(server.model.weights, dataset.test.x, dataset.test.y) if finished else None,
             counted=[[sessions[number] for number in numbers] for numbers in server.counted],
+            parameters=task.manifest.num_parameters,
+            server="none",
+            runtime="torch",
+            halted=server.halted,
+            pipeline={slot.value: stage.title for slot, stage in task.pipeline.stages.items()},
         )
 
     def _device_ids(self) -> Callable[[int], str]:

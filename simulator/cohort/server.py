@@ -112,6 +112,10 @@ class CohortServer:
         """Whether only reports of the newest model count."""
         return self._engine.policy.max_staleness == 0
 
+    def inviting(self, now: float) -> bool:
+        """Whether a device without an assignment would be given one now."""
+        return self._engine.inviting(now)
+
     # --- events ------------------------------------------------------------------------------------------
 
     def check_in(

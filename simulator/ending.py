@@ -1,0 +1,94 @@
+"""What is known when the last event of a run is over, and the results that follow from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from server_ref.evaluation import Evaluation
+from server_ref.selection import jain_index
+from simulator.config import SimulationConfig
+from simulator.monitor import RunMonitor, participation, slow_share
+from simulator.prepare import Fleet
+from simulator.results import DatasetFacts, SimulationResults, versions
+from simulator.sessions import Session
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended, whoever played it.
+
+    Attributes:
+        finished: Whether the last round is committed, or the server halted training before it.
+        model_sha256: Content hash of the newest model; None before the first round.
+        evaluation: Of the last model on the test split; None where the run is not finished.
+        counted: The sessions that each round counted.
+        parameters: Length of the model's weight vector.
+        server: ``embedded``, ``none``, or the address of a foreign one.
+        runtime: What ran the model.
+        halted: Why training was halted; None if it was not.
+        pipeline: Slot -> what happens to updates there.
+    """
+
+    finished: bool
+    model_sha256: str | None
+    evaluation: Evaluation | None
+    counted: list[list[Session]]
+    parameters: int
+    server: str
+    runtime: str
+    halted: str | None
+    pipeline: dict[str, str]
+
+
+def results_of(
+    config: SimulationConfig, fleet: Fleet, monitor: RunMonitor, ending: Ending, *, workers: int
+) -> SimulationResults:
+    """What ``results.json`` says of a run.
+
+    Args:
+        config: The run.
+        fleet: Who took part.
+        monitor: What it saw.
+        ending: How it ended.
+        workers: Training threads.
+    """
+    attack = fleet.attack
+    rounds = monitor.round_results() if attack is None else monitor.round_results(ending.counted, attack.attacks)
+    times = participation(fleet.population, ending.counted)
+    standing = monitor.standing()
+    seconds = sum(r.seconds for r in rounds) + (0.0 if ending.finished else monitor.open_round_s)
+    evaluation, dataset = ending.evaluation, fleet.dataset
+    return SimulationResults(
+        status="completed" if ending.finished else "interrupted",
+        final_accuracy=None if evaluation is None else evaluation.accuracy,
+        final_loss=None if evaluation is None or not math.isfinite(evaluation.loss) else evaluation.loss,
+        model_sha256=ending.model_sha256,
+        halted=ending.halted,
+        pipeline=ending.pipeline,
+        repeatable=config.repeatable,
+        rounds=rounds,
+        tiers=monitor.tier_results(fleet.population, ending.counted),
+        refusals=monitor.refusals(ending.counted),
+        jain_index=jain_index(times),
+        slow_share=slow_share(fleet.population, times),
+        sessions=standing.sessions,
+        seconds=seconds,
+        clients_per_second=standing.sessions / max(seconds, 1e-9),
+        bytes_up=standing.bytes_up,
+        bytes_down=standing.bytes_down,
+        virtual_seconds=None if config.server else (rounds[-1].closed_at_s if rounds else 0.0),
+        config=config,
+        server=ending.server,
+        runtime=ending.runtime,
+        workers=workers,
+        dataset=DatasetFacts(
+            name=dataset.name,
+            sha256=dataset.sha256,
+            train=len(dataset.train),
+            validation=len(dataset.validation),
+            test=len(dataset.test),
+        ),
+        parameters=ending.parameters,
+        versions=versions(),
+    )
