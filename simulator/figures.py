@@ -15,24 +15,27 @@ from simulator.sessions import Session
 Figure = dict[str, Any]
 
 TIER_NAMES: Final = {DeviceTier.HIGH_END: "high end", DeviceTier.MID_RANGE: "mid range", DeviceTier.LOW_END: "low end"}
-_TIER_COLOURS: Final = {DeviceTier.HIGH_END: "c3", DeviceTier.MID_RANGE: "c1", DeviceTier.LOW_END: "c2"}
+TIER_COLOURS: Final = {DeviceTier.HIGH_END: "c3", DeviceTier.MID_RANGE: "c1", DeviceTier.LOW_END: "c2"}
 MAX_POINTS: Final = 4000
 MAX_COLUMNS: Final = 400
 
 
-def _axis(title: str, **more: object) -> dict[str, Any]:
+def axis(title: str, **more: object) -> dict[str, Any]:
+    """An axis with a title."""
     return {"title": {"text": title}, **more}
 
 
-def _rounds_axis(rounds: Sequence[RoundResult], **more: object) -> dict[str, Any]:
+def rounds_axis(rounds: Sequence[RoundResult], **more: object) -> dict[str, Any]:
+    """The horizontal axis of everything that is told round by round."""
     # Room for half a round on both sides, so that a single round is a point in the middle and not a corner.
     span = [rounds[0].round - 0.5, rounds[-1].round + 0.5]
     # Whole rounds only where few of them would else get fractional ticks.
     ticks = {"dtick": 1} if len(rounds) <= 10 else {"nticks": 12}
-    return _axis("round", range=span, **ticks, **more)
+    return axis("round", range=span, **ticks, **more)
 
 
-def _line(rounds: Sequence[RoundResult], values: Sequence[float | None], name: str, colour: str, **more: Any) -> Figure:  # noqa: ANN401 - plotly's own vocabulary
+def line(rounds: Sequence[RoundResult], values: Sequence[float | None], name: str, colour: str, **more: Any) -> Figure:  # noqa: ANN401 - plotly's own vocabulary
+    """A line over the rounds."""
     mode = "lines+markers" if len(rounds) <= 60 else "lines"
     return {
         "type": "scatter",
@@ -46,12 +49,24 @@ def _line(rounds: Sequence[RoundResult], values: Sequence[float | None], name: s
     }
 
 
+def bars(rounds: Sequence[RoundResult], values: Sequence[float], name: str, colour: str, unit: str) -> Figure:
+    """Bars over the rounds."""
+    return {
+        "type": "bar",
+        "name": name,
+        "x": [r.round for r in rounds],
+        "y": list(values),
+        "marker": {"color": colour, "line": {"width": 0}},
+        "hovertemplate": f"round %{{x}}: %{{y:.3g}} {unit}<extra>{name}</extra>",
+    }
+
+
 def accuracy(results: SimulationResults) -> Figure:
     """Accuracy per round on the validation data; the test accuracy as one line."""
     rounds = results.rounds
     values = [None if r.accuracy is None else 100 * r.accuracy for r in rounds]
-    data = [_line(rounds, values, "validation", "c1", hovertemplate="round %{x}: %{y:.2f} %<extra>validation</extra>")]
-    layout: dict[str, Any] = {"xaxis": _rounds_axis(rounds), "yaxis": _axis("accuracy (%)"), "showlegend": True}
+    data = [line(rounds, values, "validation", "c1", hovertemplate="round %{x}: %{y:.2f} %<extra>validation</extra>")]
+    layout: dict[str, Any] = {"xaxis": rounds_axis(rounds), "yaxis": axis("accuracy (%)"), "showlegend": True}
     if results.final_accuracy is not None:
         test = 100 * results.final_accuracy
         data.append(
@@ -73,14 +88,14 @@ def loss(results: SimulationResults) -> Figure:
     rounds = results.rounds
     return {
         "data": [
-            _line(
+            line(
                 rounds,
                 [r.loss for r in rounds],
                 "validation",
                 "c1",
                 hovertemplate="round %{x}: %{y:.4f}<extra>validation</extra>",
             ),
-            _line(
+            line(
                 rounds,
                 [r.train_loss for r in rounds],
                 "on the devices, last local epoch",
@@ -89,14 +104,15 @@ def loss(results: SimulationResults) -> Figure:
             ),
         ],
         "layout": {
-            "xaxis": _rounds_axis(rounds),
-            "yaxis": _axis("mean cross-entropy (nats)", rangemode="tozero"),
+            "xaxis": rounds_axis(rounds),
+            "yaxis": axis("mean cross-entropy (nats)", rangemode="tozero"),
             "showlegend": True,
         },
     }
 
 
-def _byte_unit(largest: float) -> tuple[float, str]:
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Scale and unit in which sizes up to the largest read well."""
     for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if largest >= scale:
             return scale, unit
@@ -106,27 +122,19 @@ def _byte_unit(largest: float) -> tuple[float, str]:
 def bytes_per_round(results: SimulationResults) -> Figure:
     """Bars of the bytes that the devices of each round moved."""
     rounds = results.rounds
-    scale, unit = _byte_unit(max(max(r.bytes_up, r.bytes_down) for r in rounds))
-
-    def bars(name: str, values: list[int], colour: str) -> Figure:
-        return {
-            "type": "bar",
-            "name": name,
-            "x": [r.round for r in rounds],
-            "y": [v / scale for v in values],
-            "marker": {"color": colour, "line": {"width": 0}},
-            "hovertemplate": f"round %{{x}}: %{{y:.3g}} {unit}<extra>{name}</extra>",
-        }
-
+    scale, unit = byte_unit(max(max(r.bytes_up, r.bytes_down) for r in rounds))
+    up, down = (
+        [v / scale for v in values] for values in zip(*((r.bytes_up, r.bytes_down) for r in rounds), strict=True)
+    )
     return {
         "data": [
-            bars("up (reports)", [r.bytes_up for r in rounds], "c1"),
-            bars("down (models, programs)", [r.bytes_down for r in rounds], "c3"),
+            bars(rounds, up, "up (reports)", "c1", unit),
+            bars(rounds, down, "down (models, programs)", "c3", unit),
         ],
         "layout": {
             "barmode": "group",
-            "xaxis": _rounds_axis(rounds),
-            "yaxis": _axis(f"{unit} per round", rangemode="tozero"),
+            "xaxis": rounds_axis(rounds),
+            "yaxis": axis(f"{unit} per round", rangemode="tozero"),
             "showlegend": True,
         },
     }
@@ -136,12 +144,12 @@ def bytes_so_far(results: SimulationResults) -> Figure:
     """Running totals of the same."""
     rounds = results.rounds
     up, down = np.cumsum([r.bytes_up for r in rounds]), np.cumsum([r.bytes_down for r in rounds])
-    scale, unit = _byte_unit(float(max(up[-1], down[-1])))
+    scale, unit = byte_unit(float(max(up[-1], down[-1])))
     hover = f"up to round %{{x}}: %{{y:.3g}} {unit}"
     return {
         "data": [
-            _line(rounds, (up / scale).tolist(), "up (reports)", "c1", hovertemplate=f"{hover}<extra>up</extra>"),
-            _line(
+            line(rounds, (up / scale).tolist(), "up (reports)", "c1", hovertemplate=f"{hover}<extra>up</extra>"),
+            line(
                 rounds,
                 (down / scale).tolist(),
                 "down (models, programs)",
@@ -150,8 +158,8 @@ def bytes_so_far(results: SimulationResults) -> Figure:
             ),
         ],
         "layout": {
-            "xaxis": _rounds_axis(rounds),
-            "yaxis": _axis(f"{unit} in all", rangemode="tozero"),
+            "xaxis": rounds_axis(rounds),
+            "yaxis": axis(f"{unit} in all", rangemode="tozero"),
             "showlegend": True,
         },
     }
@@ -163,6 +171,7 @@ def tiers(rows: Sequence[TierResult]) -> Figure:
         ("counted", "in a model", "c1"),
         ("late", "too late", "c4"),
         ("dropped", "dropped out", "c2"),
+        ("refused", "refused or failed", "c5"),
         ("unfinished", "under way at the end", "muted"),
     )
     names = [f"{TIER_NAMES[row.tier]}<br>{row.devices} devices" for row in reversed(rows)]
@@ -182,8 +191,8 @@ def tiers(rows: Sequence[TierResult]) -> Figure:
         ],
         "layout": {
             "barmode": "stack",
-            "xaxis": _axis("sessions"),
-            "yaxis": _axis("", automargin=True),
+            "xaxis": axis("sessions"),
+            "yaxis": axis("", automargin=True),
             "showlegend": True,
             "legend": {"traceorder": "normal"},
         },
@@ -217,7 +226,7 @@ def timeline(
     arrived = [s for s in sessions if s.arrives_s is not None and s.round_id + 1 in opened]
     every = max(1, -(-len(arrived) // MAX_POINTS))
     kinds: dict[str, tuple[str, str, list[tuple[float, int, int]]]] = {
-        f"report, {name}": (_TIER_COLOURS[tier], "circle", []) for tier, name in TIER_NAMES.items()
+        f"report, {name}": (TIER_COLOURS[tier], "circle", []) for tier, name in TIER_NAMES.items()
     }
     kinds["too late"] = ("muted", "x-thin", [])
     for s in arrived[::every] if not foreign else []:
@@ -238,8 +247,8 @@ def timeline(
     return {
         "data": [bars, *(_points(name, *kind, unit) for name, kind in kinds.items() if kind[2])],
         "layout": {
-            "xaxis": _axis(f"{clock} since the round opened ({unit})", rangemode="tozero"),
-            "yaxis": _axis(
+            "xaxis": axis(f"{clock} since the round opened ({unit})", rangemode="tozero"),
+            "yaxis": axis(
                 "round",
                 range=[rounds[-1].round + 0.6, rounds[0].round - 0.6],
                 **({"dtick": 1} if len(rounds) <= 20 else {}),
@@ -313,9 +322,9 @@ def labels(counts: npt.NDArray[np.int64]) -> tuple[Figure, int]:
             },
         ],
         "layout": {
-            "xaxis": _axis("devices, ordered by commonest class", showticklabels=False, showgrid=False),
-            "yaxis": _axis("class", domain=[0, 0.72], dtick=1, showgrid=False),
-            "yaxis2": _axis("examples", domain=[0.78, 1], rangemode="tozero", nticks=4),
+            "xaxis": axis("devices, ordered by commonest class", showticklabels=False, showgrid=False),
+            "yaxis": axis("class", domain=[0, 0.72], dtick=1, showgrid=False),
+            "yaxis2": axis("examples", domain=[0.78, 1], rangemode="tozero", nticks=4),
             "bargap": 0.1,
             "showlegend": False,
         },

@@ -293,10 +293,15 @@ def participation(population: Population, counted: Sequence[Sequence[Session]]) 
 
 
 def slow_share(population: Population, times: Sequence[int]) -> float | None:
-    """How often a low-end device counted, on average, beside one of the others; None where nothing can be compared."""
-    slow = [str(d) for d in range(population.devices) if population.tier(d) is DeviceTier.LOW_END]
+    """How often a slow device counted, on average, beside one of the others; None where nothing can be compared.
+
+    Slow are the stragglers; in a fleet without them, the devices of the lowest tier.
+    """
+    slow = population.slow_devices or {
+        d for d in range(population.devices) if population.tier(d) is DeviceTier.LOW_END
+    }
     try:
-        return selection_ratio({str(d): n for d, n in enumerate(times)}, slow)
+        return selection_ratio({str(d): n for d, n in enumerate(times)}, map(str, slow))
     except ConfigurationError:
         return None
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from client_sdk.atomic import write_atomically
 from client_sdk.protocol.profile import DeviceTier
-from simulator import figures
+from simulator import figures, report_aggregation
 from simulator.command import command_of
+from simulator.config import SimulationConfig, flat
 from simulator.folder import REPORT_FILE
 from simulator.progress import human_bytes, human_time
-from simulator.report_page import POLICY, SCRIPT, STYLE
-from simulator.results import RoundResult, SimulationResults
+from simulator.report_page import Page, columns, pairs
+from simulator.results import SimulationResults
 from simulator.sessions import Session
 
 
@@ -46,8 +46,9 @@ def write_report(
     """
     from plotly.offline import get_plotlyjs  # noqa: PLC0415 - megabytes, and only for the report
 
-    page = _Page()
-    page.head(results)
+    page = Page()
+    _head(page, results)
+    report_aggregation.alerts(page, results)
     if results.rounds:
         page.section("Learning")
         page.row(
@@ -74,6 +75,8 @@ def write_report(
                 f"In all {human_bytes(results.bytes_up)} up and {human_bytes(results.bytes_down)} down.",
             ),
         )
+        times = Counter(s.device for group in counted for s in group)
+        report_aggregation.section(page, results, [times[d] for d in range(len(label_counts))], tier_of)
         page.section("Devices")
         page.row(
             page.figure("tiers", "Sessions per device tier", figures.tiers(results.tiers), _tier_words(results), "low")
@@ -93,7 +96,7 @@ def write_report(
             "high",
         )
     )
-    page.tables(results)
+    _tables(page, results)
     path = folder / REPORT_FILE
     write_atomically(path, page.render(f"pocketfed: {_title(results)}", get_plotlyjs()).encode(), mode=0o644)
     return path
@@ -124,6 +127,7 @@ def _tier_words(results: SimulationResults) -> str:
     return (
         "; ".join(
             f"{figures.TIER_NAMES[t.tier]}: {t.counted} in a model, {t.late} too late, {t.dropped} dropped out"
+            + (f", {t.refused} refused or failed" if t.refused else "")
             for t in results.tiers
         )
         + "."
@@ -141,167 +145,98 @@ def _timeline_words(results: SimulationResults, every: int) -> str:
     return words if every == 1 else f"{words} One report in {every} is drawn."
 
 
-class _Page:
-    """Collects HTML and figures."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._figures: dict[str, Any] = {}
-
-    def head(self, results: SimulationResults) -> None:
-        """Title, status, headline figures."""
-        c = results.config
-        self._parts.append(
-            f"<h1>{escape(_title(results))}"
-            f'<span class="status {results.status}">{results.status}</span></h1>'
-            f'<p class="lead">{escape(c.partition)} partition, seed {c.seed}, {c.cohort_size} reports a round, '
-            f"{c.epochs} local epochs; {results.parameters:,} parameters; server: {escape(results.server)}</p>"
-        )
-        accuracy = [r.accuracy for r in results.rounds if r.accuracy is not None]
-        cards = [
-            ("test accuracy", _percent(results.final_accuracy), "measured once, at the end", "main")
-            if results.status == "completed"
-            else (
-                "validation accuracy",
-                _percent(accuracy[-1] if accuracy else None),
-                "the run was interrupted",
-                "main",
-            ),
-            ("rounds", f"{len(results.rounds)}", f"of {c.rounds}", ""),
-            ("devices", f"{c.devices:,}", f"{results.sessions:,} sessions", ""),
-            ("sent by devices", human_bytes(results.bytes_up), "reports", ""),
-            ("received by devices", human_bytes(results.bytes_down), "models and programs", ""),
-            ("time of the rounds", human_time(results.seconds), f"{results.clients_per_second:.0f} sessions/s", ""),
-        ]
-        self._parts.append(
-            '<dl class="cards">'
-            + "".join(
-                f'<div class="card {kind}"><dt>{name}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>'
-                for name, value, note, kind in cards
-            )
-            + "</dl>"
-        )
-        if results.status == "interrupted":
-            how = (
-                "It goes on from where it stopped with <code>pocketfed simulate --resume --out DIR</code>; test "
-                "accuracy is measured when it is complete."
-                if results.repeatable
-                else "The server goes on without it."
-            )
-            self._parts.append(f'<p class="box">This run was interrupted. {how}</p>')
-
-    def section(self, title: str) -> None:
-        """A heading."""
-        self._parts.append(f"<h2>{escape(title)}</h2>")
-
-    def figure(self, name: str, title: str, figure: figures.Figure, words: str, height: str = "") -> str:
-        """A plot with its title and the words that say the same."""
-        self._figures[name] = figure
-        return (
-            f'<figure aria-labelledby="{name}-title"><h3 id="{name}-title">{escape(title)}</h3>'
-            f'<div class="plot {height}" id="{name}" role="img" aria-label="{escape(title)}. {escape(words)}"></div>'
-            f"<figcaption>{escape(words)}</figcaption></figure>"
-        )
-
-    def row(self, *figures_: str) -> None:
-        """Figures beside each other, where there is room."""
-        self._parts.append(f'<div class="row">{"".join(figures_)}</div>')
-
-    def tables(self, results: SimulationResults) -> None:
-        """Rounds, configuration, versions, and how to repeat it."""
-        if results.rounds:
-            self.section("Rounds")
-            self._parts.append(
-                '<details class="box"><summary>All rounds as a table</summary><div class="scroll">'
-                f"{_rounds_table(results.rounds)}</div></details>"
-            )
-        self.section("Configuration")
-        config = {k.replace("_", " "): v for k, v in results.config.model_dump(exclude={"format", "server"}).items()}
-        config["cohort"] = results.config.cohort_size
-        run = {
-            "server": results.server,
-            "ExecuTorch runtime": results.runtime,
-            "worker threads": results.workers,
-            "data set": f"{results.dataset.train:,} train, {results.dataset.validation:,} validation, "
-            f"{results.dataset.test:,} test",
-            "data set SHA-256": results.dataset.sha256,
-            "model SHA-256": results.model_sha256 or "-",
-            **results.versions,
-        }
-        self._parts.append(
-            f'<div class="row"><div class="box">{_pairs(config)}</div><div class="box">{_pairs(run)}</div></div>'
-        )
-        self.section("Repeat it")
-        words = (
-            "The same command gives the same model, bit for bit, on the same machine with the same versions."
-            if results.repeatable
-            else "This run used a foreign server and its clock: repeating it gives another model."
-        )
-        self._parts.append(f'<div class="box">{words}<pre>{escape(command_of(results.config))}</pre></div>')
-
-    def render(self, title: str, plotly_js: str) -> str:
-        """The whole page."""
-        # "</" inside a script element would end it, whatever the quotes around it.
-        data = json.dumps(self._figures, separators=(",", ":")).replace("</", "<\\/")
-        return (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-            + "\n".join(self._parts)
-            + f'\n</main>\n<script type="application/json" id="figures">{data}</script>\n'
-            f"<script>{plotly_js}</script>\n<script>{SCRIPT}</script>\n</body></html>\n"
-        )
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><th scope='row'>{escape(str(k))}</th><td>{_cell(v)}</td></tr>" for k, v in values.items())
-    return f"<table>{rows}</table>"
-
-
-def _cell(value: Any) -> str:  # noqa: ANN401 - configuration values
-    if value is None:
-        return "default"
-    text = escape(f"{value:g}" if isinstance(value, float) else str(value))
-    return f"<code>{text}</code>" if len(text) == 64 else text
-
-
-def _rounds_table(rounds: Sequence[RoundResult]) -> str:
-    heads = (
-        "round",
-        "accuracy",
-        "loss",
-        "train loss",
-        "reports",
-        "discarded",
-        "up",
-        "down",
-        "seconds",
-        "closed at (s)",
+def _head(page: Page, results: SimulationResults) -> None:
+    """Title, status, headline figures."""
+    c = results.config
+    status = "halted" if results.halted is not None else results.status
+    page.add(
+        f'<h1>{escape(_title(results))}<span class="status {status}">{status}</span></h1>'
+        f'<p class="lead">{escape(c.partition)} partition, seed {c.seed}, {c.cohort_size} reports a round, '
+        f"{c.epochs} local epochs; {results.parameters:,} parameters; server: {escape(results.server)}</p>"
     )
-    head = "".join(f'<th scope="col" class="n">{h}</th>' for h in heads)
+    accuracy = [r.accuracy for r in results.rounds if r.accuracy is not None]
+    cards = [
+        ("test accuracy", _percent(results.final_accuracy), "measured once, at the end", "main")
+        if results.status == "completed"
+        else ("validation accuracy", _percent(accuracy[-1] if accuracy else None), "the run was interrupted", "main"),
+        ("rounds", f"{len(results.rounds)}", f"of {c.rounds}", ""),
+        ("devices", f"{c.devices:,}", f"{results.sessions:,} sessions", ""),
+        ("sent by devices", human_bytes(results.bytes_up), "reports", ""),
+        ("received by devices", human_bytes(results.bytes_down), "models and programs", ""),
+        ("time of the rounds", human_time(results.seconds), f"{results.clients_per_second:.0f} sessions/s", ""),
+    ]
+    saved = report_aggregation.saving(results)
+    if saved is not None:
+        sent, dense = saved
+        note = f"{human_bytes(sent)} instead of {human_bytes(dense)}"
+        cards.insert(4, ("saved by compression", f"{100 * (1 - sent / dense):.1f} %", note, ""))
+    page.cards(cards)
+    if results.status == "interrupted":
+        words = (
+            "It goes on from where it stopped with <code>pocketfed simulate --resume --out DIR</code>; test accuracy "
+            "is measured when it is complete."
+            if results.repeatable
+            else "The server goes on without it."
+        )
+        page.alert("This run was interrupted", words)
 
+
+def _tables(page: Page, results: SimulationResults) -> None:
+    """Rounds, configuration, versions, and how to repeat it."""
+    if results.rounds:
+        page.section("Rounds")
+        page.add(
+            '<details class="box"><summary>All rounds as a table</summary><div class="scroll">'
+            f"{_rounds_table(results)}</div></details>"
+        )
+    page.section("Configuration")
+    run = {
+        "server": results.server,
+        "ran the model": results.runtime,
+        "worker threads": results.workers,
+        "data set": f"{results.dataset.train:,} train, {results.dataset.validation:,} validation, "
+        f"{results.dataset.test:,} test",
+        "data set SHA-256": results.dataset.sha256,
+        "model SHA-256": results.model_sha256 or "-",
+        **results.versions,
+    }
+    page.boxes(pairs(_settings(results.config)), pairs(run))
+    page.section("Repeat it")
+    words = (
+        "The same command gives the same model, bit for bit, on the same machine with the same versions."
+        if results.repeatable
+        else "This run used a foreign server and its clock: repeating it gives another model."
+    )
+    page.add(f'<div class="box">{words}<pre>{escape(command_of(results.config))}</pre></div>')
+
+
+def _settings(config: SimulationConfig) -> dict[str, object]:
+    """What was set, and what is always worth telling; of nested sections only what is not the default."""
+    defaults = flat(type(config)().model_dump(mode="json"))
+    found: dict[str, object] = {}
+    for path, value in flat(config.model_dump(mode="json", exclude={"format", "server"})).items():
+        if len(path) == 1 or value != defaults[path]:
+            found[" ".join(path).replace("_", " ")] = value
+    found["cohort"] = config.cohort_size
+    return found
+
+
+def _rounds_table(results: SimulationResults) -> str:
     def number(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="n">{cell}</td>'
-            for cell in (
-                r.round,
-                _percent(r.accuracy),
-                number(r.loss, 4),
-                number(r.train_loss, 4),
-                r.reports,
-                r.discarded,
-                human_bytes(r.bytes_up),
-                human_bytes(r.bytes_down),
-                number(r.seconds, 2),
-                number(r.closed_at_s, 1),
-            )
-        )
-        + "</tr>"
-        for r in rounds
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    rounds = results.rounds
+    cells: dict[str, list[str]] = {
+        "round": [str(r.round) for r in rounds],
+        "accuracy": [_percent(r.accuracy) for r in rounds],
+        "loss": [number(r.loss, 4) for r in rounds],
+        "train loss": [number(r.train_loss, 4) for r in rounds],
+        "reports": [str(r.reports) for r in rounds],
+        "discarded": [str(r.discarded) for r in rounds],
+        "up": [human_bytes(r.bytes_up) for r in rounds],
+        "down": [human_bytes(r.bytes_down) for r in rounds],
+        "seconds": [number(r.seconds, 2) for r in rounds],
+        "closed at (s)": [number(r.closed_at_s, 1) for r in rounds],
+        **report_aggregation.extra_columns(results),
+    }
+    return columns(list(cells), zip(*cells.values(), strict=True))

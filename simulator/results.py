@@ -101,7 +101,7 @@ class SimulationResults(_Frozen):
     refusals: dict[str, Count] = Field(description="why reports are in no model: problem type -> sessions")
     jain_index: Fraction = Field(description="fairness of how often each device counted: 1 equally often, 1/n one only")
     slow_share: NonNegative | None = Field(
-        description="how often a low-end device counted beside one of the others; null if nothing can be compared"
+        description="how often a straggler (or else a low-end device) counted beside one of the others; null: none"
     )
     sessions: Count = Field(description="sessions delivered, whether their report counted or came late")
     seconds: NonNegative = Field(description="wall-clock time of all rounds; set-up is not in it")

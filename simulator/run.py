@@ -26,6 +26,7 @@ from simulator.config import SimulationConfig
 from simulator.devices import SdkDevices
 from simulator.embedded import EmbeddedServer
 from simulator.ending import Ending, results_of
+from simulator.errors import FleetCannotTrain
 from simulator.fleet import VirtualFleet
 from simulator.folder import BUNDLE_FOLDER, JOURNAL_FILE, RunFolder
 from simulator.interrupt import stop_on_interrupt
@@ -178,8 +179,8 @@ class _Attempt:
                 stop=stop,
             )
             try:
-                finished = fleet.run()
-                ending = self._end(view, monitor, bundle.path, finished=finished)
+                finished, stuck = _played(fleet)
+                ending = self._end(view, monitor, bundle.path, finished=finished, stuck=stuck)
             except PocketfedError:
                 # The cause, where the server is gone; else the error itself.
                 server.check()
@@ -218,8 +219,8 @@ class _Attempt:
                     until_version=task.model_version + of_rounds,
                     work=Workload(1.0, 0, 0, config.plan),
                 )
-                finished = fleet.run()
-                return monitor, self._end(view, monitor, bundle, finished=finished)
+                finished, stuck = _played(fleet)
+                return monitor, self._end(view, monitor, bundle, finished=finished, stuck=stuck)
 
     def _foreign_task(self, view: ServerView, url: str, bundle: Path) -> TaskView:
         """The server's task, and its program unpacked into ``bundle``."""
@@ -268,7 +269,9 @@ class _Attempt:
             first_version=first_version,
         )
 
-    def _end(self, view: ServerView, monitor: RunMonitor, bundle: Path, *, finished: bool) -> Ending:
+    def _end(
+        self, view: ServerView, monitor: RunMonitor, bundle: Path, *, finished: bool, stuck: str | None
+    ) -> Ending:
         """Wait for the last validation figures; after the last round, read the test split, once."""
         patience = threading.Event()
         polls = round(_SCORED_WITHIN_S / _SCORE_POLL_S) if finished else 1
@@ -290,11 +293,19 @@ class _Attempt:
                 parameters=program.manifest.num_parameters,
                 server=self.folder.config.server or "embedded",
                 runtime=type(program).__name__.removesuffix("Program").lower(),
-                halted=task.halted,
+                halted=task.halted or stuck,
                 pipeline=task.pipeline,
             )
         finally:
             program.close()
+
+
+def _played(fleet: VirtualFleet | WallFleet) -> tuple[bool, str | None]:
+    """Play to the end: whether it was reached, and why it came early if no device delivers anything any more."""
+    try:
+        return fleet.run(), None
+    except FleetCannotTrain as e:
+        return True, str(e)
 
 
 def _counted(config: SimulationConfig, monitor: RunMonitor) -> list[list[Session]]:

@@ -29,7 +29,7 @@ def round_result(number, **changes):
     values = {
         "round": number, "accuracy": number / (number + 5), "loss": 1.5, "train_loss": 0.9, "reports": 2,
         "discarded": 1, "bytes_up": 4000, "bytes_down": 5000, "seconds": 0.25, "opened_at_s": 10.0 * (number - 1),
-        "closed_at_s": 10.0 * number, "bytes_counted": 3000, "bytes_dense": 12_000, "excluded": (), "attackers": 0,
+        "closed_at_s": 10.0 * number, "bytes_counted": 12_400, "bytes_dense": 12_000, "excluded": (), "attackers": 0,
         "excluded_attackers": 0, "num_byzantine": None, "clipped": 0, "norm_median": None, "norm_max": None,
         "aggregate_norm": 0.5,
         "staleness": {0: 2}, "unchanged": None, "model_sha256": HASH,
@@ -155,9 +155,9 @@ def test_the_headline_says_what_the_results_say(page):
 def test_every_plot_has_a_title_a_description_and_axes_with_titles(page):
     elements = Elements(page)
     described = {v for tag, name, v in elements.attributes if tag == "div" and name == "aria-label"}
-    assert len(described) == 7
+    assert len(described) == 8
     drawn = json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)[1])
-    assert len(drawn) == 7
+    assert len(drawn) == 8
     for name, figure in drawn.items():
         axes = [axis for key, axis in figure["layout"].items() if re.match(r"[xy]axis", key)]
         assert any(axis["title"]["text"] for axis in axes), name

@@ -1,0 +1,224 @@
+"""The report's section on aggregation: what the server made of the reports. Only what is in use is shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Final
+
+from client_sdk.protocol.errors import PROBLEM_PREFIX, from_problem
+from client_sdk.protocol.profile import DeviceTier
+from simulator import figures_aggregation as figures
+from simulator.progress import human_bytes
+from simulator.report_page import Page, pairs
+from simulator.results import SimulationResults
+
+# What a device's own failure is called in place of a problem's type.
+_FAILURES: Final = {
+    "training-diverged": "Local training left the finite numbers; nothing was sent.",
+    "training-failed": "Local training failed; nothing was sent.",
+}
+_UNCHANGED: Final = {
+    "TooManyByzantine": "the rule does not stand so many dishonest reports among so few",
+    "NonFiniteUpdate": "the aggregate was not finite",
+    "InvalidUpdate": "the new weights would not have been finite",
+    "EmptyAggregate": "nothing was left to aggregate",
+}
+
+
+def alerts(page: Page, results: SimulationResults) -> None:
+    """What nobody should overlook: a task that was halted, rounds that made no new model."""
+    done, of_rounds = len(results.rounds), results.config.rounds
+    if results.halted is not None:
+        page.alert(
+            f"Training was halted after round {done} of {of_rounds}",
+            f"Why: {escape(results.halted)}. {escape(_best_words(results))} Before you start again: a smaller learning "
+            "rate (<code>--lr</code>, <code>--server-lr</code>), clipping (<code>--clip-norm</code>), less staleness, "
+            "or, where devices may be dishonest, a rule that stands them (<code>--rule</code>).",
+            bad=True,
+        )
+    unchanged = [r for r in results.rounds if r.unchanged is not None]
+    if unchanged:
+        reasons = Counter(r.unchanged or "" for r in unchanged)
+        told = "; ".join(
+            f"{_numbers([r.round for r in unchanged if r.unchanged == reason])}: {_UNCHANGED.get(reason, reason)} "
+            f"({reason})"
+            for reason in reasons
+        )
+        page.alert(
+            f"{len(unchanged)} of {done} rounds left the model as it was",
+            f"Round {escape(told)}. Their reports are spent; the old weights lived on.",
+            bad=True,
+        )
+
+
+def saving(results: SimulationResults) -> tuple[int, int] | None:
+    """Bytes of the counted reports, and of their updates as float32; None where nothing was saved."""
+    sent = sum(r.bytes_counted for r in results.rounds)
+    dense = sum(r.bytes_dense for r in results.rounds)
+    return (sent, dense) if 0 < sent < dense else None
+
+
+def section(page: Page, results: SimulationResults, times: Sequence[int], tier_of: Callable[[int], DeviceTier]) -> None:
+    """The section of a run that has at least one round.
+
+    Args:
+        page: Where to.
+        results: Of the run.
+        times: Device -> reports of it that are part of a model.
+        tier_of: Device -> tier.
+    """
+    page.section("Aggregation")
+    steps = {slot: title for slot, title in results.pipeline.items() if not title.startswith("none")}
+    boxes = [pairs(steps, "What the server does with the reports, in this order")]
+    if results.refusals:
+        boxes.append(_refusals(results))
+    page.boxes(*boxes)
+    rounds = results.rounds
+    shown = []
+    saved = saving(results)
+    if saved is not None:
+        words = (
+            f"The counted reports took {human_bytes(saved[0])}, everything in them included; their updates alone would "
+            f"take {human_bytes(saved[1])} as float32: {_percent(1 - saved[0] / saved[1])} saved."
+        )
+        shown.append(page.figure("bytes-saved", "Bytes of the reports", figures.bytes_saved(rounds), words))
+    if any(r.excluded for r in rounds):
+        attacked = results.config.attack is not None
+        plot = figures.exclusions(rounds, attacked=attacked)
+        shown.append(page.figure("excluded", "Reports that the rule left out", plot, exclusion_words(results)))
+    clip_norm = results.config.aggregation.clip_norm if results.config.server is None else None
+    if any(r.aggregate_norm for r in rounds):
+        shown.append(page.figure("norms", "Norms", figures.norms(rounds, clip_norm), _norm_words(results)))
+    if any(r.norm_median is not None for r in rounds):
+        clipped, reports = sum(r.clipped for r in rounds), sum(r.reports for r in rounds)
+        words = f"{clipped} of {reports} counted updates were longer than allowed and were scaled down."
+        shown.append(page.figure("clipped", "Clipped updates", figures.clipped(rounds), words))
+    ages = Counter[int]()
+    for r in rounds:
+        ages.update(r.staleness)
+    if any(ages):
+        shown.append(page.figure("staleness", "Staleness", figures.staleness(ages), _age_words(results, ages)))
+    if _selects(results) and any(times):
+        plot = figures.participation(times, tier_of)
+        shown.append(page.figure("participation", "Who took part", plot, _participation_words(results, times)))
+    if shown:
+        page.row(*shown)
+
+
+def exclusion_words(results: SimulationResults) -> str:
+    """What the robust rule left out, and how often it was right."""
+    rounds, config = results.rounds, results.config
+    excluded, reports = sum(len(r.excluded) for r in rounds), sum(r.reports for r in rounds)
+    words = f"The rule ({config.aggregation.rule}) left {excluded} of {reports} counted reports out"
+    if config.server is not None:
+        words = f"The server's rule left {excluded} of {reports} counted reports out"
+    reckoned = [r.num_byzantine for r in rounds if r.num_byzantine is not None]
+    if reckoned:
+        low, high = min(reckoned), max(reckoned)
+        words += f"; it reckoned with {low if low == high else f'{low} to {high}'} dishonest ones a round"
+    if config.attack is None:
+        return words + "."
+    attackers, caught = sum(r.attackers for r in rounds), sum(r.excluded_attackers for r in rounds)
+    words += f". {caught} of those were attackers' (precision {_percent(caught / excluded)})"
+    if attackers:
+        words += f"; of the attackers' {attackers} reports {attackers - caught} were let in (recall "
+        words += f"{_percent(caught / attackers)})"
+    return words + "."
+
+
+def _refusals(results: SimulationResults) -> str:
+    rows = [
+        (reason, sessions, _FAILURES.get(reason) or from_problem(PROBLEM_PREFIX + reason).title)
+        for reason, sessions in results.refusals.items()
+    ]
+    body = "".join(
+        f'<tr><th scope="row"><code>{escape(reason)}</code></th><td class="n">{sessions}</td>'
+        f"<td>{escape(words)}</td></tr>"
+        for reason, sessions, words in rows
+    )
+    return f"<table><caption>Reports that are in no model, and why</caption>{body}</table>"
+
+
+def _norm_words(results: SimulationResults) -> str:
+    known = [(r.round, r.aggregate_norm) for r in results.rounds if r.aggregate_norm is not None]
+    first, last, (peak_round, peak) = known[0], known[-1], max(known, key=lambda pair: pair[1])
+    words = (
+        f"What a round's updates became had a length of {first[1]:.3g} in round {first[0]}, {last[1]:.3g} in round "
+        f"{last[0]}, and at most {peak:.3g} (round {peak_round})."
+    )
+    medians = [r.norm_median for r in results.rounds if r.norm_median is not None]
+    largest = [r.norm_max for r in results.rounds if r.norm_max is not None]
+    if medians and largest:
+        words += (
+            f" Before clipping, the rounds' median updates were {min(medians):.3g} to {max(medians):.3g} long, the "
+            f"longest of all {max(largest):.3g}."
+        )
+    return words
+
+
+def _age_words(results: SimulationResults, ages: Counter[int]) -> str:
+    reports = ages.total()
+    mean = sum(age * n for age, n in ages.items()) / reports
+    words = (
+        f"{_percent(ages[0] / reports)} of {reports} counted reports started from the model that they changed; on "
+        f"average they were {mean:.2f} versions old, the oldest {max(ages)}"
+    )
+    if results.config.server is None:
+        words += f" (accepted: up to {results.config.max_staleness})"
+    return words + "."
+
+
+def _participation_words(results: SimulationResults, times: Sequence[int]) -> str:
+    never = sum(n == 0 for n in times)
+    words = (
+        f"A device counted {min(times)} to {max(times)} times; {never or 'none'} of {len(times)} never did. Jain's "
+        f"fairness index is {results.jain_index:.3f} (1: all equally often)."
+    )
+    if results.slow_share is not None:
+        slow = "straggler" if results.config.stragglers > 0 else "low-end device"
+        words += f" A {slow} counted {results.slow_share:.2f} times as often as another device."
+    return words
+
+
+def _selects(results: SimulationResults) -> bool:
+    """Whether speed has a say in who takes part."""
+    config = results.config
+    return config.selection.policy != "any" or config.overselect > 1 or config.max_staleness > 0
+
+
+def _best_words(results: SimulationResults) -> str:
+    scored = [(r.accuracy, r.round) for r in results.rounds if r.accuracy is not None]
+    if not scored:
+        return ""
+    accuracy, best = max(scored, key=lambda pair: (pair[0], -pair[1]))
+    return f"The best model so far was that of round {best} (validation accuracy {_percent(accuracy)})."
+
+
+def extra_columns(results: SimulationResults) -> dict[str, list[str]]:
+    """Columns of the table of rounds, for what is in use."""
+    rounds, found = results.rounds, dict[str, list[str]]()
+    if saving(results) is not None:
+        found["as float32"] = [human_bytes(r.bytes_dense) for r in rounds]
+    if any(r.excluded for r in rounds):
+        found["left out"] = [str(len(r.excluded)) for r in rounds]
+    if any(r.attackers for r in rounds):
+        found["attackers"] = [str(r.attackers) for r in rounds]
+    if any(r.norm_median is not None for r in rounds):
+        found["clipped"] = [str(r.clipped) for r in rounds]
+    if any(age for r in rounds for age in r.staleness):
+        found["oldest"] = [str(max(r.staleness, default=0)) for r in rounds]
+    if any(r.unchanged for r in rounds):
+        found["unchanged"] = [r.unchanged or "" for r in rounds]
+    return found
+
+
+def _numbers(rounds: Sequence[int]) -> str:
+    """The first few, and how many more there are."""
+    first = ", ".join(map(str, rounds[:8]))
+    return first if len(rounds) <= 8 else f"{first} and {len(rounds) - 8} more"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
