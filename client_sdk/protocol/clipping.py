@@ -6,8 +6,9 @@ for the numbers that are sent, after rounding to their dtype. It holds by constr
 1. The norm is computed in float64, blocks of squares added exactly, so that it is off by less than ``_MARGIN``
    (relative), whatever the order inside a block.
 2. The factor is ``C / norm``, lowered by twice that margin.
-3. Products are rounded *towards zero* into the vector's dtype, subnormals included: rounding to nearest can enlarge a
-   vector, and a tiny one can double.
+3. Rounding to nearest can enlarge each normal product by half a unit in its last place, so the factor is lowered by
+   that as well. A subnormal product can double: float16, and bounds near the smallest float32, where such products
+   could matter, are rounded *towards zero* instead (1.5 times the work).
 
 Whether a vector is inside the bound at all is decided by that float64 norm where the margin leaves no doubt, and by
 integer arithmetic where it does; so a vector of norm exactly C stays as it is.
@@ -63,7 +64,7 @@ class ClipResult(Generic[F]):
     Attributes:
         vector: Same shape and dtype as the input; the input itself where nothing was clipped.
         norm: L2 norm before clipping, rounded to float64 (infinite if it lies beyond that).
-        factor: What the vector was multiplied by, before rounding towards zero; 1.0 where nothing was clipped.
+        factor: What the vector was multiplied by, before rounding; 1.0 where nothing was clipped.
         clipped: Whether the norm exceeded the bound.
     """
 
@@ -120,9 +121,9 @@ def clip_global(vector: npt.NDArray[F], clip_norm: float) -> ClipResult[F]:
         clip_norm: C, from 2**-500 to 2**500.
 
     Returns:
-        A vector whose norm, in exact arithmetic, is at most C. Its direction is kept up to rounding, and its norm is
-        at least ``C (1 - 2**-36)``, less one unit in the last place of each element (and less 2**-1000 C, which only
-        float64 can tell from 0). A vector whose norm is at most C, in exact arithmetic, comes back as the same object.
+        A vector whose norm, in exact arithmetic, is at most C. Every element is the input's times ``C / norm``, less at
+        most two units in the last place (and less 2**-1000 C, which only float64 can tell from 0). A vector whose norm
+        is at most C, in exact arithmetic, comes back as the same object.
 
     Raises:
         ConfigurationError: ``clip_norm`` is not a number within its bounds.
@@ -141,7 +142,11 @@ def clip_global(vector: npt.NDArray[F], clip_norm: float) -> ClipResult[F]:
     if norm * (1 + _MARGIN) <= scaled_bound or (norm * (1 - _MARGIN) <= scaled_bound and not _exceeds(vector, bound)):
         return ClipResult(vector, _float(norm, exponent), 1.0, clipped=False)
     factor = bound / norm * (1 - 2 * _MARGIN)
-    clipped = _scaled_towards_zero(vector, factor, exponent)
+    dtype = np.finfo(vector.dtype)
+    towards_zero = math.sqrt(vector.size) * float(dtype.smallest_subnormal) > bound * _MARGIN / 4
+    if not towards_zero:
+        factor *= 1 - float(dtype.eps) / 2
+    clipped = _scaled(vector, factor, exponent, towards_zero=towards_zero)
     return ClipResult(clipped, _float(norm, exponent), math.ldexp(factor, -exponent), clipped=True)
 
 
@@ -240,8 +245,8 @@ def _scaled_norm(vector: npt.NDArray[F]) -> tuple[float, int]:
     return math.sqrt(math.fsum(squares)), exponent
 
 
-def _scaled_towards_zero(vector: npt.NDArray[F], factor: float, exponent: int) -> npt.NDArray[F]:
-    """``vector * 2**-exponent * factor``, rounded towards zero into the vector's dtype."""
+def _scaled(vector: npt.NDArray[F], factor: float, exponent: int, *, towards_zero: bool) -> npt.NDArray[F]:
+    """``vector * 2**-exponent * factor``, rounded into the vector's dtype."""
     clipped = np.empty(vector.shape, vector.dtype)
     buffer = np.empty(min(_BLOCK, vector.size))
     bits = _BITS_OF[vector.dtype]
@@ -253,8 +258,9 @@ def _scaled_towards_zero(vector: npt.NDArray[F], factor: float, exponent: int) -
         else:
             np.multiply(part, factor, out=product, dtype=np.float64)
         out[...] = product
-        # One place down in magnitude, for normal and subnormal numbers alike: patterns are ordered like magnitudes.
-        out.view(bits)[...] -= np.abs(out) > np.abs(product, out=product)
+        if towards_zero:
+            # One place down in magnitude, for normal and subnormal numbers alike: patterns are ordered like magnitudes.
+            out.view(bits)[...] -= np.abs(out) > np.abs(product, out=product)
     return clipped
 
 

@@ -44,12 +44,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100, help="runs per cell (default: 100)")
     seeds = parser.parse_args().seeds
     say(f"False alarms in {seeds} honest runs of {ROUNDS} rounds, by the noise of loss and norm (log-normal).\n")
-    say("| loss | " + " | ".join(f"{noise:.0%}" for noise in NOISES) + " |\n|---|" + "---|" * len(NOISES))
+    say("| loss | " + " | ".join(f"{100 * noise:.0f} %" for noise in NOISES) + " |\n|---|" + "---|" * len(NOISES))
     alarms = {shape: [false_alarms(shape, noise, seeds) for noise in NOISES] for shape in SHAPES}
     for shape, found in alarms.items():
         say(f"| {shape} | " + " | ".join(map(str, found)) + " |")
     say("\nRounds from the break to the alarm: median, longest.\n")
-    say("| after the break | " + " | ".join(f"{noise:.0%}" for noise in NOISES) + " |\n|---|" + "---|" * len(NOISES))
+    say(
+        "| after the break | "
+        + " | ".join(f"{100 * noise:.0f} %" for noise in NOISES)
+        + " |\n|---|"
+        + "---|" * len(NOISES)
+    )
     late: dict[str, list[tuple[float, int]]] = {}
     cases = [(f"grows {g:g} times a round", diverging, g) for g in (1.02, 1.05, 1.1, 1.3, 2.0)]
     cases += [(f"swings, {g:g} times wider a round", oscillating, g) for g in (1.05, 1.2, 1.5)]
