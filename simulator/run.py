@@ -269,9 +269,7 @@ class _Attempt:
             first_version=first_version,
         )
 
-    def _end(
-        self, view: ServerView, monitor: RunMonitor, bundle: Path, *, finished: bool, stuck: str | None
-    ) -> Ending:
+    def _end(self, view: ServerView, monitor: RunMonitor, bundle: Path, *, finished: bool, stuck: str | None) -> Ending:
         """Wait for the last validation figures; after the last round, read the test split, once."""
         patience = threading.Event()
         polls = round(_SCORED_WITHIN_S / _SCORE_POLL_S) if finished else 1
