@@ -33,22 +33,34 @@ def bytes_saved(rounds: Sequence[RoundResult]) -> Figure:
 
 
 def exclusions(rounds: Sequence[RoundResult], *, attacked: bool) -> Figure:
-    """Reports that the robust rule left out; where devices attack, whose they were, and what it missed."""
-    unit = "reports"
+    """Reports that the robust rule left out; where devices attack, whose they were, and downwards what it missed."""
     if not attacked:
-        data = [bars(rounds, [len(r.excluded) for r in rounds], "left out", "c1", unit)]
+        kinds = [("left out", "c1", [len(r.excluded) for r in rounds], 1)]
     else:
-        data = [
-            bars(rounds, [r.excluded_attackers for r in rounds], "attackers', left out", "c3", unit),
-            bars(rounds, [r.attackers - r.excluded_attackers for r in rounds], "attackers', let in", "c5", unit),
-            bars(rounds, [len(r.excluded) - r.excluded_attackers for r in rounds], "honest, left out", "c4", unit),
+        kinds = [
+            ("attackers', left out", "c3", [r.excluded_attackers for r in rounds], 1),
+            ("honest, left out", "c4", [len(r.excluded) - r.excluded_attackers for r in rounds], 1),
+            ("attackers', let in", "c5", [r.attackers - r.excluded_attackers for r in rounds], -1),
         ]
+    data = [
+        {
+            **bars(rounds, [sign * n for n in counts], name, colour, "reports"),
+            "customdata": counts,
+            "hovertemplate": f"round %{{x}}: %{{customdata}} {name}<extra></extra>",
+        }
+        for name, colour, counts, sign in kinds
+    ]
+    top = max(len(r.excluded) for r in rounds)
+    bottom = max(r.attackers - r.excluded_attackers for r in rounds)
+    step = max(1, math.ceil((top + bottom) / 8))
+    ticks = [*range(-step * (bottom // step), 0, step), *range(0, top + 1, step)]
+    title = "let in / left out (reports)" if attacked else "reports"
     return {
         "data": data,
         "layout": {
-            "barmode": "stack",
+            "barmode": "relative",
             "xaxis": rounds_axis(rounds),
-            "yaxis": axis("reports", rangemode="tozero"),
+            "yaxis": axis(title, tickvals=ticks, ticktext=[str(abs(t)) for t in ticks]),
             "showlegend": True,
         },
     }
@@ -56,7 +68,7 @@ def exclusions(rounds: Sequence[RoundResult], *, attacked: bool) -> Figure:
 
 def norms(rounds: Sequence[RoundResult], clip_norm: float | None) -> Figure:
     """L2 norms of what was added up, on a logarithmic axis; where updates are clipped, theirs and how many were cut."""
-    shown = [("what they became", [r.aggregate_norm for r in rounds], "c1")]
+    shown = [("aggregate", [r.aggregate_norm for r in rounds], "c1")]
     if any(r.norm_median is not None for r in rounds):
         shown += [
             ("median update", [r.norm_median for r in rounds], "c3"),
@@ -89,7 +101,9 @@ def norms(rounds: Sequence[RoundResult], clip_norm: float | None) -> Figure:
         "data": data,
         "layout": {
             "xaxis": rounds_axis(rounds),
-            "yaxis": axis("L2 norm (logarithmic)", type="log"),
+            "yaxis": axis(
+                "L2 norm (logarithmic)", type="log", dtick=_decades([v for _, vs, _ in shown for v in vs if v])
+            ),
             "showlegend": True,
         },
     }
@@ -165,6 +179,12 @@ def participation(times: Sequence[int], tier_of: Callable[[int], DeviceTier]) ->
             "showlegend": True,
         },
     }
+
+
+def _decades(values: Sequence[float]) -> str | int:
+    """Ticks of a logarithmic axis: 1, 2, 5, or whole decades where there are many."""
+    decades = math.log10(max(values) / min(values))
+    return "D2" if decades <= 3 else math.ceil(decades / 10)
 
 
 def _whole_ticks(values: int) -> dict[str, int]:

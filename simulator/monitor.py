@@ -297,9 +297,7 @@ def slow_share(population: Population, times: Sequence[int]) -> float | None:
 
     Slow are the stragglers; in a fleet without them, the devices of the lowest tier.
     """
-    slow = population.slow_devices or {
-        d for d in range(population.devices) if population.tier(d) is DeviceTier.LOW_END
-    }
+    slow = population.slow_devices or {d for d in range(population.devices) if population.tier(d) is DeviceTier.LOW_END}
     try:
         return selection_ratio({str(d): n for d, n in enumerate(times)}, map(str, slow))
     except ConfigurationError:

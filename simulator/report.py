@@ -49,6 +49,7 @@ def write_report(
     page = Page()
     _head(page, results)
     report_aggregation.alerts(page, results)
+    times = Counter(s.device for group in counted for s in group)
     if results.rounds:
         page.section("Learning")
         page.row(
@@ -75,16 +76,14 @@ def write_report(
                 f"In all {human_bytes(results.bytes_up)} up and {human_bytes(results.bytes_down)} down.",
             ),
         )
-        times = Counter(s.device for group in counted for s in group)
-        report_aggregation.section(page, results, [times[d] for d in range(len(label_counts))], tier_of)
-        page.section("Devices")
+    report_aggregation.section(page, results, [times[d] for d in range(len(label_counts))], tier_of)
+    page.section("Devices")
+    if results.rounds:
         page.row(
             page.figure("tiers", "Sessions per device tier", figures.tiers(results.tiers), _tier_words(results), "low")
         )
         timeline, every = figures.timeline(results, sessions, counted, tier_of)
         page.row(page.figure("timeline", "Rounds over time", timeline, _timeline_words(results, every), "high"))
-    else:
-        page.section("Devices")
     heat, shown = figures.labels(label_counts)
     page.row(
         page.figure(
@@ -215,7 +214,7 @@ def _settings(config: SimulationConfig) -> dict[str, object]:
     defaults = flat(type(config)().model_dump(mode="json"))
     found: dict[str, object] = {}
     for path, value in flat(config.model_dump(mode="json", exclude={"format", "server"})).items():
-        if len(path) == 1 or value != defaults[path]:
+        if value is not None and (len(path) == 1 or value != defaults[path]):
             found[" ".join(path).replace("_", " ")] = value
     found["cohort"] = config.cohort_size
     return found

@@ -32,7 +32,9 @@ def alerts(page: Page, results: SimulationResults) -> None:
     done, of_rounds = len(results.rounds), results.config.rounds
     if results.halted is not None:
         page.alert(
-            f"Training was halted after round {done} of {of_rounds}",
+            f"Training was halted after round {done} of {of_rounds}"
+            if done
+            else "Training was halted in its first round",
             f"Why: {escape(results.halted)}. {escape(_best_words(results))} Before you start again: a smaller learning "
             "rate (<code>--lr</code>, <code>--server-lr</code>), clipping (<code>--clip-norm</code>), less staleness, "
             "or, where devices may be dishonest, a rule that stands them (<code>--rule</code>).",
@@ -61,7 +63,7 @@ def saving(results: SimulationResults) -> tuple[int, int] | None:
 
 
 def section(page: Page, results: SimulationResults, times: Sequence[int], tier_of: Callable[[int], DeviceTier]) -> None:
-    """The section of a run that has at least one round.
+    """The section.
 
     Args:
         page: Where to.
@@ -75,8 +77,14 @@ def section(page: Page, results: SimulationResults, times: Sequence[int], tier_o
     if results.refusals:
         boxes.append(_refusals(results))
     page.boxes(*boxes)
-    rounds = results.rounds
-    shown = []
+    if results.rounds:
+        page.row(*_figures(page, results, times, tier_of))
+
+
+def _figures(
+    page: Page, results: SimulationResults, times: Sequence[int], tier_of: Callable[[int], DeviceTier]
+) -> list[str]:
+    rounds, shown = results.rounds, []
     saved = saving(results)
     if saved is not None:
         words = (
@@ -103,8 +111,7 @@ def section(page: Page, results: SimulationResults, times: Sequence[int], tier_o
     if _selects(results) and any(times):
         plot = figures.participation(times, tier_of)
         shown.append(page.figure("participation", "Who took part", plot, _participation_words(results, times)))
-    if shown:
-        page.row(*shown)
+    return shown
 
 
 def exclusion_words(results: SimulationResults) -> str:
@@ -145,7 +152,7 @@ def _norm_words(results: SimulationResults) -> str:
     known = [(r.round, r.aggregate_norm) for r in results.rounds if r.aggregate_norm is not None]
     first, last, (peak_round, peak) = known[0], known[-1], max(known, key=lambda pair: pair[1])
     words = (
-        f"What a round's updates became had a length of {first[1]:.3g} in round {first[0]}, {last[1]:.3g} in round "
+        f"The aggregate of a round's updates was {first[1]:.3g} long in round {first[0]}, {last[1]:.3g} in round "
         f"{last[0]}, and at most {peak:.3g} (round {peak_round})."
     )
     medians = [r.norm_median for r in results.rounds if r.norm_median is not None]
@@ -172,10 +179,9 @@ def _age_words(results: SimulationResults, ages: Counter[int]) -> str:
 
 def _participation_words(results: SimulationResults, times: Sequence[int]) -> str:
     never = sum(n == 0 for n in times)
-    words = (
-        f"A device counted {min(times)} to {max(times)} times; {never or 'none'} of {len(times)} never did. Jain's "
-        f"fairness index is {results.jain_index:.3f} (1: all equally often)."
-    )
+    words = f"A device counted {min(times)} to {max(times)} times"
+    words += f"; {never} of {len(times)} never did" if never else ""
+    words += f". Jain's fairness index is {results.jain_index:.3f} (1: all equally often)."
     if results.slow_share is not None:
         slow = "straggler" if results.config.stragglers > 0 else "low-end device"
         words += f" A {slow} counted {results.slow_share:.2f} times as often as another device."

@@ -60,6 +60,8 @@ td.n, th.n { text-align: right; }
 .alert { border-left: 5px solid var(--warn); }
 .alert.bad { border-left-color: var(--bad); }
 .alert strong { display: block; }
+.alert code { white-space: nowrap; }
+.row > figure:last-child:nth-child(odd):not(:first-child) { grid-column: 1 / -1; }
 caption { text-align: left; font-weight: 600; padding: 4px 10px; }
 code, pre { font: .86rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; }
