@@ -348,7 +348,7 @@ def wrong_outcomes(n: int, d: int) -> Iterator[str]:
     found = squared_distances(Rows.of(matrix), RuleOptions())
     worst = float(np.max(np.abs(found - distances) / np.maximum(distances, 1e-300)))
     say(check="distances", n=n, d=d, worst_relative_error=worst)
-    if worst > 1e-12:
+    if worst > 2.0**-18:
         yield "distances"
     scores = np.sort(distances, axis=1)[:, 1 : n - f - 1].sum(axis=1)
     if robust.krum(matrix, f).selected != (int(np.argmin(scores)),):

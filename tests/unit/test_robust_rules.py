@@ -299,7 +299,7 @@ def test_many_rows_are_compared_in_ranges_of_tiles():
     wide = rows.astype(np.float64)
     for i in (0, 777, 1499):
         others = np.sort(((wide - wide[i]) ** 2).sum(axis=1))[1 : 1500 - 300 - 1]
-        assert scores[i] == pytest.approx(others.sum(), rel=1e-12)
+        assert scores[i] == pytest.approx(others.sum(), rel=2.0**-18)
 
 
 def test_an_iterative_rule_says_whether_it_arrived():

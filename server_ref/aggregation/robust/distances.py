@@ -25,7 +25,7 @@ from server_ref.aggregation.blocks import run_parts
 from server_ref.aggregation.robust.kernels import write_sketches
 from server_ref.aggregation.robust.options import DistanceMode, RuleOptions
 from server_ref.aggregation.robust.rows import Rows
-from server_ref.aggregation.robust.tiles import LANES, TILE, add_tiles
+from server_ref.aggregation.robust.tiles import NARROW_LANES, TILE, add_narrow_tiles, add_wide_tiles
 
 Float64Array = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
@@ -35,8 +35,14 @@ _TASKS = 8
 _PARTIAL_BYTES = 2**24
 """All partial sums together; a slice of columns that is summed on its own needs one set of them."""
 
-_PACKED = 2**17
-"""Values that a thread holds widened: 1 MiB, the second cache level."""
+_PACKED_BYTES = 2**20
+"""Values that a thread holds interleaved: the second cache level."""
+
+_MOST_COLUMNS = 256
+"""Columns in a block: the longest sum in float32 has 32 addends."""
+
+_LEAST_NARROW, _MOST_NARROW = 2.0**-100, 2.0**120
+"""Between these float32 neither overflows nor loses a square that matters."""
 
 _BAND = 16
 """Groups of rows that are kept in the cache while all others stream past them."""
@@ -50,8 +56,9 @@ def squared_distances(rows: Rows, options: RuleOptions) -> Float64Array:
         options: ``mode``, ``sketch_size`` and ``seed`` count here.
 
     Returns:
-        float64[n, n], symmetric, 0 on the diagonal. Mode exact: each within 1e-12 of itself for up to 1e6 columns, and
-        bits that do not depend on where in the matrix the pair is.
+        float64[n, n], symmetric, 0 on the diagonal. Mode exact: each within ``2**-18`` of itself (in practice 1e-7) for
+        float32 rows, within 1e-12 for float64 rows of up to 1e6 columns, and bits that do not depend on where in the
+        matrix the pair is, nor on the other rows' values.
     """
     if options.mode is DistanceMode.SKETCH:
         sketches = _sketches(rows, options)
@@ -113,8 +120,33 @@ def _all_pairs(addresses: npt.NDArray[np.uint64], *, wide: bool, size: int) -> F
 
 def _sums_of_tiles(addresses: npt.NDArray[np.uint64], tiles: Int32Array, *, wide: bool, size: int) -> Float64Array:
     """Squared distances of the pairs of rows in some tiles, float64[tiles, TILE * TILE]."""
+    if wide:
+        return _summed(addresses, tiles, wide=True, narrow=False, size=size)
+    sums = _summed(addresses, tiles, wide=False, narrow=True, size=size)
+    # Also where rows are equal: their 0 may be a sum of squares that were too small.
+    doubtful = ~((sums >= _LEAST_NARROW) & (sums <= _MOST_NARROW)) & _of_two_rows(tiles, len(addresses))
+    again = np.flatnonzero(doubtful.any(axis=1))
+    if again.size:
+        exact = _summed(addresses, tiles[again], wide=False, narrow=False, size=size)
+        sums[again] = np.where(doubtful[again], exact, sums[again])
+    return sums
+
+
+def _of_two_rows(tiles: Int32Array, n: int) -> npt.NDArray[np.bool_]:
+    """Which entries of the tiles stand for two different rows, bool[tiles, TILE * TILE]."""
+    within = np.arange(TILE)
+    i = (tiles[:, :1] * TILE + within)[:, :, None]
+    j = (tiles[:, 1:] * TILE + within)[:, None, :]
+    return np.asarray((i < n) & (j < n) & (i != j)).reshape(len(tiles), TILE * TILE)
+
+
+def _summed(
+    addresses: npt.NDArray[np.uint64], tiles: Int32Array, *, wide: bool, narrow: bool, size: int
+) -> Float64Array:
+    """``_sums_of_tiles`` in one precision: float32 within blocks of columns (narrow), or float64."""
     n = len(addresses)
-    columns = min(max(_PACKED // n // LANES * LANES, 64), 256)
+    kernel, item = (add_narrow_tiles, 4) if narrow else (add_wide_tiles, 8)
+    columns = min(max(_PACKED_BYTES // (n * item) // NARROW_LANES * NARROW_LANES, 64), _MOST_COLUMNS)
     # Few rows: threads take slices of columns, each with sums of its own. Many: they take ranges of tiles, because
     # partial sums would be large and widening a row is little beside comparing it with all others.
     slices = min(max(_PARTIAL_BYTES // (8 * TILE * TILE * len(tiles)), 1), _TASKS)
@@ -126,7 +158,7 @@ def _sums_of_tiles(addresses: npt.NDArray[np.uint64], tiles: Int32Array, *, wide
     def work(task: int) -> None:
         s, t = divmod(task, ranges)
         begin, end = shares[t], shares[t + 1]
-        add_tiles(addresses, wide, size, cuts[s], cuts[s + 1], columns, tiles[begin:end], partial[s, begin:end])
+        kernel(addresses, wide, size, cuts[s], cuts[s + 1], columns, tiles[begin:end], partial[s, begin:end])
 
     run_parts(work, slices * ranges, elements=len(tiles) * TILE * size)
     total: Float64Array = partial[0]
