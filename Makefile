@@ -22,9 +22,12 @@ PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 # Where `make demo` writes.
 DEMO_OUT ?= runs/demo
+# Where `make robustness` keeps its study.
+ROBUSTNESS_OUT ?= runs/robustness
 
 # --- names -----------------------------------------------------------------------------------------------------
 
+ROBUSTNESS_RULES := mean,krum,multi-krum,trimmed-mean,median,geometric-median,centered-clipping,bulyan,nnm+krum,nnm+trimmed-mean
 PACKAGES := client_sdk server_ref mobile_export simulator
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,7 +53,7 @@ NATIVE_STAMP := $(STAMPS)/native-$(NATIVE_KEY)
 # Replace the older stamps of one kind by the new one.
 stamp = rm -f $(STAMPS)/$(1)-* && touch $@
 
-.PHONY: help setup demo test test-slow check format bench bench-large bench-leak docs clean distclean
+.PHONY: help setup demo test test-slow check format bench bench-large bench-leak robustness docs clean distclean
 
 help: ## list the targets
 	@echo 'pocketfed: make TARGET'
@@ -132,6 +135,11 @@ bench-large: setup ## aggregate 100 million parameters, and judge the memory (2.
 
 bench-leak: setup ## aggregate 20,000 rounds in one process, and judge the memory
 	@$(BIN)/python tests/benchmarks/bench_large.py --leak --check
+
+robustness: setup ## rules against attacks on digits (some minutes; goes on where it stopped), into docs/robustness-table.md
+	@$(BIN)/pocketfed robustness --rules $(ROBUSTNESS_RULES) --seeds 1,2 --out $(ROBUSTNESS_OUT)
+	@cp $(ROBUSTNESS_OUT)/robustness-table.md docs/ && cp $(ROBUSTNESS_OUT)/img/robustness*.svg docs/img/
+	@echo 'robustness: open $(CURDIR)/$(ROBUSTNESS_OUT)/report.html'
 
 docs: setup ## build the API reference into build/docs from the docstrings, and check the links of docs/
 	@$(BIN)/pdoc --docformat google --output-directory build/docs $(PACKAGES)

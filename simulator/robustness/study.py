@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import connection
 
 from simulator.errors import WorkerLost
@@ -19,6 +20,8 @@ from simulator.robustness.config import Cell
 from simulator.robustness.folder import StudyFolder
 
 _POLL_S = 0.2
+# Of torch, numpy's BLAS and numba.
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 Tell = Callable[[CellResult, int, int, float | None], None]
 """Told of a finished cell: the cell, how many are done, of how many, and the seconds that the rest may take."""
@@ -45,7 +48,7 @@ def run_study(
     todo = [cell for cell in cells if cell.key not in folder.done]
     if not todo:
         return True
-    with stop_on_interrupt(say) as stop, _pool(min(workers, len(todo))) as pool:
+    with stop_on_interrupt(say) as stop, _one_thread_each(), _pool(min(workers, len(todo))) as pool:
         first_at = 0.0
         for count, result in enumerate(_finished(pool, folder, todo, workers, stop)):
             folder.record(result)
@@ -85,16 +88,31 @@ def _finished(
                 ) from e
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Workers started meanwhile have one thread each: there are as many as cores, and their bits must not depend on it.
+
+    By environment, because the libraries read it when they are loaded, which is before a worker's first own line.
+    """
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Spawned, not forked: torch's threads do not survive a fork.
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker)
 
 
 def _begin_worker() -> None:
-    """In each worker: one thread, deaf to Ctrl-C, and gone when the parent is."""
-    import torch  # noqa: PLC0415 - the parent needs none
-
-    torch.set_num_threads(1)
+    """In each worker: deaf to Ctrl-C, and gone when the parent is."""
     # The terminal sends it to all processes; it is the parent's to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
