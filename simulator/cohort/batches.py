@@ -78,7 +78,8 @@ def _fill(picked: Int64Array, counts: Int64Array, client: Shuffled, plan: Traini
     """One client's line of the table; ``counts`` has as many steps as it takes."""
     n, size = len(client.rows), plan.batch_size
     for epoch, first in enumerate(range(0, len(counts), an_epoch)):
-        rows = client.rows[epoch_order(n, plan, client.shuffle_seed, epoch)]
+        # Where one batch holds them all, their order changes nothing but the rounding of a sum, and costs a shuffle.
+        rows = client.rows if n <= size else client.rows[epoch_order(n, plan, client.shuffle_seed, epoch)]
         here = picked[first * size : (first + an_epoch) * size]
         here[:n] = rows[: len(here)]
         here[n:] = rows[-1]

@@ -65,8 +65,14 @@ class Clients:
         seed = self._task.shuffle_seed(job.number)
         return LocalWork(self._parts[job.device], seed, self._controls(job.device, broadcast))
 
-    def report(self, job: Job, broadcast: Broadcast, trained: Trained) -> tuple[EncodedUpdate, Memory]:
-        """What a device sends, and what it remembers if that is accepted.
+    def report(self, job: Job, broadcast: Broadcast, trained: Trained, version: int) -> tuple[EncodedUpdate, Memory]:
+        """What a device sends, with what the server's record says of it; and what it remembers if that is accepted.
+
+        Args:
+            job: Its assignment.
+            broadcast: The model that it was given.
+            trained: What became of it.
+            version: The newest model.
 
         Raises:
             UpdateOutOfRange: What the server would decode is beyond what it takes.
@@ -74,8 +80,15 @@ class Clients:
         payload, seed, residual = self._encode(job, broadcast, trained.update)
         controls = self._controls(job.device, broadcast)
         control = None if controls is None else controls.device + trained.update[len(controls.device) :]
-        steps = normaliser(self._task.settings.plan, trained.steps)
-        return EncodedUpdate(job.number, payload, seed=seed, normaliser=steps), Memory(residual, control)
+        update = EncodedUpdate(
+            number=job.number,
+            payload=payload,
+            weight=job.record.weight,
+            staleness=version - job.record.model_version,
+            seed=seed,
+            normaliser=normaliser(self._task.settings.plan, trained.steps),
+        )
+        return update, Memory(residual, control)
 
     def accepted(self, device: int, memory: Memory) -> None:
         """The server holds the report that this memory was made with."""

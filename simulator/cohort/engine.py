@@ -153,7 +153,7 @@ class CohortEngine:
             at_most = len(arrived) - taken if server.synchronous else None
             try:
                 trained = self._queue.take(running.job, running.broadcast, at_most=at_most)
-                update, memory = self._clients.report(running.job, running.broadcast, trained)
+                update, memory = self._clients.report(running.job, running.broadcast, trained, version)
                 server.report(running.job.record, update, trained.train_loss, now)
             except (TrainingDiverged, ProtocolError) as e:
                 self._fail(running, e)

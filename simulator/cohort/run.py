@@ -60,6 +60,12 @@ class CohortSetting:
         )
         return cls(folder, fleet, load_task(TaskConfig.model_validate({"bundle": bundle.path, **settings})), costs)
 
+    def model(self) -> BatchedModel:
+        """The model that was exported, for many weight vectors at once."""
+        dataset = self.fleet.dataset
+        module = build_model(self.folder.config.model, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED)
+        return BatchedModel(module, self.task.manifest.parameters)
+
     def play(
         self, journal: Journal, display: Display, say: Say, *, threads: int | None = None, score_every: int = 1
     ) -> tuple[RunMonitor, Ending]:
@@ -76,10 +82,7 @@ class CohortSetting:
             FleetCannotTrain: No device delivers anything any more.
         """
         config, fleet, task, dataset = self.folder.config, self.fleet, self.task, self.fleet.dataset
-        model = BatchedModel(
-            build_model(config.model, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED),
-            task.manifest.parameters,
-        )
+        model = self.model()
         trainer = CohortTrainer(model, fleet.training_data, threads=threads)
         server = CohortServer(
             task,
@@ -102,7 +105,7 @@ class CohortSetting:
                 trainer,
                 population=fleet.population,
                 num_samples=fleet.num_samples,
-                work=lambda session: self.costs.workload(config, session),
+                work=functools.cache(lambda session: self.costs.workload(config, session)),
                 observer=monitor,
                 stop=stop,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class CohortServer:
 
         Args:
             record: The assignment that it answers.
-            update: Its number, payload, seed and normaliser; weight and staleness are taken from the record.
+            update: What was sent, with the weight and the staleness of the record.
             train_loss: Mean loss over the device's last local epoch.
             now: Virtual time.
 
@@ -161,8 +161,7 @@ class CohortServer:
         """
         engine = self._engine
         engine.check_fresh(record, now)
-        staleness = engine.version - record.model_version
-        admitted = self.task.pipeline.admit(replace(update, weight=record.weight, staleness=staleness), engine.version)
+        admitted = self.task.pipeline.admit(update, engine.version)
         engine.report(record, ReportFile(record.assignment_id, "", wire_bytes(update), train_loss), now)
         self._count += 1
         self._pending.append(admitted)
