@@ -21,7 +21,15 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-STORIES = [("device.md", "protocol.md"), ("export.md",), ("simulator.md",), ("attacks.md",), ("compression.md",), ("async.md",)]
+STORIES = [
+    ("device.md", "protocol.md"),
+    ("export.md",),
+    ("simulator.md",),
+    ("attacks.md",),
+    ("compression.md",),
+    ("async.md",),
+    ("robustness.md",),
+]
 
 _BLOCK = re.compile(r"^(?P<run><!-- run -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _OUTPUT = re.compile(r"\n\n```text\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
