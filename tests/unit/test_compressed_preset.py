@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -270,4 +273,11 @@ def test_an_update_of_another_model_is_refused_before_it_is_opened():
     compressed, metadata = aggregator.compress_gradient({"w": np.ones(4, np.float32)}, "a")
     worker = WorkerGradient("a", compressed, 1, 0.0, metadata)
     assert aggregator.validate_gradient(worker, {"w": np.zeros(4)})
-    assert not aggregator.validate_gradient(worker, {"w": np.zeros(5)})
+    # Two values that claim to belong to a hundred million: nothing of that size is allocated for them.
+    inflated = replace(worker, metadata={**metadata, "shapes": {"w": (100_000_000,)}})
+    tracemalloc.start()
+    try:
+        assert not aggregator.validate_gradient(inflated, {"w": np.zeros(4)})
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

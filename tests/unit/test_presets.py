@@ -355,19 +355,22 @@ def test_the_control_that_is_handed_out_is_a_copy():
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "error"),
     [
-        worker("bad", 1.0, kind=UpdateKind.DELTA),
-        worker("bad", 1.0, kind=UpdateKind.DELTA, metadata={"control_delta": None}),
-        worker("bad", 1.0, kind=UpdateKind.DELTA, metadata={"control_delta": {"w": np.zeros((2, 2))}}),
-        worker("bad", 1.0, kind=UpdateKind.DELTA, metadata={"control_delta": worker("", float("nan")).gradients}),
-        worker("bad", 1.0, metadata={"control_delta": worker("", 1.0).gradients}),
+        (worker("bad", 1.0, kind=UpdateKind.DELTA), ReportMismatch),
+        (worker("bad", 1.0, kind=UpdateKind.DELTA, metadata={"control_delta": None}), ReportMismatch),
+        (
+            worker("bad", 1.0, kind=UpdateKind.DELTA, metadata={"control_delta": {"w": np.zeros((2, 2))}}),
+            ShapeMismatch,
+        ),
+        (scaffold_worker("bad", 1.0, float("nan")), NonFiniteUpdate),
+        (worker("bad", 1.0, metadata={"control_delta": worker("", 1.0).gradients}), ReportMismatch),
     ],
 )
-def test_a_scaffold_worker_without_a_sound_control_is_refused(bad: WorkerGradient):
+def test_a_scaffold_worker_without_a_sound_control_is_refused(bad: WorkerGradient, error: type[Exception]):
     aggregator = GradientAggregator("scaffold")
     assert aggregate(aggregator, [bad, scaffold_worker("a", 2.0, 4.0)])["b"] == 2.0
-    assert [r.worker_id for r in aggregator.rejections] == ["bad"]
+    assert [(r.worker_id, r.error) for r in aggregator.rejections] == [("bad", error)]
     assert aggregator.server_control.tolist() == [4.0] * 5
 
 
