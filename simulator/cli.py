@@ -130,12 +130,10 @@ _CONFIG_FLAGS = (
 
 def _run_simulate(args: argparse.Namespace) -> int:
     from client_sdk.protocol.errors import ConfigurationError  # noqa: PLC0415 - keep --help cheap
-    from server_ref.flags import merged  # noqa: PLC0415
     from simulator.config import SimulationConfig  # noqa: PLC0415
     from simulator.folder import RunFolder  # noqa: PLC0415
 
-    given: dict[str, Any] = {k: getattr(args, k) for k in _CONFIG_FLAGS if getattr(args, k) is not None}
-    given = merged(_shared_settings(args), given)
+    given = given_settings(args)
     if args.workers < 1:
         raise ConfigurationError(f"--workers must be at least 1, got {args.workers}")
     if args.resume and args.overwrite:
@@ -149,9 +147,9 @@ def _run_simulate(args: argparse.Namespace) -> int:
         return _simulate(args, folder)
 
 
-def _shared_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags that ``serve`` has too say, as fields of the configuration."""
-    from server_ref.flags import aggregation_settings  # noqa: PLC0415
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, as fields of ``SimulationConfig``; nothing about those that were not given."""
+    from server_ref.flags import aggregation_settings, merged  # noqa: PLC0415 - keep --help cheap
 
     rounds = DEFAULT_ROUNDS if args.rounds is None else args.rounds
     settings = aggregation_settings(args, rounds=rounds)
@@ -159,7 +157,7 @@ def _shared_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.asynchronous and args.overselect is None:
         # So that devices train while a buffer fills, which is the point.
         settings["overselect"] = 2.0
-    return settings
+    return merged(settings, {k: getattr(args, k) for k in _CONFIG_FLAGS if getattr(args, k) is not None})
 
 
 def _simulate(args: argparse.Namespace, folder: Any) -> int:  # noqa: ANN401 - its type would load the simulator

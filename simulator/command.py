@@ -6,43 +6,56 @@ import shlex
 from typing import Any, Final
 
 from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
-from simulator.config import SimulationConfig, flag_of, flat
+from simulator.config import RECIPES, SimulationConfig, flag_of, flat
 
 # Shown even where they are the default: what a run is about.
 _ALWAYS: Final = frozenset({"dataset", "devices", "rounds", "model", "partition", "seed"})
-# Said by --staleness, or by no flag at all.
-_ELSEWHERE: Final = frozenset(
-    {"format", "weighting", "exponent", "final_exponent", "total_rounds", "min_staleness", "step_times_curvature"}
-)
 
 
 def command_of(config: SimulationConfig) -> str:
     """``pocketfed simulate`` with every setting that is not the default.
 
-    Settings that no flag can say (they come from a caller of the library) are left out.
+    Parsing its words gives the same configuration, but for settings that no flag can say (they come from a caller of
+    the library): those are left out.
     """
     defaults, values = flat(SimulationConfig().model_dump(mode="json")), flat(config.model_dump(mode="json"))
+    # What is written nowhere is the data set's recipe, and not the default.
+    recipe = RECIPES.get(config.dataset, {})
     words = []
     for path, value in values.items():
-        shown = path[0] in _ALWAYS or value != defaults[path]
-        if value is None or not shown or path[-1] in _ELSEWHERE or path[0] == "divergence":
+        flag = flag_of(path)
+        shown = path[0] in _ALWAYS or value != defaults[path] or value != recipe.get(path[0], value)
+        if value is None or not shown or not flag.startswith("--") or path[0] in {"format", "staleness"}:
             continue
-        words.append(_word(flag_of(path), value))
+        words.append(_word(flag, value))
     words += _staleness(config.staleness)
     return " ".join(["pocketfed simulate", *words, "--out DIR"])
 
 
 def _word(flag: str, value: Any) -> str:  # noqa: ANN401 - a setting of any type
-    return flag if value is True else f"{flag} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
+    return f"{flag} {shlex.quote(_number(value) if isinstance(value, float) else str(value))}"
+
+
+def _number(value: float) -> str:
+    """The shortest text that is read as this very number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _staleness(policy: StalenessPolicy) -> list[str]:
-    usual = StalenessPolicy()
+    """One flag says the weights, and none of them means anything without the tolerance."""
+    words = []
     match policy.weighting:
         case StalenessWeighting.CONSTANT:
-            return ["--staleness constant"]
+            words.append("--staleness constant")
         case StalenessWeighting.ADAPTIVE:
-            return [f"--staleness adaptive:{policy.exponent:g}..{policy.final_exponent:g}"]
-        case _ if policy.exponent != usual.exponent:
-            return [f"--staleness polynomial:{policy.exponent:g}"]
-    return []
+            words.append(f"--staleness adaptive:{_number(policy.exponent)}..{_number(policy.final_exponent)}")
+        case _ if policy.exponent != StalenessPolicy().exponent:
+            words.append(f"--staleness polynomial:{_number(policy.exponent)}")
+    if policy.tighten_rounds is not None:
+        words.append(f"--tighten {policy.tighten_rounds}")
+    if policy.scale_learning_rate:
+        words.append("--stale-lr")
+    if policy.max_staleness or words:
+        words.insert(0, f"--max-staleness {policy.max_staleness}")
+    return words

@@ -248,11 +248,19 @@ def flat(values: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
 
 _FLAGS = {
     "learning_rate": "--lr",
+    "aggregation.rule": "--rule",
+    "aggregation.num_byzantine": "--num-byzantine",
+    "aggregation.mixing": "--mixing",
+    "aggregation.distances": "--distances",
+    "aggregation.clip_norm": "--clip-norm",
+    "aggregation.clip_scope": "--clip-scope",
+    "aggregation.weighting": "--weighting",
     "optimizer.name": "--optimizer",
     "optimizer.learning_rate": "--server-lr",
     "optimizer.momentum": "--server-momentum",
     "selection.policy": "--selection",
     "selection.floor": "--selection-floor",
+    "staleness.max_staleness": "--max-staleness",
     "staleness.tighten_rounds": "--tighten",
     "staleness.exponent": "--staleness",
     "staleness.final_exponent": "--staleness",
@@ -262,9 +270,9 @@ _FLAGS = {
 
 
 def flag_of(location: tuple[int | str, ...]) -> str:
-    """The flag that sets a field: nested sections are flat on the command line."""
+    """The flag that sets a field: nested sections are flat on the command line. The field's own name if none does."""
     name = ".".join(map(str, location)) if location else "configuration"
-    return _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
+    return _FLAGS.get(name, name if "." in name else "--" + name.replace("_", "-"))
 
 
 def _plain(message: str) -> str:

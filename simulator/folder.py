@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from client_sdk.atomic import write_atomically
 from client_sdk.protocol.errors import ConfigurationError
+from server_ref.flags import merged
 from simulator.config import SimulationConfig
 from simulator.errors import OutputDirectoryInUse, ResumeMismatch
 
@@ -134,7 +135,7 @@ def _check_vacant(path: Path, *, overwrite: bool) -> None:
 
 def _check_same(config: SimulationConfig, given: Mapping[str, object]) -> None:
     try:
-        wanted = SimulationConfig.model_validate({**config.model_dump(), **given})
+        wanted = SimulationConfig.model_validate(merged(config.model_dump(), dict(given)))
     except ValidationError as e:
         raise ConfigurationError(f"invalid value: {e.errors()[0]['msg']}") from e
     if differences := wanted.differences(config):

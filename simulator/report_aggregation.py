@@ -73,7 +73,7 @@ def section(page: Page, results: SimulationResults, times: Sequence[int], tier_o
     """
     page.section("Aggregation")
     steps = {slot: title for slot, title in results.pipeline.items() if not title.startswith("none")}
-    boxes = [pairs(steps, "What the server does with the reports, in this order")]
+    boxes = [pairs(steps, "What the server does with the reports, in this order") + _attack_words(results)]
     if results.refusals:
         boxes.append(_refusals(results))
     page.boxes(*boxes)
@@ -133,6 +133,18 @@ def exclusion_words(results: SimulationResults) -> str:
         words += f"; of the attackers' {attackers} reports {attackers - caught} were let in (recall "
         words += f"{_percent(caught / attackers)})"
     return words + "."
+
+
+def _attack_words(results: SimulationResults) -> str:
+    """Where devices attack and no figure tells what became of it."""
+    rounds, config = results.rounds, results.config
+    if config.attack is None or any(r.excluded for r in rounds):
+        return ""
+    attackers, reports = sum(r.attackers for r in rounds), sum(r.reports for r in rounds)
+    return (
+        f"<p>{attackers} of {reports} counted reports were attackers' ({escape(config.attack)}). This way of reducing "
+        "leaves no report out as a whole.</p>"
+    )
 
 
 def _refusals(results: SimulationResults) -> str:

@@ -20,7 +20,7 @@ from client_sdk.protocol.program import Manifest, Role
 from client_sdk.session import DeviceSession
 from client_sdk.session_state import Abandon, Discard, Enrol, Phase, RetryPolicy, SessionState, Sleep, Stop
 from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
-from simulator.cli import _CONFIG_FLAGS
+from simulator.cli import given_settings
 from simulator.config import SimulationConfig
 from simulator.population import TIERS
 from simulator.results import RoundResult, SimulationResults, TierResult
@@ -95,7 +95,7 @@ def test_every_documented_command_parses(where: str, call: list[str]):
         return
     parsed = parser_of(command).parse_args(arguments)
     if command == "simulate" and not parsed.resume:
-        SimulationConfig.parse({name: getattr(parsed, name) for name in _CONFIG_FLAGS})
+        SimulationConfig.parse(given_settings(parsed))
 
 
 def test_commands_are_found_where_they_stand():

@@ -1,0 +1,160 @@
+"""The command that a report prints repeats its run: whatever flags can say, parsing it gives the same configuration."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from server_ref.flags import OPTIMIZERS, RULES
+from simulator.cli import given_settings, simulate_command
+from simulator.command import command_of
+from simulator.config import SimulationConfig
+
+# What decides how a run is carried out, and no bit of its outcome.
+HOW = {"--help", "--out", "--workers", "--runtime", "--resume", "--overwrite", "--no-progress"}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    simulate_command(made)
+    return made
+
+
+def parse(words: list[str]) -> SimulationConfig:
+    return SimulationConfig.parse(given_settings(parser().parse_args(words)))
+
+
+def floats(low, high, **more):
+    return st.floats(low, high, allow_nan=False, allow_infinity=False, **more).map(str)
+
+
+def ints(low, high):
+    return st.integers(low, high).map(str)
+
+
+def one_of(*texts):
+    return st.sampled_from(texts)
+
+
+@st.composite
+def weights(draw):
+    first, last = sorted(draw(st.tuples(st.floats(0, 16), st.floats(0, 16))))
+    return draw(one_of("constant", "polynomial", f"polynomial:{first}", "adaptive", f"adaptive:{first}..{last}"))
+
+
+PARTITIONS = st.one_of(
+    st.just("iid"), floats(1e-3, 1e3).map("dirichlet:{}".format), st.integers(1, 9).map("shards:{}".format)
+)
+SPECS = st.one_of(
+    st.just("none"),
+    floats(1e-4, 1.0).map("topk:{},bits=8".format),
+    floats(1e-4, 1.0).map("randomk:{},rotate".format),
+    st.just("threshold:1e-3"),
+    st.just("quantize:4,rotate"),
+)
+ATTACKS = one_of("sign-flip", "scaling:1000", "alie", "alie:1.5", "backdoor:target=7,scale=5", "min-max:sign")
+# Every flag that decides something, with values that do not contradict one another (the others: see ``flags``).
+FREE = {
+    "--dataset": one_of("digits", "fashion-mnist"),
+    "--model": one_of("softmax", "mlp", "cnn"),
+    "--devices": ints(500, 2000),
+    "--partition": PARTITIONS,
+    "--seed": ints(0, 2**31 - 1),
+    "--rounds": ints(1, 1000),
+    "--cohort": ints(10, 50),
+    "--overselect": floats(1, 5),
+    "--refill-at": ints(1, 10),
+    "--dropout": floats(0, 1, exclude_max=True),
+    "--stragglers": floats(0, 1, exclude_max=True),
+    "--slowdown": floats(1, 1000),
+    "--epochs": ints(1, 1000),
+    "--batch-size": st.one_of(ints(1, 4096), st.sampled_from(["8", "16"])),
+    "--lr": st.one_of(floats(1e-9, 1e3), st.sampled_from(["0.1", "0.5"])),
+    "--prox-mu": floats(0, 1e6),
+    "--byzantine": floats(0.01, 0.9),
+    "--rule": one_of(*RULES),
+    "--num-byzantine": ints(0, 50),
+    "--mixing": one_of("none", "bucketing", "nnm"),
+    "--distances": one_of("exact", "sketch", "sampled"),
+    "--clip-norm": floats(1e-9, 1e9),
+    "--clip-scope": one_of("global", "layer"),
+    "--weighting": one_of("samples", "uniform"),
+    "--server-lr": floats(1e-9, 1e3),
+    "--algorithm": one_of("fedavg", "scaffold", "fednova"),
+    "--max-steps": ints(1, 1000),
+    "--compression": SPECS,
+    "--async": None,
+    "--delay-damping": floats(1e-9, 1),
+    "--selection": one_of("any", "fair", "fast"),
+    "--selection-floor": floats(1e-9, 1),
+}
+STALE = {"--max-staleness": ints(0, 100), "--staleness": weights(), "--tighten": ints(1, 100), "--stale-lr": None}
+LINKED = {"--optimizer", "--server-momentum", "--attack", "--engine", "--server"}
+
+
+@st.composite
+def flags(draw):
+    words = []
+
+    def say(flag, value):
+        words.extend([flag] if value is None else [f"{flag}={draw(value)}"])
+
+    # Always a fleet that is large enough for what the others ask of it.
+    for flag in sorted({"--devices", *draw(st.lists(st.sampled_from(sorted(FREE))))}):
+        say(flag, FREE[flag])
+    if draw(st.booleans()):
+        # What staleness costs is refused where none is accepted.
+        for flag in sorted({"--max-staleness", *draw(st.lists(st.sampled_from(sorted(STALE))))}):
+            say(flag, STALE[flag])
+    match draw(one_of("momentum", "optimizer", "neither")):
+        case "momentum":
+            say("--server-momentum", floats(0, 1, exclude_max=True))
+        case "optimizer":
+            say("--optimizer", one_of(*OPTIMIZERS))
+    match draw(one_of("attack", "cohort", "server", "neither")):
+        case "attack":
+            words += ["--byzantine=0.2", f"--attack={draw(ATTACKS)}"]
+        case "cohort":
+            words.append("--engine=cohort")
+        case "server":
+            words.append("--server=http://127.0.0.1:8470")
+    return ["--out=DIR", *words]
+
+
+@given(flags())
+@example(["--out=DIR", "--dataset=fashion-mnist", "--lr=0.5"])
+def test_the_words_of_the_command_give_the_same_configuration(words):
+    config = parse(words)
+    command = shlex.split(command_of(config))
+    assert command[:2] == ["pocketfed", "simulate"]
+    assert parse(command[2:]) == config
+
+
+def test_every_flag_that_decides_something_is_tried():
+    known = {action.option_strings[0 if len(action.option_strings[0]) > 2 else -1] for action in parser()._actions}
+    assert known - HOW == {*FREE, *STALE, *LINKED}
+
+
+def test_nothing_but_what_the_run_is_about_is_said_of_a_run_of_defaults():
+    assert command_of(SimulationConfig()) == (
+        "pocketfed simulate --dataset digits --devices 100 --rounds 60 --model mlp --partition dirichlet:0.5 --seed 1 "
+        "--out DIR"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aggregation": {"rule": "multi-krum", "selected": 3, "bucket_size": 4, "arithmetic": "fixed"}},
+        {"optimizer": {"name": "adam", "beta2": 0.9}},
+        {"divergence": {"enabled": False}},
+        {"staleness": {"max_staleness": 3, "min_staleness": 1, "step_times_curvature": 0.1}},
+    ],
+)
+def test_what_no_flag_can_say_is_left_out(settings):
+    words = shlex.split(command_of(SimulationConfig.parse(settings)))[2:]
+    parse(words)
