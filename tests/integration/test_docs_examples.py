@@ -29,6 +29,7 @@ STORIES = [
     ("compression.md",),
     ("async.md",),
     ("robustness.md",),
+    ("aggregation.md",),
 ]
 
 _BLOCK = re.compile(r"^(?P<run><!-- run -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
