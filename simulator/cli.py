@@ -186,19 +186,9 @@ def _simulate(args: argparse.Namespace, folder: Any) -> int:  # noqa: ANN401 - i
 
 
 def _tell(out: Path, results: Any) -> int:  # noqa: ANN401 - its type would load the simulator
-    from simulator.progress import human_bytes, human_time  # noqa: PLC0415
+    from simulator.summary import summary_of  # noqa: PLC0415 - as above
 
-    lines = [f"{results.status} after {len(results.rounds)} rounds in {human_time(results.seconds)}"]
-    if results.final_accuracy is not None:
-        lines.append(f"test accuracy   {results.final_accuracy:.4f}")
-    lines += [
-        f"model           {results.model_sha256 or '-'}",
-        f"traffic         {human_bytes(results.bytes_up)} up, {human_bytes(results.bytes_down)} down",
-        f"throughput      {results.clients_per_second:.0f} clients/s",
-        f"results         {out / 'results.json'}",
-        f"report          {out / 'report.html'}",
-    ]
-    print("\n".join(lines), flush=True)
+    print("\n".join(summary_of(results, out)), flush=True)
     if results.status == "completed":
         return 0
     if results.config.server is None:

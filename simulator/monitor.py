@@ -32,6 +32,7 @@ class Standing:
         latest: The newest round whose validation figures are known.
         bytes_up: Sent by the devices so far.
         bytes_down: Received by them.
+        saved: Share of the counted updates' bytes as float32 that was not sent; None where nothing was saved.
         sessions: Delivered so far.
         clients_per_s: Of late, in this process.
         eta_s: Seconds left, None while nobody can know.
@@ -44,6 +45,7 @@ class Standing:
     latest: CommittedRound | None
     bytes_up: int
     bytes_down: int
+    saved: float | None
     sessions: int
     clients_per_s: float
     eta_s: float | None
@@ -113,6 +115,7 @@ class RunMonitor:
         self._reports = 0
         self._ended = 0
         self._bytes_up = self._bytes_down = 0
+        self._counted_reports = self._counted_bytes = 0
         self._begun = self._mark = clock()
         self._spent_before = journal.pending_seconds
         self._recent: deque[float] = deque(maxlen=_RECENT_ROUNDS)
@@ -179,10 +182,15 @@ class RunMonitor:
             latest=self._latest,
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
+            saved=self._saved(),
             sessions=self._ended,
             clients_per_s=self.delivered / max(self.wall_s, 1e-9),
             eta_s=eta,
         )
+
+    def _saved(self) -> float | None:
+        dense = self._dense_bytes * self._counted_reports
+        return 1 - self._counted_bytes / dense if 0 < self._counted_bytes < dense else None
 
     def refresh(self) -> bool:
         """Ask the server for rounds that are new or were not scored yet.
@@ -191,6 +199,9 @@ class RunMonitor:
             Whether all committed rounds are known and (where the server evaluates) scored.
         """
         for committed in self._read_rounds(self._shown):
+            if committed.round_id not in self._known:
+                self._counted_reports += committed.reports
+                self._counted_bytes += committed.bytes_up
             self._known[committed.round_id] = committed
         while (committed_next := self._known.get(self._shown)) is not None:
             if self._scored and committed_next.validation_accuracy is None:

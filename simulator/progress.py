@@ -44,11 +44,28 @@ def human_time(seconds: float | None) -> str:
 def _figures(scored: CommittedRound | None, standing: Standing) -> str:
     accuracy = None if scored is None else scored.validation_accuracy
     loss = None if scored is None else scored.validation_loss
+    saved = "" if standing.saved is None else f" ({100 * standing.saved:.0f} % saved)"
     return (
         f"validation accuracy {'-' if accuracy is None else f'{accuracy:.3f}'}  "
-        f"loss {'-' if loss is None else f'{loss:.3f}'}  up {human_bytes(standing.bytes_up)}  "
+        f"loss {'-' if loss is None else f'{loss:.3f}'}  up {human_bytes(standing.bytes_up)}{saved}  "
         f"down {human_bytes(standing.bytes_down)}  {standing.clients_per_s:.0f} clients/s"
     )
+
+
+def _notes(committed: CommittedRound) -> list[str]:
+    """What became of the round's reports, where it is more than that they counted."""
+    measured, notes = committed.measurements, []
+    if committed.discarded:
+        notes.append(f"+{committed.discarded} not needed")
+    if measured.excluded:
+        notes.append(f"{len(measured.excluded)} left out")
+    if measured.clipped:
+        notes.append(f"{measured.clipped} clipped")
+    if any(measured.staleness):
+        notes.append(f"at most {max(measured.staleness)} versions old")
+    if measured.unchanged is not None:
+        notes.append(f"model unchanged: {measured.unchanged}")
+    return notes
 
 
 class SilentDisplay:
@@ -72,16 +89,17 @@ class PlainDisplay:
 
     def round_done(self, committed: CommittedRound, standing: Standing) -> None:
         """One line."""
-        late = f" (+{committed.discarded} not needed)" if committed.discarded else ""
+        notes = _notes(committed)
+        reports = f"{committed.reports} ({', '.join(notes)})" if notes else f"{committed.reports}"
         self._out.write(
-            f"round {committed.model_version}/{standing.of_rounds}  reports {committed.reports}{late}  "
+            f"round {committed.model_version}/{standing.of_rounds}  reports {reports}  "
             f"{_figures(committed, standing)}  ETA {human_time(standing.eta_s)}\n"
         )
         self._out.flush()
 
 
 class LiveDisplay:
-    """Two lines that redraw themselves, for a terminal."""
+    """Two or three lines that redraw themselves, for a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._standing: Standing | None = None
@@ -100,7 +118,9 @@ class LiveDisplay:
             ProgressBar(total=standing.cohort, completed=standing.reports, width=12),
             Text(f"ETA {human_time(standing.eta_s)}"),
         )
-        return Group(grid, Text(_figures(standing.latest, standing)))
+        notes = [] if standing.latest is None else _notes(standing.latest)
+        latest = [Text(f"latest round: {', '.join(notes)}")] if notes else []
+        return Group(grid, Text(_figures(standing.latest, standing)), *latest)
 
     def show(self, standing: Standing) -> None:
         """Draw this from now on."""

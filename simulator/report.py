@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from client_sdk.atomic import write_atomically
 from client_sdk.protocol.profile import DeviceTier
-from simulator import figures, report_aggregation
+from simulator import figures, report_aggregation, tally
 from simulator.command import command_of
 from simulator.config import SimulationConfig, flat
 from simulator.folder import REPORT_FILE
@@ -164,11 +164,10 @@ def _head(page: Page, results: SimulationResults) -> None:
         ("received by devices", human_bytes(results.bytes_down), "models and programs", ""),
         ("time of the rounds", human_time(results.seconds), f"{results.clients_per_second:.0f} sessions/s", ""),
     ]
-    saved = report_aggregation.saving(results)
+    saved = tally.saving(results)
     if saved is not None:
-        sent, dense = saved
-        note = f"{human_bytes(sent)} instead of {human_bytes(dense)}"
-        cards.insert(4, ("saved by compression", f"{100 * (1 - sent / dense):.1f} %", note, ""))
+        note = f"{human_bytes(saved.sent)} instead of {human_bytes(saved.dense)}"
+        cards.insert(4, ("saved by compression", f"{100 * saved.share:.1f} %", note, ""))
     page.cards(cards)
     if results.status == "interrupted":
         words = (

@@ -10,6 +10,7 @@ from typing import Final
 from client_sdk.protocol.errors import PROBLEM_PREFIX, from_problem
 from client_sdk.protocol.profile import DeviceTier
 from simulator import figures_aggregation as figures
+from simulator import tally
 from simulator.progress import human_bytes
 from simulator.report_page import Page, pairs
 from simulator.results import SimulationResults
@@ -40,26 +41,16 @@ def alerts(page: Page, results: SimulationResults) -> None:
             "or, where devices may be dishonest, a rule that stands them (<code>--rule</code>).",
             bad=True,
         )
-    unchanged = [r for r in results.rounds if r.unchanged is not None]
+    unchanged = tally.unchanged(results)
     if unchanged:
-        reasons = Counter(r.unchanged or "" for r in unchanged)
         told = "; ".join(
-            f"{_numbers([r.round for r in unchanged if r.unchanged == reason])}: {_UNCHANGED.get(reason, reason)} "
-            f"({reason})"
-            for reason in reasons
+            f"{_numbers(rounds)}: {_UNCHANGED.get(reason, reason)} ({reason})" for reason, rounds in unchanged.items()
         )
         page.alert(
-            f"{len(unchanged)} of {done} rounds left the model as it was",
+            f"{sum(map(len, unchanged.values()))} of {done} rounds left the model as it was",
             f"Round {escape(told)}. Their reports are spent; the old weights lived on.",
             bad=True,
         )
-
-
-def saving(results: SimulationResults) -> tuple[int, int] | None:
-    """Bytes of the counted reports, and of their updates as float32; None where nothing was saved."""
-    sent = sum(r.bytes_counted for r in results.rounds)
-    dense = sum(r.bytes_dense for r in results.rounds)
-    return (sent, dense) if 0 < sent < dense else None
 
 
 def section(page: Page, results: SimulationResults, times: Sequence[int], tier_of: Callable[[int], DeviceTier]) -> None:
@@ -85,65 +76,60 @@ def _figures(
     page: Page, results: SimulationResults, times: Sequence[int], tier_of: Callable[[int], DeviceTier]
 ) -> list[str]:
     rounds, shown = results.rounds, []
-    saved = saving(results)
+    saved = tally.saving(results)
     if saved is not None:
         words = (
-            f"The counted reports took {human_bytes(saved[0])}, everything in them included; their updates alone would "
-            f"take {human_bytes(saved[1])} as float32: {_percent(1 - saved[0] / saved[1])} saved."
+            f"The counted reports took {human_bytes(saved.sent)}, everything in them included; their updates alone "
+            f"would take {human_bytes(saved.dense)} as float32: {_percent(saved.share)} saved."
         )
         shown.append(page.figure("bytes-saved", "Bytes of the reports", figures.bytes_saved(rounds), words))
     if any(r.excluded for r in rounds):
         attacked = results.config.attack is not None
         plot = figures.exclusions(rounds, attacked=attacked)
-        shown.append(page.figure("excluded", "Reports that the rule left out", plot, exclusion_words(results)))
+        shown.append(page.figure("excluded", "Reports that the rule left out", plot, _exclusion_words(results)))
     clip_norm = results.config.aggregation.clip_norm if results.config.server is None else None
-    if any(r.aggregate_norm for r in rounds):
+    if any(r.aggregate_norm or r.norm_max for r in rounds):
         shown.append(page.figure("norms", "Norms", figures.norms(rounds, clip_norm), _norm_words(results)))
     if any(r.norm_median is not None for r in rounds):
         clipped, reports = sum(r.clipped for r in rounds), sum(r.reports for r in rounds)
         words = f"{clipped} of {reports} counted updates were longer than allowed and were scaled down."
         shown.append(page.figure("clipped", "Clipped updates", figures.clipped(rounds), words))
-    ages = Counter[int]()
-    for r in rounds:
-        ages.update(r.staleness)
+    ages = tally.ages(results)
     if any(ages):
         shown.append(page.figure("staleness", "Staleness", figures.staleness(ages), _age_words(results, ages)))
-    if _selects(results) and any(times):
+    if tally.selects(results) and any(times):
         plot = figures.participation(times, tier_of)
         shown.append(page.figure("participation", "Who took part", plot, _participation_words(results, times)))
     return shown
 
 
-def exclusion_words(results: SimulationResults) -> str:
+def _exclusion_words(results: SimulationResults) -> str:
     """What the robust rule left out, and how often it was right."""
-    rounds, config = results.rounds, results.config
-    excluded, reports = sum(len(r.excluded) for r in rounds), sum(r.reports for r in rounds)
-    words = f"The rule ({config.aggregation.rule}) left {excluded} of {reports} counted reports out"
-    if config.server is not None:
-        words = f"The server's rule left {excluded} of {reports} counted reports out"
-    reckoned = [r.num_byzantine for r in rounds if r.num_byzantine is not None]
+    found, config = tally.exclusions(results), results.config
+    rule = "The server's rule" if config.server is not None else f"The rule ({config.aggregation.rule})"
+    words = f"{rule} left {found.excluded} of {found.reports} counted reports out"
+    reckoned = [r.num_byzantine for r in results.rounds if r.num_byzantine is not None]
     if reckoned:
         low, high = min(reckoned), max(reckoned)
         words += f"; it reckoned with {low if low == high else f'{low} to {high}'} dishonest ones a round"
-    if config.attack is None:
-        return words + "."
-    attackers, caught = sum(r.attackers for r in rounds), sum(r.excluded_attackers for r in rounds)
-    words += f". {caught} of those were attackers' (precision {_percent(caught / excluded)})"
-    if attackers:
-        words += f"; of the attackers' {attackers} reports {attackers - caught} were let in (recall "
-        words += f"{_percent(caught / attackers)})"
+    if config.attack is not None and found.precision is not None:
+        words += f". {found.caught} of those were attackers' (precision {_percent(found.precision)})"
+        if found.recall is not None:
+            words += (
+                f"; of the attackers' {found.attackers} reports {found.attackers - found.caught} were let in (recall "
+                f"{_percent(found.recall)})"
+            )
     return words + "."
 
 
 def _attack_words(results: SimulationResults) -> str:
     """Where devices attack and no figure tells what became of it."""
-    rounds, config = results.rounds, results.config
-    if config.attack is None or any(r.excluded for r in rounds):
+    found, attack = tally.exclusions(results), results.config.attack
+    if attack is None or found.excluded:
         return ""
-    attackers, reports = sum(r.attackers for r in rounds), sum(r.reports for r in rounds)
     return (
-        f"<p>{attackers} of {reports} counted reports were attackers' ({escape(config.attack)}). This way of reducing "
-        "leaves no report out as a whole.</p>"
+        f"<p>{found.attackers} of {found.reports} counted reports were attackers' ({escape(attack)}). This way of "
+        "reducing leaves no report out as a whole.</p>"
     )
 
 
@@ -162,27 +148,28 @@ def _refusals(results: SimulationResults) -> str:
 
 def _norm_words(results: SimulationResults) -> str:
     known = [(r.round, r.aggregate_norm) for r in results.rounds if r.aggregate_norm is not None]
-    first, last, (peak_round, peak) = known[0], known[-1], max(known, key=lambda pair: pair[1])
-    words = (
-        f"The aggregate of a round's updates was {first[1]:.3g} long in round {first[0]}, {last[1]:.3g} in round "
-        f"{last[0]}, and at most {peak:.3g} (round {peak_round})."
-    )
+    words = []
+    if known:
+        (first, at_first), (last, at_last), (peak, at_peak) = known[0], known[-1], max(known, key=lambda pair: pair[1])
+        words.append(
+            f"The aggregate of a round's updates was {at_first:.3g} long in round {first}, {at_last:.3g} in round "
+            f"{last}, and at most {at_peak:.3g} (round {peak})."
+        )
     medians = [r.norm_median for r in results.rounds if r.norm_median is not None]
     largest = [r.norm_max for r in results.rounds if r.norm_max is not None]
     if medians and largest:
-        words += (
-            f" Before clipping, the rounds' median updates were {min(medians):.3g} to {max(medians):.3g} long, the "
+        words.append(
+            f"Before clipping, the rounds' median updates were {min(medians):.3g} to {max(medians):.3g} long, the "
             f"longest of all {max(largest):.3g}."
         )
-    return words
+    return " ".join(words)
 
 
 def _age_words(results: SimulationResults, ages: Counter[int]) -> str:
     reports = ages.total()
-    mean = sum(age * n for age, n in ages.items()) / reports
     words = (
         f"{_percent(ages[0] / reports)} of {reports} counted reports started from the model that they changed; on "
-        f"average they were {mean:.2f} versions old, the oldest {max(ages)}"
+        f"average they were {tally.mean_age(ages):.2f} versions old, the oldest {max(ages)}"
     )
     if results.config.server is None:
         words += f" (accepted: up to {results.config.max_staleness})"
@@ -200,12 +187,6 @@ def _participation_words(results: SimulationResults, times: Sequence[int]) -> st
     return words
 
 
-def _selects(results: SimulationResults) -> bool:
-    """Whether speed has a say in who takes part."""
-    config = results.config
-    return config.selection.policy != "any" or config.overselect > 1 or config.max_staleness > 0
-
-
 def _best_words(results: SimulationResults) -> str:
     scored = [(r.accuracy, r.round) for r in results.rounds if r.accuracy is not None]
     if not scored:
@@ -217,7 +198,7 @@ def _best_words(results: SimulationResults) -> str:
 def extra_columns(results: SimulationResults) -> dict[str, list[str]]:
     """Columns of the table of rounds, for what is in use."""
     rounds, found = results.rounds, dict[str, list[str]]()
-    if saving(results) is not None:
+    if tally.saving(results) is not None:
         found["as float32"] = [human_bytes(r.bytes_dense) for r in rounds]
     if any(r.excluded for r in rounds):
         found["left out"] = [str(len(r.excluded)) for r in rounds]

@@ -20,7 +20,7 @@ def committed(**changes):
 def standing(**changes):
     values = {
         "rounds": 3, "of_rounds": 40, "reports": 7, "cohort": 20, "latest": None, "bytes_up": 1_234_567,
-        "bytes_down": 9_876_543, "sessions": 67, "clients_per_s": 151.4, "eta_s": 95.0,
+        "bytes_down": 9_876_543, "saved": None, "sessions": 67, "clients_per_s": 151.4, "eta_s": 95.0,
     }  # fmt: skip
     return Standing(**{**values, **changes})
 
@@ -43,6 +43,22 @@ def test_a_plain_line_says_everything_about_its_own_round():
 
 def test_reports_that_were_not_needed_are_told_apart():
     assert "reports 20 (+6 not needed)" in plain(committed(discarded=6), standing())
+
+
+def test_what_became_of_the_reports_is_told_where_it_is_more_than_that_they_counted():
+    measured = {"excluded": (3, 4), "clipped": 1, "staleness": {0: 18, 5: 2}, "unchanged": "TooManyByzantine"}
+    line = plain(committed(discarded=1, measurements=measured), standing(saved=0.966))
+    assert (
+        "reports 20 (+1 not needed, 2 left out, 1 clipped, at most 5 versions old, model unchanged: TooManyByzantine)  "
+    ) in line
+    assert "up 1.23 MB (97 % saved)" in line
+
+
+def test_a_terminal_sees_what_became_of_the_latest_rounds_reports():
+    out = io.StringIO()
+    with LiveDisplay(Console(file=out, force_terminal=True, width=120)) as live:
+        live.show(standing(latest=committed(measurements={"excluded": (3, 4)})))
+    assert "latest round: 2 left out" in out.getvalue()
 
 
 def test_what_nobody_knows_yet_is_a_dash():

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.profile import DeviceTier
-from simulator import figures
+from simulator import figures, figures_aggregation
 from simulator.command import command_of
 from simulator.config import SimulationConfig
 from simulator.progress import human_bytes, human_time
@@ -156,9 +156,8 @@ def test_every_plot_has_a_title_a_description_and_axes_with_titles(page):
     elements = Elements(page)
     described = {v for tag, name, v in elements.attributes if tag == "div" and name == "aria-label"}
     assert len(described) == 8
-    drawn = json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)[1])
-    assert len(drawn) == 8
-    for name, figure in drawn.items():
+    assert len(drawn(page)) == 8
+    for name, figure in drawn(page).items():
         axes = [axis for key, axis in figure["layout"].items() if re.match(r"[xy]axis", key)]
         assert any(axis["title"]["text"] for axis in axes), name
         assert figure["data"], name
@@ -204,6 +203,174 @@ def test_many_reports_are_thinned_out_and_the_report_says_so(tmp_path):
 def test_many_devices_are_thinned_out():
     _, shown = figures.labels(np.ones((figures.MAX_COLUMNS * 3, 3), np.int64))
     assert shown == figures.MAX_COLUMNS
+
+
+# --- aggregation ---------------------------------------------------------------------------------------------
+
+
+def words_of(text):
+    return re.sub(r"\s+", " ", " ".join(Elements(text).words))
+
+
+def drawn(text):
+    return json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def bars_of(figure):
+    return {trace["name"]: trace["y"] for trace in figure["data"]}
+
+
+def config_with(**settings):
+    return SimulationConfig.parse({"devices": 4, "rounds": 3, "cohort": 2, "dataset": "digits", **settings})
+
+
+AGGREGATION = {"bytes-saved", "excluded", "norms", "clipped", "staleness", "participation"}
+
+
+def test_the_pipeline_is_told_step_by_step_without_the_steps_that_do_nothing(tmp_path):
+    pipeline = {"clip": "none", "reduce": "median against 1 <b>dishonest</b> update", "noise": "none (no privacy)"}
+    text = report(tmp_path, results(pipeline=pipeline))
+    assert "median against 1 <b>dishonest</b> update" in words_of(text), "values are escaped"
+    assert "no privacy" not in words_of(text)
+
+
+def test_nothing_is_shown_that_is_not_in_use(page):
+    assert AGGREGATION & set(drawn(page)) == {"norms"}
+    assert "saved by compression" not in words_of(page)
+    assert 'class="box alert' not in page
+
+
+def test_what_compression_saved_is_a_headline_and_a_figure(tmp_path):
+    rounds = tuple(round_result(n, bytes_counted=600, bytes_dense=12_000) for n in (1, 2, 3))
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds}))
+    assert "saved by compression 95.0 % 1.8 kB instead of 36 kB" in words_of(text)
+    assert bars_of(drawn(text)["bytes-saved"]) == {"as float32": [12.0] * 3, "sent": [0.6] * 3}
+
+
+def test_exclusions_are_split_into_attackers_and_honest_devices(tmp_path):
+    rounds = (
+        round_result(1, reports=5, excluded=(1, 2, 3), attackers=2, excluded_attackers=2, num_byzantine=1),
+        round_result(2, reports=5, excluded=(4,), attackers=2, excluded_attackers=0, num_byzantine=2),
+    )
+    config = config_with(attack="sign-flip", byzantine=0.5, aggregation={"rule": "multi-krum"})
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds, "config": config}))
+    assert (
+        "The rule (multi-krum) left 4 of 10 counted reports out; it reckoned with 1 to 2 dishonest ones a round. 2 of "
+        "those were attackers' (precision 50.0 %); of the attackers' 4 reports 2 were let in (recall 50.0 %)."
+    ) in words_of(text)
+    figure = drawn(text)["excluded"]
+    assert bars_of(figure) == {
+        "attackers', left out": [2, 0],
+        "honest, left out": [1, 1],
+        "attackers', let in": [0, -2],
+    }
+    assert figure["data"][2]["customdata"] == [0, 2], "downwards, but told as it is"
+
+
+def test_without_an_attack_nobody_is_called_an_attacker(tmp_path):
+    rounds = (round_result(1, excluded=(1,), num_byzantine=1),)
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds}))
+    assert "left 1 of 2 counted reports out; it reckoned with 1 dishonest ones a round." in words_of(text)
+    assert bars_of(drawn(text)["excluded"]) == {"left out": [1]}
+    assert "precision" not in words_of(text)
+
+
+def test_an_attack_on_a_rule_that_leaves_nobody_out_is_told_in_words(tmp_path):
+    rounds = (round_result(1, attackers=1),)
+    config = config_with(attack="zero", byzantine=0.5, aggregation={"rule": "median"})
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds, "config": config}))
+    assert "1 of 2 counted reports were attackers' (zero)" in words_of(text)
+    assert "excluded" not in drawn(text)
+
+
+def test_norms_and_clipping_are_drawn_where_updates_are_clipped(tmp_path):
+    rounds = tuple(round_result(n, clipped=1, norm_median=2.0, norm_max=30.0 * n, aggregate_norm=None) for n in (1, 2))
+    config = config_with(aggregation={"clip_norm": 3.0})
+    one = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds, "config": config}))
+    assert "2 of 4 counted updates were longer than allowed" in words_of(one)
+    assert bars_of(drawn(one)["norms"]) == {
+        "aggregate": [None, None],
+        "median update": [2.0, 2.0],
+        "largest update": [30.0, 60.0],
+        "clipped to 3": [3.0, 3.0],
+    }
+    # A logarithm of nothing cannot be drawn: a gap.
+    rounds = (*rounds, round_result(3, aggregate_norm=0.0), round_result(4, aggregate_norm=1e-9, norm_max=1e9))
+    two = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds, "config": config}))
+    assert bars_of(drawn(two)["norms"])["aggregate"] == [None, None, None, 1e-9]
+    assert "the longest of all 1e+09" in words_of(two)
+
+
+def test_a_run_whose_updates_are_all_zero_has_no_figure_of_their_norms(tmp_path):
+    rounds = (round_result(1, aggregate_norm=0.0, norm_median=0.0, norm_max=0.0),)
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds}))
+    assert "norms" not in drawn(text)
+
+
+def test_ages_are_drawn_where_any_report_was_stale(tmp_path):
+    rounds = (round_result(1, staleness={0: 2}), round_result(2, staleness={1: 1, 3: 1}))
+    config = config_with(staleness={"max_staleness": 5})
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds, "config": config}))
+    assert bars_of(drawn(text)["staleness"]) == {"reports": [2, 1, 0, 1]}
+    assert "50.0 % of 4 counted reports started from the model that they changed" in words_of(text)
+    assert "1.00 versions old, the oldest 3 (accepted: up to 5)" in words_of(text)
+
+
+def test_who_took_part_is_told_where_speed_has_a_say(tmp_path):
+    facts = results().model_copy(update={"config": config_with(overselect=2.0)})
+    counted = [[session(0, 0, 4.0), session(1, 0, 10.0)], [session(0, 1, 15.0)], []]
+    text = report(tmp_path, facts, counted[0] + counted[1], counted)
+    # Devices 2 and 3 never counted, 1 did once, 0 twice; all of the low tier, as this test has it.
+    assert bars_of(drawn(text)["participation"])["low end"] == [2, 1, 1]
+    assert "A device counted 0 to 2 times; 2 of 4 never did. Jain's fairness index is 0.750" in words_of(text)
+    assert "A low-end device counted 0.00 times as often as another device." in words_of(text)
+
+
+@pytest.mark.parametrize("devices", [1, 31, 400])
+def test_any_number_of_participations_can_be_drawn(devices):
+    times = list(range(devices))
+    figure = figures_aggregation.participation(times, lambda _d: DeviceTier.HIGH_END)
+    assert len(figure["data"][0]["x"]) <= 30
+    assert sum(sum(trace["y"]) for trace in figure["data"]) == devices
+
+
+def test_reports_in_no_model_are_told_with_the_reason(tmp_path):
+    refusals = {"stale-report": 7, "update-out-of-range": 2, "training-diverged": 1, "from-the-future": 1}
+    words = words_of(report(tmp_path, results(refusals=refusals)))
+    assert "stale-report 7 The assignment's round is over." in words
+    assert "update-out-of-range 2 The update holds values beyond the declared bound." in words
+    assert "training-diverged 1 Local training left the finite numbers" in words
+    assert "from-the-future 1" in words
+
+
+def test_a_halted_run_says_why_and_what_was_best(tmp_path):
+    facts = results(halted="a loss of <8> after a best of 2", rounds=2)
+    text = report(tmp_path, facts)
+    assert "Training was halted after round 2 of 3" in words_of(text)
+    assert "Why: a loss of <8> after a best of 2." in words_of(text)
+    assert "The best model so far was that of round 2" in words_of(text)
+    assert '<span class="status halted">halted</span>' in text
+
+
+def test_a_run_that_halts_before_its_first_model_shows_why(tmp_path):
+    refusals = {"training-diverged": 41}
+    text = report(tmp_path, results(0, halted="41 sessions in a row came to nothing", refusals=refusals))
+    assert "Training was halted in its first round" in words_of(text)
+    assert "training-diverged 41" in words_of(text)
+
+
+def test_rounds_that_changed_nothing_are_not_overlooked(tmp_path):
+    rounds = tuple(round_result(n, unchanged="TooManyByzantine" if n > 1 else None) for n in range(1, 13))
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds}))
+    assert "11 of 12 rounds left the model as it was" in words_of(text)
+    assert "Round 2, 3, 4, 5, 6, 7, 8, 9 and 3 more: the rule does not stand so many" in words_of(text)
+
+
+def test_the_table_of_rounds_has_columns_for_what_is_in_use(tmp_path):
+    rounds = (round_result(1, excluded=(1,), clipped=1, norm_median=1.0, norm_max=1.0, staleness={4: 2}),)
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds}))
+    for head in ("left out", "clipped", "oldest"):
+        assert f'<th scope="col" class="n">{head}</th>' in text
 
 
 def test_the_command_repeats_the_run():

@@ -1,0 +1,78 @@
+"""The last words of a run on the console: what came out, and, where it was in use, what aggregation did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simulator import tally
+from simulator.progress import human_bytes, human_time
+from simulator.results import SimulationResults
+
+
+def summary_of(results: SimulationResults, folder: Path) -> list[str]:
+    """Lines to print.
+
+    Args:
+        results: Of the run.
+        folder: Where they are.
+    """
+    of_rounds = f" of {results.config.rounds}" if results.halted is not None else ""
+    status = "halted" if results.halted is not None else results.status
+    lines = [f"{status} after {len(results.rounds)}{of_rounds} rounds in {human_time(results.seconds)}"]
+    if results.halted is not None:
+        lines.append(_line("why", results.halted))
+    if results.final_accuracy is not None:
+        lines.append(_line("test accuracy", f"{results.final_accuracy:.4f}"))
+    lines += [
+        _line("model", results.model_sha256 or "-"),
+        _line("traffic", f"{human_bytes(results.bytes_up)} up, {human_bytes(results.bytes_down)} down"),
+        *_aggregation(results),
+        _line("throughput", f"{results.clients_per_second:.0f} clients/s"),
+        _line("results", str(folder / "results.json")),
+        _line("report", str(folder / "report.html")),
+    ]
+    return lines
+
+
+def _aggregation(results: SimulationResults) -> list[str]:
+    lines = []
+    saved = tally.saving(results)
+    if saved is not None:
+        lines.append(
+            _line("saved", f"{_percent(saved.share)} ({human_bytes(saved.sent)} instead of {human_bytes(saved.dense)})")
+        )
+    found = tally.exclusions(results)
+    if found.excluded:
+        words = f"{found.excluded} of {found.reports} reports"
+        if found.precision is not None and found.recall is not None:
+            words += (
+                f"; {found.caught} were attackers' (precision {_percent(found.precision)}), of all {found.attackers} "
+                f"of theirs (recall {_percent(found.recall)})"
+            )
+        lines.append(_line("left out", words))
+    clipped = sum(r.clipped for r in results.rounds)
+    if clipped:
+        lines.append(_line("clipped", f"{clipped} of {found.reports} reports"))
+    ages = tally.ages(results)
+    if any(ages):
+        lines.append(_line("staleness", f"{tally.mean_age(ages):.2f} versions on average, at most {max(ages)}"))
+    if tally.selects(results) and results.slow_share is not None:
+        words = f"Jain's index {results.jain_index:.3f}; slow devices counted {results.slow_share:.2f} times as often"
+        lines.append(_line("fairness", words))
+    failed = tally.failures(results)
+    if failed:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in failed.items())
+        lines.append(_line("refused", f"{sum(failed.values())} reports ({reasons})"))
+    unchanged = tally.unchanged(results)
+    if unchanged:
+        rounds = sum(map(len, unchanged.values()))
+        lines.append(_line("unchanged", f"{rounds} rounds left the model as it was ({', '.join(unchanged)})"))
+    return lines
+
+
+def _line(name: str, words: str) -> str:
+    return f"{name:<16}{words}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
