@@ -15,7 +15,8 @@ _SQUARE_H: Final = 24
 _LEFT: Final = 186
 _PAD: Final = 18
 _HEAD: Final = 58
-_COLUMN_HEAD: Final = 40
+_COLUMN_LETTERS: Final = 10
+_LINE_H: Final = 14
 _PANEL_GAP: Final = 22
 _LEGEND: Final = 52
 _LEGEND_W: Final = 240
@@ -91,7 +92,7 @@ def heatmap(title: str, lead: str, columns: Sequence[str], panels: Sequence[Pane
     Args:
         title: Of the whole.
         lead: One line below it.
-        columns: Names of the columns; long ones are broken at a hyphen or a plus.
+        columns: Names of the columns, at least one; long ones are broken after a hyphen or a plus.
         panels: One below the other.
         scale: Of the colours.
 
@@ -127,13 +128,13 @@ def heatmap(title: str, lead: str, columns: Sequence[str], panels: Sequence[Pane
 
 def _panel(parts: list[str], panel: Panel, columns: Sequence[str], scale: Scale, top: int) -> int:
     """Draw a panel; returns where the next one begins."""
-    y = top + _COLUMN_HEAD
+    heads = [_broken(name) for name in columns]
+    y = top + 12 + _LINE_H * max(map(len, heads))
     parts.append(f'<text x="{_PAD}" y="{y - 8}" font-weight="600">{escape(panel.title)}</text>')
-    for i, name in enumerate(columns):
+    for i, lines in enumerate(heads):
         x = _LEFT + _SQUARE_W * i + _SQUARE_W / 2
-        lines = _broken(name)
         for j, line in enumerate(lines):
-            at = y - 8 - 14 * (len(lines) - 1 - j)
+            at = y - 8 - _LINE_H * (len(lines) - 1 - j)
             parts.append(f'<text x="{x:g}" y="{at}" font-size="12" text-anchor="middle">{escape(line)}</text>')
     for number, (name, squares) in enumerate(panel.rows):
         if panel.set_apart and number == len(panel.rows) - panel.set_apart:
@@ -169,14 +170,13 @@ def _legend(parts: list[str], scale: Scale, y: int) -> None:
 
 
 def _broken(name: str) -> list[str]:
-    """At most two lines, broken after the hyphen or plus that halves it best."""
-    if len(name) <= 11:
-        return [name]
-    breaks = [m.end() for m in re.finditer(r"[-+]", name)]
-    if not breaks:
-        return [name]
-    at = min(breaks, key=lambda place: abs(place - len(name) / 2))
-    return [name[:at], name[at:]]
+    """Lines that fit over a square, broken after hyphens and pluses."""
+    lines = [""]
+    for piece in re.findall(r"[^-+]*[-+]|[^-+]+", name):
+        if lines[-1] and len(lines[-1]) + len(piece) > _COLUMN_LETTERS:
+            lines.append("")
+        lines[-1] += piece
+    return lines
 
 
 def _colour(place: float | None) -> Colour:

@@ -295,9 +295,9 @@ def test_a_fraction_of_nobody_is_refused_with_the_smallest_that_works():
 class Run:
     """The part of a configuration that an attack needs."""
 
-    def __init__(self, attack, byzantine=0.3, seed=1, devices=20, cohort_size=10):
+    def __init__(self, attack, byzantine=0.3, seed=1, devices=20, cohort_size=10, max_staleness=0):
         self.attack, self.byzantine, self.seed = attack, byzantine, seed
-        self.devices, self.cohort_size = devices, cohort_size
+        self.devices, self.cohort_size, self.max_staleness = devices, cohort_size, max_staleness
 
 
 def test_no_attack_is_no_plan():
