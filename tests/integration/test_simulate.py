@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import pytest
 from client_sdk.cli import main
 from server_ref.aggregation.staleness import StalenessPolicy
 from simulator.config import SimulationConfig
+from simulator.datasets import Split
 from simulator.embedded import EmbeddedServer
 from simulator.errors import ResumeMismatch, ServerUnavailable
 from simulator.folder import RunFolder
+from simulator.prepare import Fleet
 from simulator.results import SimulationResults
 from simulator.run import RunOptions, run_simulation
 
@@ -28,9 +31,9 @@ SMALL = SimulationConfig.parse(
 LONGER = SMALL.model_copy(update={"rounds": 12})
 
 
-def simulate(config, out, **options):
+def simulate(config, out, fleet=None, **options):
     with RunFolder.begin(out, config) as folder:
-        return run_simulation(folder, RunOptions(**options))
+        return run_simulation(folder, RunOptions(**options), fleet)
 
 
 def resume(out, **options):
@@ -103,6 +106,46 @@ def test_threads_and_runtime_do_not_change_the_model(small, tmp_path):
 def test_another_seed_gives_another_model(small, tmp_path):
     _, results, _ = small
     assert simulate(SMALL.model_copy(update={"seed": 4}), tmp_path / "run").model_sha256 != results.model_sha256
+
+
+def with_broken_devices(config, broken):
+    """A fleet some of whose devices hold numbers on which no training stays finite."""
+    fleet = Fleet.of(config)
+    x = fleet.dataset.train.x.copy()
+    for device in broken:
+        x[fleet.parts[device]] *= 1e30
+    return replace(fleet, dataset=replace(fleet.dataset, train=Split(x, fleet.dataset.train.y)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"cohort": 2, "overselect": 3.0, "refill_at": 1, "staleness": StalenessPolicy(max_staleness=4), "rounds": 6}],
+    ids=["synchronous", "asynchronous"],
+)
+def test_devices_that_cannot_train_end_no_run_and_change_with_no_thread(tmp_path, changes):
+    config = SMALL.model_copy(update=changes)
+    one, three = (
+        simulate(config, tmp_path / str(n), fleet=with_broken_devices(config, range(0, 10, 3)), workers=n)
+        for n in (1, 3)
+    )
+    assert one.status == three.status == "completed"
+    assert one.halted is None
+    assert one.model_sha256 == three.model_sha256
+    assert one.refusals == three.refusals
+    failed = sum(n for reason, n in one.refusals.items() if reason != "stale-report")
+    assert failed == sum(t.refused for t in one.tiers) > 0
+    assert "refused or failed" in (tmp_path / "1" / "report.html").read_text()
+
+
+def test_a_fleet_in_which_nobody_can_train_is_halted_with_a_report_also_when_it_is_resumed(tmp_path):
+    fleet = with_broken_devices(SMALL, range(SMALL.devices))
+    results = simulate(SMALL, tmp_path / "run", fleet=fleet)
+    assert results.halted is not None
+    assert "sessions in a row came to nothing" in results.halted
+    assert results.rounds == ()
+    assert sum(results.refusals.values()) == SMALL.devices + 1
+    with RunFolder.resume(tmp_path / "run", {}) as folder:
+        assert run_simulation(folder, RunOptions(), fleet).halted == results.halted
 
 
 def test_asynchronous_rounds_are_repeatable_too(tmp_path):
