@@ -12,7 +12,8 @@ from server_ref.flags import add_aggregation_flags, aggregation_settings, merged
 _EPILOG = """\
 examples:
   pocketfed export mlp --out bundles/mlp --feature-shape 784 --classes 10
-  pocketfed serve --bundle bundles/mlp --data-dir state --validation-data val.npz --rounds 40 --buffer 20
+  pocketfed serve --bundle bundles/mlp --data-dir state --validation-data val.npz --rounds 40 \\
+      --buffer 20
   pocketfed serve --bundle bundles/mlp --data-dir state --rule multi-krum --byzantine 0.2 --buffer 20
   pocketfed serve --bundle bundles/mlp --data-dir state --async --buffer 10 --compression topk:0.01
   pocketfed serve --config server.toml
@@ -35,9 +36,9 @@ A configuration file holds the same settings (and more) as TOML:
   rule = "multi-krum"
   byzantine_fraction = 0.2
 
-Environment variables override the file (POCKETFED_TASK__ROUNDS=80), flags override both. Once it listens, the
-server prints one line of JSON with its url; the API is documented at /docs. It may be killed at any moment: a
-restart on the same data_dir loses no acknowledged report.
+Environment variables override the file (POCKETFED_TASK__ROUNDS=80), flags override both. Once it
+listens, the server prints one line of JSON with its url; the API is documented at /docs. It may be
+killed at any moment: a restart on the same data_dir loses no acknowledged report.
 """
 
 
@@ -46,26 +47,37 @@ def serve_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespa
     parser.description = "Run the reference server: it hands out work, sums reports exactly and makes the next model."
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="TOML file with the settings")
+    parser.usage = "pocketfed serve (--config FILE | --bundle DIR --data-dir DIR) [options]"
+    add = parser.add_argument_group("where things are").add_argument
+    add("--config", type=Path, metavar="FILE", help="TOML file with the settings, these flags' and more")
     add("--data-dir", type=Path, metavar="DIR", help="database and blobs live here")
     add("--bundle", type=Path, metavar="DIR", help="exported program: program.pte, manifest.json, weights.safetensors")
-    add("--validation-data", type=Path, metavar="NPZ", help="x and y to score each new model on")
-    add("--host", help="address to listen on (default 127.0.0.1)")
-    add("--port", type=int, help="port to listen on (default 8470; 0 picks a free one)")
-    add("--rounds", type=int, help="model updates until the task is finished (default 10)")
-    add("--buffer", type=int, metavar="N", help="reports per model update (default 10)")
-    add("--concurrency", type=int, metavar="N", help="devices at work at once (default: the buffer)")
-    add("--lease", type=float, metavar="SECONDS", help="time a device has for its report (default 600)")
-    add("--epochs", type=int, metavar="N", help="local passes over a device's examples (default 1)")
-    add("--batch-size", type=int, metavar="N", help="examples per local step (default 32)")
-    add("--lr", type=float, metavar="RATE", help="learning rate of the local steps (default 0.1)")
-    add("--prox-mu", type=float, metavar="MU", help="FedProx: pull towards the global model (default 0)")
+    add("--validation-data", type=Path, metavar="NPZ", help="x and y to score each new model on (default: no scores)")
+    add("--host", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=int, help="port to listen on (default: 8470; 0 picks a free one)")
+    add = parser.add_argument_group("rounds").add_argument
+    add("--rounds", type=int, metavar="R", help="model updates until the task is finished (default: 10)")
+    add("--buffer", type=int, metavar="N", help="reports per model update (default: 10)")
     add(
-        "--byzantine", type=float, metavar="F", help="fraction of a buffer's updates that the rule stands, if dishonest"
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="devices at work at once (default: the buffer; with --async twice --buffer)",
     )
-    add("--population", type=int, metavar="N", help="devices in all (scaffold needs to know)")
+    add("--lease", type=float, metavar="SECONDS", help="time that a device has for its report (default: 600)")
+    add("--population", type=int, metavar="N", help="devices in all (--algorithm scaffold needs to know)")
+    add = parser.add_argument_group("local training").add_argument
+    add("--epochs", type=int, metavar="N", help="passes over a device's examples (default: 1)")
+    add("--batch-size", type=int, metavar="N", help="examples per step (default: 32)")
+    add("--lr", type=float, metavar="RATE", help="learning rate (default: 0.1)")
+    add("--prox-mu", type=float, metavar="MU", help="FedProx's pull towards the global model (default: 0, FedAvg)")
     add_aggregation_flags(parser)
+    parser.add_argument_group("dishonest devices").add_argument(
+        "--byzantine",
+        type=float,
+        metavar="F",
+        help="fraction of a buffer's updates that the --rule stands, instead of --num-byzantine (default: estimated)",
+    )
     return run_serve
 
 

@@ -56,9 +56,9 @@ class SelectionConfig(_Section):
     """Who gets a free slot."""
 
     policy: Literal["any", "fair", "fast"] = Field(
-        "any", description="any: who comes first; fair, fast: slow devices are turned away sometimes, or often"
+        "any", description="any: who comes first; fair: who has taken part less; fast: the slower, the less often"
     )
-    floor: float = Field(0.2, gt=0, le=1, description="smallest chance of a slow device beside the fastest one's")
+    floor: float = Field(0.2, gt=0, le=1, description="chance that fair and fast leave to everybody")
 
 
 class DivergenceConfig(_Section):

@@ -23,33 +23,48 @@ ASYNC_STALENESS: Final = 10
 
 
 def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, in three groups. Every default is None: what is not given stays as the configuration has it."""
+    """Add the flags, in four groups. Every default is None: what is not given stays as the configuration has it."""
     add = parser.add_argument_group("aggregation").add_argument
-    add("--rule", choices=RULES, help="how a round's updates become one (default mean; the others stand attackers)")
+    add(
+        "--rule",
+        choices=RULES,
+        metavar="RULE",
+        help=f"how a round's updates become one: {RULES[0]} (default), or a rule that stands dishonest ones: "
+        f"{', '.join(RULES[1:])}",
+    )
     add("--num-byzantine", type=int, metavar="N", help="dishonest updates of a buffer that the rule stands")
     add(
         "--mixing",
         choices=("none", "bucketing", "nnm"),
-        help="before the rule: means of random buckets, or of nearest neighbours",
+        help="before the rule: means of random buckets, or of nearest neighbours (default: none)",
     )
-    add("--distances", choices=("exact", "sketch", "sampled"), help="how Krum compares updates (default exact)")
+    add("--distances", choices=("exact", "sketch", "sampled"), help="how Krum compares updates (default: exact)")
     add("--clip-norm", type=float, metavar="C", help="largest L2 norm of an update (default: not clipped)")
-    add("--clip-scope", choices=("global", "layer"), help="one norm for the whole update (default), or one per layer")
-    add("--weighting", choices=("samples", "uniform"), help="a report weighs its number of examples (default), or 1")
-    add("--optimizer", choices=OPTIMIZERS, help="what applies the aggregate to the model (default sgd)")
-    add("--server-lr", type=float, metavar="RATE", help="learning rate of that optimizer (default 1)")
-    add("--server-momentum", type=float, metavar="BETA", help="momentum of sgd (default 0)")
-    add = parser.add_argument_group("local training and what is sent").add_argument
+    add(
+        "--clip-scope",
+        choices=("global", "layer"),
+        help="one norm for the whole update, or one per layer (default: global)",
+    )
+    add(
+        "--weighting",
+        choices=("samples", "uniform"),
+        help="a report weighs its number of examples, or 1 (default: samples; the rules weigh all alike)",
+    )
+    add("--optimizer", choices=OPTIMIZERS, help="what applies the aggregate to the model (default: sgd)")
+    add("--server-lr", type=float, metavar="RATE", help="learning rate of that optimizer (default: 1)")
+    add("--server-momentum", type=float, metavar="BETA", help="momentum of sgd (default: 0)")
+    add = parser.add_argument_group("what devices send").add_argument
     add(
         "--algorithm",
         choices=("fedavg", "scaffold", "fednova"),
-        help="what devices train and send (default fedavg; FedProx is --prox-mu)",
+        help="what devices train and send (default: fedavg; FedProx is --prox-mu)",
     )
-    add("--max-steps", type=int, metavar="N", help="end local training after so many steps (fednova needs it)")
+    add("--max-steps", type=int, metavar="N", help="end local training after so many steps (default: no limit)")
     add(
         "--compression",
         metavar="SPEC",
-        help="topk:0.01, randomk:0.1, threshold:1e-3, sketch:0.05, quantize:8; add ,bits=8 or ,rotate (default: none)",
+        help="topk:0.01, randomk:0.1, threshold:1e-3, sketch:0.05 or quantize:8; more after commas: topk:0.01,bits=8 "
+        "or quantize:4,rotate (default: none)",
     )
     add = parser.add_argument_group("asynchronous rounds").add_argument
     add(
@@ -62,14 +77,15 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
         "--max-staleness",
         type=int,
         metavar="N",
-        help=f"model versions an update may lag behind (0; with --async {ASYNC_STALENESS})",
+        help=f"model versions that an update may lag behind (default: 0; with --async {ASYNC_STALENESS})",
     )
     add(
         "--staleness",
         metavar="WEIGHTS",
-        help="what lateness costs: polynomial:0.5 (default), constant, or adaptive:0.5..2 over the run",
+        help="what age costs: polynomial:EXPONENT, constant, or adaptive:FIRST..LAST over the run "
+        "(default: polynomial:0.5)",
     )
-    add("--tighten", type=int, metavar="ROUNDS", help="let the staleness tolerance fall to 0 over so many rounds")
+    add("--tighten", type=int, metavar="ROUNDS", help="let the accepted staleness fall to 0 over so many rounds")
     add("--stale-lr", action="store_true", help="divide the server's learning rate by 1 + the buffer's mean staleness")
     add(
         "--delay-damping",
@@ -77,9 +93,18 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="correct stale updates by the steps they missed; D is about learning rate x curvature (default: off)",
     )
-    add("--selection", choices=("any", "fair", "fast"), help="who gets a free slot (default any: who comes first)")
+    add = parser.add_argument_group("who gets work").add_argument
     add(
-        "--selection-floor", type=float, metavar="F", help="smallest chance of a slow device beside the fastest's (0.2)"
+        "--selection",
+        choices=("any", "fair", "fast"),
+        help="any: who comes first; fair: who has taken part less; fast: the slower a device, the less often "
+        "(default: any)",
+    )
+    add(
+        "--selection-floor",
+        type=float,
+        metavar="F",
+        help="chance that fair and fast leave to everybody (default: 0.2)",
     )
 
 

@@ -25,22 +25,26 @@ examples:
   one phone in ten vanishes; invite a third more than needed, keep the first to report:
     pocketfed simulate --dropout 0.1 --overselect 1.3 --out runs/dropouts
 
-  asynchronous: a model update every 10 reports, 40 devices always at work, at most 8 versions behind:
+  asynchronous: a model of every 10 reports, 40 devices always at work, at most 8 versions behind:
     pocketfed simulate --async --buffer 10 --overselect 4 --max-staleness 8 --out runs/async
 
-  a fifth of the devices are dishonest and hide in the spread of the honest ones' updates; a rule that stands it:
+  a fifth of the devices are dishonest and hide among the honest ones; a rule that stands them:
     pocketfed simulate --attack alie:1.5 --byzantine 0.2 --rule multi-krum --out runs/attacked
 
   devices send one value in a hundred, and the rest later:
     pocketfed simulate --compression topk:0.01 --out runs/small
 
+  the same sessions and rounds without server and HTTP, trained in batches: for large fleets
+    pocketfed simulate --engine cohort --devices 1000 --cohort 100 --out runs/large
+
   go on after Ctrl-C (or after the machine went down):
     pocketfed simulate --resume --out runs/fashion
 
-What happens: the training data is dealt out to the devices, the model is exported to an ExecuTorch program (cached),
-a server starts on loopback, and every device runs the SDK against it over HTTP: enrol, check in, download, train,
-upload. Time is simulated, so a seed gives the same model however fast the machine is and however many workers run.
-The devices' keys are derived from the seed: simulation identities, never for a production server.
+What happens: the training data is dealt out to the devices, the model is exported to an ExecuTorch
+program (cached), a server starts on loopback, and every device runs the SDK against it over HTTP:
+enrol, check in, download, train, upload. Time is simulated, so a seed gives the same model however
+fast the machine is and however many workers run. The devices' keys are derived from the seed:
+simulation identities, never for a production server.
 
 DIR gets results.json (every figure), report.html (plots, opens offline), and what --resume needs.
 """
@@ -52,9 +56,10 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 
     parser.description = (
         "Train a model on a simulated fleet, and write a report.\n\n"
-        "Every device runs the real thing: the client SDK with an exported ExecuTorch program, over HTTP, against the\n"
-        "reference server. Only the devices' clock is simulated."
+        "Every device runs the real thing: the client SDK with an exported ExecuTorch program, over HTTP,\n"
+        "against the reference server. Only the devices' clock is simulated."
     )
+    parser.usage = "pocketfed simulate --out DIR [options]"
     parser.epilog = _SIMULATE_EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     # Defaults are those of SimulationConfig; None tells what was given from what was not, which --resume must know.
