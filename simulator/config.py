@@ -178,6 +178,10 @@ class SimulationConfig(BaseModel):
             )
         if self.engine == "cohort" and self.server is not None:
             raise ConfigurationError("--engine cohort plays without HTTP; leave it or --server out")
+        try:
+            _ = self.plan
+        except ValidationError as e:
+            raise ConfigurationError(_told(e)) from e
         self._check_attack()
 
     def _check_attack(self) -> None:
@@ -204,9 +208,7 @@ class SimulationConfig(BaseModel):
             given = {k: v for k, v in values.items() if v is not None}
             config = cls.model_validate({**RECIPES.get(str(given.get("dataset")), {}), **given})
         except ValidationError as e:
-            raise ConfigurationError(
-                "; ".join(f"{flag_of(err['loc'])}: {_plain(err['msg'])} (got {err['input']!r})" for err in e.errors())
-            ) from e
+            raise ConfigurationError(_told(e)) from e
         config.check()
         return config
 
@@ -275,5 +277,14 @@ def flag_of(location: tuple[int | str, ...]) -> str:
     return _FLAGS.get(name, name if "." in name else "--" + name.replace("_", "-"))
 
 
-def _plain(message: str) -> str:
-    return message[:1].lower() + message[1:]
+def _told(error: ValidationError) -> str:
+    """What is wrong, by flags; a combination of settings speaks for itself."""
+    problems = []
+    for problem in error.errors():
+        words = problem["msg"].removeprefix("Value error, ")
+        if isinstance(problem["input"], Mapping):
+            problems.append(words)
+        else:
+            plain = words[:1].lower() + words[1:]
+            problems.append(f"{flag_of(problem['loc'])}: {plain} (got {problem['input']!r})")
+    return "; ".join(problems)

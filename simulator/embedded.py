@@ -139,7 +139,7 @@ class EmbeddedServer:
 
     def _last_words(self) -> str:
         lines = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
-        return f"{lines[-1] if lines else 'it logged nothing'} (see {self.log})"
+        return f"{lines[-1].removeprefix('error: ') if lines else 'it logged nothing'} (see {self.log})"
 
     def stop(self) -> None:
         """Let the child finish and end; kill it if it does not."""

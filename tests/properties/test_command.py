@@ -57,7 +57,8 @@ SPECS = st.one_of(
     st.just("quantize:4,rotate"),
 )
 ATTACKS = one_of("sign-flip", "scaling:1000", "alie", "alie:1.5", "backdoor:target=7,scale=5", "min-max:sign")
-# Every flag that decides something, with values that do not contradict one another (the others: see ``flags``).
+ALGORITHMS = one_of("fedavg", "scaffold", "fednova")
+# Every flag that decides something, with values that do not contradict one another (the others: ``CHOICES``).
 FREE = {
     "--dataset": one_of("digits", "fashion-mnist"),
     "--model": one_of("softmax", "mlp", "cnn"),
@@ -74,7 +75,6 @@ FREE = {
     "--epochs": ints(1, 1000),
     "--batch-size": st.one_of(ints(1, 4096), st.sampled_from(["8", "16"])),
     "--lr": st.one_of(floats(1e-9, 1e3), st.sampled_from(["0.1", "0.5"])),
-    "--prox-mu": floats(0, 1e6),
     "--byzantine": floats(0.01, 0.9),
     "--rule": one_of(*RULES),
     "--num-byzantine": ints(0, 50),
@@ -84,7 +84,6 @@ FREE = {
     "--clip-scope": one_of("global", "layer"),
     "--weighting": one_of("samples", "uniform"),
     "--server-lr": floats(1e-9, 1e3),
-    "--algorithm": one_of("fedavg", "scaffold", "fednova"),
     "--max-steps": ints(1, 1000),
     "--compression": SPECS,
     "--async": None,
@@ -93,35 +92,41 @@ FREE = {
     "--selection-floor": floats(1e-9, 1),
 }
 STALE = {"--max-staleness": ints(0, 100), "--staleness": weights(), "--tighten": ints(1, 100), "--stale-lr": None}
-LINKED = {"--optimizer", "--server-momentum", "--attack", "--engine", "--server"}
+LINKED = {"--prox-mu", "--algorithm", "--optimizer", "--server-momentum", "--attack", "--engine", "--server"}
+
+
+def word(flag, values):
+    """A flag with a value, or alone where it takes none."""
+    return st.just(flag) if values is None else values.map(f"{flag}={{}}".format)
+
+
+# Flags that do not go with each other: one choice of each row.
+CHOICES = [
+    [st.just([]), st.tuples(word("--prox-mu", floats(0, 1e6))), st.tuples(word("--algorithm", ALGORITHMS))],
+    [
+        st.just([]),
+        st.tuples(word("--server-momentum", floats(0, 1, exclude_max=True))),
+        st.tuples(word("--optimizer", one_of(*OPTIMIZERS))),
+    ],
+    [
+        st.just([]),
+        st.tuples(st.just("--byzantine=0.2"), word("--attack", ATTACKS)),
+        st.just(["--engine=cohort"]),
+        st.just(["--server=http://127.0.0.1:8470"]),
+    ],
+]
 
 
 @st.composite
 def flags(draw):
-    words = []
-
-    def say(flag, value):
-        words.extend([flag] if value is None else [f"{flag}={draw(value)}"])
-
     # Always a fleet that is large enough for what the others ask of it.
-    for flag in sorted({"--devices", *draw(st.lists(st.sampled_from(sorted(FREE))))}):
-        say(flag, FREE[flag])
+    said = {"--devices": None, **draw(st.dictionaries(st.sampled_from(sorted(FREE)), st.none()))}
     if draw(st.booleans()):
         # What staleness costs is refused where none is accepted.
-        for flag in sorted({"--max-staleness", *draw(st.lists(st.sampled_from(sorted(STALE))))}):
-            say(flag, STALE[flag])
-    match draw(one_of("momentum", "optimizer", "neither")):
-        case "momentum":
-            say("--server-momentum", floats(0, 1, exclude_max=True))
-        case "optimizer":
-            say("--optimizer", one_of(*OPTIMIZERS))
-    match draw(one_of("attack", "cohort", "server", "neither")):
-        case "attack":
-            words += ["--byzantine=0.2", f"--attack={draw(ATTACKS)}"]
-        case "cohort":
-            words.append("--engine=cohort")
-        case "server":
-            words.append("--server=http://127.0.0.1:8470")
+        said |= {"--max-staleness": None, **draw(st.dictionaries(st.sampled_from(sorted(STALE)), st.none()))}
+    words = [draw(word(flag, {**FREE, **STALE}[flag])) for flag in sorted(said)]
+    for row in CHOICES:
+        words += draw(st.one_of(row))
     return ["--out=DIR", *words]
 
 

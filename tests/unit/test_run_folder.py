@@ -61,6 +61,15 @@ def test_resume_takes_the_runs_own_configuration(tmp_path):
         assert not folder.fresh
 
 
+def test_resume_compares_what_is_given_of_a_section_and_nothing_else(tmp_path):
+    config = SimulationConfig(aggregation={"rule": "krum", "clip_norm": 5.0})
+    RunFolder.begin(tmp_path / "run", config).close()
+    with RunFolder.resume(tmp_path / "run", {"aggregation": {"rule": "krum"}}) as folder:
+        assert folder.config == config
+    with pytest.raises(ResumeMismatch, match=r"--rule bulyan \(the run has krum\)\. Leave"):
+        RunFolder.resume(tmp_path / "run", {"aggregation": {"rule": "bulyan"}})
+
+
 def test_resume_with_other_values_names_them(tmp_path):
     begin(tmp_path)
     with pytest.raises(ResumeMismatch, match=r"--seed 6 \(the run has 5\).*Leave these flags out"):

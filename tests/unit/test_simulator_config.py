@@ -50,6 +50,19 @@ def test_there_is_a_recipe_for_every_data_set_and_the_defaults_are_that_of_the_d
         ({"epochs": 0}, "--epochs"),
         ({"batch_size": 0}, "--batch-size"),
         ({"staleness": {"max_staleness": -1}}, "--max-staleness"),
+        ({"optimizer": {"name": "adam", "momentum": 0.5}}, "^adam has no momentum$"),
+        ({"algorithm": "scaffold", "prox_mu": 0.1}, "^prox_mu has no meaning with scaffold; set it to 0"),
+        ({"algorithm": "fednova", "prox_mu": 10.0, "learning_rate": 0.1}, "learning_rate . prox_mu < 1"),
+        ({"algorithm": "fedprox"}, "--algorithm.*'fedavg'"),
+        ({"aggregation": {"rule": "krumm"}}, "--rule.*'multi-krum'"),
+        ({"aggregation": {"clip_norm": 0}}, "--clip-norm"),
+        ({"aggregation": {"bucket_size": 0}}, "aggregation.bucket_size: "),
+        ({"selection": {"floor": 2}}, "--selection-floor"),
+        ({"delay_damping": 2}, "--delay-damping"),
+        ({"staleness": {"max_staleness": 1, "exponent": -1}}, "--staleness"),
+        ({"byzantine": 1.0}, "--byzantine"),
+        ({"attack": "alie"}, "--attack alie needs attackers"),
+        ({"attack": "alie", "byzantine": 0.2, "server": "http://127.0.0.1:1"}, "--attack is for the simulation's own"),
         ({"model": "transformer"}, "--model.*'softmax', 'mlp' or 'cnn'.*got 'transformer'"),
     ],
 )
@@ -76,6 +89,15 @@ def test_over_selection_invites_at_least_the_cohort(cohort, overselect):
 
 def test_whole_multiples_invite_exactly_as_many():
     assert SimulationConfig(cohort=10, overselect=1.1).concurrency == 11
+
+
+def test_differences_of_nested_settings_are_named_as_flags_where_there_is_one():
+    ours = SimulationConfig(aggregation={"rule": "krum", "bucket_size": 3}, optimizer={"learning_rate": 2.0})
+    assert ours.differences(SimulationConfig()) == [
+        "--rule krum (the run has mean)",
+        "aggregation.bucket_size 3 (the run has 2)",
+        "--server-lr 2.0 (the run has 1.0)",
+    ]
 
 
 def test_differences_are_named_as_flags():
