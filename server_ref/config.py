@@ -43,6 +43,10 @@ class AggregationConfig(_Section):
     distances: Literal["exact", "sketch", "sampled"] = Field(
         "exact", description="how Krum's distances are computed: exactly, from sketches, or to sampled peers"
     )
+    degraded: bool = Field(
+        default=False,
+        description="if the buffer is too small for the rule, stand as many as it can; else it is refused",
+    )
     selected: int | None = Field(None, ge=1, description="updates that multi-krum averages; default: n - f - 2")
     clip_norm: float | None = Field(None, gt=0, allow_inf_nan=False, description="largest L2 norm of an update")
     clip_scope: Literal["global", "layer"] = Field("global", description="one norm for the update, or one per layer")

@@ -34,6 +34,11 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--num-byzantine", type=int, metavar="N", help="dishonest updates of a buffer that the rule stands")
     add(
+        "--degraded",
+        action="store_true",
+        help="stand fewer dishonest updates where the buffer is too small for the rule, instead of refusing",
+    )
+    add(
         "--mixing",
         choices=("none", "bucketing", "nnm"),
         help="before the rule: means of random buckets, or of nearest neighbours (default: none)",
@@ -124,6 +129,7 @@ def aggregation_settings(args: argparse.Namespace, *, rounds: int | None) -> dic
         aggregation=_given(
             rule=args.rule,
             num_byzantine=args.num_byzantine,
+            degraded=args.degraded or None,
             mixing=args.mixing,
             distances=args.distances,
             clip_norm=args.clip_norm,

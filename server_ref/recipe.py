@@ -127,6 +127,7 @@ def _reduce(config: TaskConfig) -> Reduce:
             mode=DistanceMode(settings.distances),
             mixing=Mixing(settings.mixing),
             bucket_size=settings.bucket_size,
+            degraded=settings.degraded,
         ),
         seed=config.seed,
         renormalise=renormalise,

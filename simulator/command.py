@@ -33,6 +33,8 @@ def command_of(config: SimulationConfig) -> str:
 
 
 def _word(flag: str, value: Any) -> str:  # noqa: ANN401 - a setting of any type
+    if value is True:
+        return flag
     return f"{flag} {shlex.quote(_number(value) if isinstance(value, float) else str(value))}"
 
 

@@ -252,6 +252,7 @@ _FLAGS = {
     "learning_rate": "--lr",
     "aggregation.rule": "--rule",
     "aggregation.num_byzantine": "--num-byzantine",
+    "aggregation.degraded": "--degraded",
     "aggregation.mixing": "--mixing",
     "aggregation.distances": "--distances",
     "aggregation.clip_norm": "--clip-norm",

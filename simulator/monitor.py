@@ -246,6 +246,7 @@ class RunMonitor:
                 attackers=sum(s.number in attackers for s in counted[r]) if attackers else 0,
                 excluded_attackers=sum(number in attackers for number in committed.measurements.excluded),
                 num_byzantine=committed.measurements.num_byzantine,
+                degraded=committed.measurements.degraded,
                 clipped=committed.measurements.clipped,
                 norm_median=committed.measurements.norm_median,
                 norm_max=committed.measurements.norm_max,

@@ -64,7 +64,11 @@ def section(page: Page, results: SimulationResults, times: Sequence[int], tier_o
     """
     page.section("Aggregation")
     steps = {slot: title for slot, title in results.pipeline.items() if not title.startswith("none")}
-    boxes = [pairs(steps, "What the server does with the reports, in this order") + _attack_words(results)]
+    boxes = [
+        pairs(steps, "What the server does with the reports, in this order")
+        + _degraded_words(results)
+        + _attack_words(results)
+    ]
     if results.refusals:
         boxes.append(_refusals(results))
     page.boxes(*boxes)
@@ -120,6 +124,17 @@ def _exclusion_words(results: SimulationResults) -> str:
                 f"{_percent(found.recall)})"
             )
     return words + "."
+
+
+def _degraded_words(results: SimulationResults) -> str:
+    degraded = [r.num_byzantine or 0 for r in results.rounds if r.degraded]
+    if not degraded:
+        return ""
+    least = min(degraded)
+    return (
+        f"<p>In {len(degraded)} of {len(results.rounds)} rounds the buffer was too small: the rule stood {least} "
+        f"dishonest report{'' if least == 1 else 's'} (degraded mode).</p>"
+    )
 
 
 def _attack_words(results: SimulationResults) -> str:

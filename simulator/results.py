@@ -51,6 +51,7 @@ class RoundResult(_Frozen):
     attackers: Count = Field(description="counted reports of devices that attack")
     excluded_attackers: Count = Field(description="those of them that the rule left out")
     num_byzantine: Count | None = Field(description="dishonest reports that the rule reckoned with; null: no rule")
+    degraded: bool = Field(description="whether these are fewer than it was to stand: the buffer was too small")
     clipped: Count = Field(description="counted reports whose norm was clipped")
     norm_median: NonNegative | None = Field(description="of the counted updates before clipping; null without clipping")
     norm_max: NonNegative | None

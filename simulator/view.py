@@ -42,6 +42,7 @@ class Measurements(BaseModel):
     norm_max: float | None = None
     aggregate_norm: float | None = Field(None, description="L2 norm of what the updates were made into")
     num_byzantine: int | None = Field(None, description="dishonest updates that the rule reckoned with")
+    degraded: bool = Field(default=False, description="whether these are fewer than it was to stand")
     unchanged: str | None = Field(None, description="why the round left the model as it was")
 
 

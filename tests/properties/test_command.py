@@ -78,6 +78,7 @@ FREE = {
     "--byzantine": floats(0.01, 0.9),
     "--rule": one_of(*RULES),
     "--num-byzantine": ints(0, 50),
+    "--degraded": None,
     "--mixing": one_of("none", "bucketing", "nnm"),
     "--distances": one_of("exact", "sketch", "sampled"),
     "--clip-norm": floats(1e-9, 1e9),

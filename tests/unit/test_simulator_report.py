@@ -30,8 +30,8 @@ def round_result(number, **changes):
         "round": number, "accuracy": number / (number + 5), "loss": 1.5, "train_loss": 0.9, "reports": 2,
         "discarded": 1, "bytes_up": 4000, "bytes_down": 5000, "seconds": 0.25, "opened_at_s": 10.0 * (number - 1),
         "closed_at_s": 10.0 * number, "bytes_counted": 12_400, "bytes_dense": 12_000, "excluded": (), "attackers": 0,
-        "excluded_attackers": 0, "num_byzantine": None, "clipped": 0, "norm_median": None, "norm_max": None,
-        "aggregate_norm": 0.5,
+        "excluded_attackers": 0, "num_byzantine": None, "degraded": False, "clipped": 0,
+        "norm_median": None, "norm_max": None, "aggregate_norm": 0.5,
         "staleness": {0: 2}, "unchanged": None, "model_sha256": HASH,
     }  # fmt: skip
     return RoundResult(**{**values, **changes})
@@ -281,6 +281,12 @@ def test_an_attack_on_a_rule_that_leaves_nobody_out_is_told_in_words(tmp_path):
     text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds, "config": config}))
     assert "1 of 2 counted reports were attackers' (zero)" in words_of(text)
     assert "excluded" not in drawn(text)
+
+
+def test_a_rule_that_stands_fewer_than_it_was_to_is_told(tmp_path):
+    rounds = (round_result(1, num_byzantine=1, degraded=True), round_result(2, num_byzantine=1))
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds}))
+    assert "In 1 of 2 rounds the buffer was too small: the rule stood 1 dishonest report" in words_of(text)
 
 
 def test_norms_and_clipping_are_drawn_where_updates_are_clipped(tmp_path):
