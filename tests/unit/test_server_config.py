@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
+from pydantic import BaseModel
 
-from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.errors import PROBLEM_PREFIX, ConfigurationError, from_problem
+from client_sdk.protocol.messages import WaitReason
 from server_ref.config import ServerConfig, TaskConfig, load_config
+from server_ref.models import encode_model
 from server_ref.recipe import compression_of
+from server_ref.task import load_task
+from tests.bundles import tiny_bundle
 
 FILE = """
 data_dir = "state"
@@ -77,17 +85,75 @@ def test_unreadable_files_are_told(tmp_path):
         load_config(tmp_path / "bad.toml")
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "server.md"
+
+
+def settings(model=ServerConfig, prefix=""):
+    """Every setting by its full name, with its default; ``...`` where it must be given."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            assert field.is_required() or field.default == field.annotation(), "a section's defaults are its fields'"
+            yield from settings(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", ... if field.is_required() else field.default
+
+
+def stated(page):
+    """Setting -> what its row says of the default; a row may hold several of each."""
+    found = {}
+    for line in page.split("## Settings")[1].split("\n## ")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `") and len(cells) == 3:
+            names = re.findall(r"`([^`]+)`", cells[0])
+            defaults = [word.strip(" `") for word in cells[1].split(",")]
+            assert len(names) == len(defaults), line
+            assert not set(names) & set(found), line
+            found |= dict(zip(names, defaults, strict=True))
+    return found
+
+
+def as_stated(name, value):
+    match value:
+        case None:
+            return {"task.concurrency": "buffer_size", "task.refill_at": "concurrency"}.get(name, "none")
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return f"{value:g}".replace("e-0", "e-")
+        case _:
+            return "" if value is ... else str(value)
+
+
 def test_the_operators_page_names_every_setting_with_its_default():
-    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
-    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
-    for model, prefix in ((ServerConfig, ""), (TaskConfig, "task.")):
-        for name, field in model.model_fields.items():
-            if name in {"task", "plan"}:
-                continue
-            [defaults] = [row[2] for row in rows if f"`{prefix}{name}`" in row[1]]
-            if isinstance(field.default, int | float) and not isinstance(field.default, bool):
-                stated = [word.strip("` ") for word in defaults.split(",")]
-                assert field.default in [float(n) for n in stated if n.replace(".", "", 1).replace("e-", "").isdigit()]
+    assert stated(PAGE.read_text()) == {name: as_stated(name, value) for name, value in settings()}
+
+
+def test_a_setting_that_the_page_forgets_or_gets_wrong_is_found():
+    rows = "## Settings\n| `a`, `b.c` | 1, `x` | words, `more` |\n| if | `no` row | of settings |\n"
+    assert stated(rows) == {"a": "1", "b.c": "x"}
+    everything = dict(settings())
+    assert everything["task.staleness.max_staleness"] == 0
+    assert everything["task.aggregation.rule"] == "mean"
+    assert everything["task.bundle"] is ...
+
+
+def test_every_type_of_refusal_that_the_page_names_exists():
+    section = PAGE.read_text().split("## Refused, and why")[1].split("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    slugs = {slug for row in rows for slug in re.findall(r"`([a-z-]+)`", row)}
+    assert {from_problem(PROBLEM_PREFIX + slug).slug for slug in slugs} == slugs
+    assert set(get_args(WaitReason)) <= set(re.findall(r"`([a-z-]+)`", section))
+
+
+def test_a_halted_task_goes_on_from_its_best_model_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bundle = tiny_bundle("softmax", tmp_path / "bundles" / "mlp")
+    best = encode_model(7, np.linspace(-1, 1, bundle.manifest.num_parameters).astype(np.float32), bundle.manifest)
+    Path("best.safetensors").write_bytes(best.frame)
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/server.md", "exec"), {})  # noqa: S102 - our own page
+    task = load_task(TaskConfig(bundle="bundles/again", plan={"batch_size": 4}))
+    assert task.initial_weights.tolist() == best.weights.tolist()
 
 
 def test_reports_weigh_what_the_sum_allows(tmp_path):
