@@ -101,9 +101,7 @@ def norms(rounds: Sequence[RoundResult], clip_norm: float | None) -> Figure:
         "data": data,
         "layout": {
             "xaxis": rounds_axis(rounds),
-            "yaxis": axis(
-                "L2 norm (logarithmic)", type="log", dtick=_decades([v for _, vs, _ in shown for v in vs if v])
-            ),
+            "yaxis": axis("L2 norm (logarithmic)", type="log", **_decades([v for _, vs, _ in shown for v in vs if v])),
             "showlegend": True,
         },
     }
@@ -181,10 +179,12 @@ def participation(times: Sequence[int], tier_of: Callable[[int], DeviceTier]) ->
     }
 
 
-def _decades(values: Sequence[float]) -> str | int:
-    """Ticks of a logarithmic axis: 1, 2, 5, or whole decades where there are many."""
+def _decades(values: Sequence[float]) -> dict[str, str | int]:
+    """Ticks of a logarithmic axis: those of a linear one on short ranges, then 1, 2, 5, then whole decades."""
     decades = math.log10(max(values) / min(values))
-    return "D2" if decades <= 3 else math.ceil(decades / 10)
+    if decades <= 1:
+        return {}
+    return {"dtick": "D2" if decades <= 3 else math.ceil(decades / 10)}
 
 
 def _whole_ticks(values: int) -> dict[str, int]:

@@ -307,6 +307,12 @@ def test_norms_and_clipping_are_drawn_where_updates_are_clipped(tmp_path):
     assert "the longest of all 1e+09" in words_of(two)
 
 
+@pytest.mark.parametrize(("largest", "dtick"), [(2.0, None), (50.0, "D2"), (1e4, 1), (1e25, 3), (1e-200, 20)])
+def test_norms_of_any_range_have_ticks(largest, dtick):
+    rounds = (round_result(1, aggregate_norm=1.0), round_result(2, aggregate_norm=largest))
+    assert figures_aggregation.norms(rounds, None)["layout"]["yaxis"].get("dtick") == dtick
+
+
 def test_a_run_whose_updates_are_all_zero_has_no_figure_of_their_norms(tmp_path):
     rounds = (round_result(1, aggregate_norm=0.0, norm_median=0.0, norm_max=0.0),)
     text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds}))
