@@ -21,8 +21,8 @@ from client_sdk.protocol.errors import ConfigurationError, PocketfedError, Progr
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, ReportReply, VirtualTiming, Wait
 from client_sdk.protocol.profile import DeviceProfile
 from client_sdk.protocol.program import Float32Array, Manifest, Program, Role
-from client_sdk.protocol.training import TrainingPlan
-from client_sdk.protocol.updates import UpdateKind, WorkerGradient
+from client_sdk.protocol.training import TrainingPlan, normaliser
+from client_sdk.protocol.updates import LOCAL_STEPS, UpdateKind, WorkerGradient
 from client_sdk.session import DeviceSession
 from client_sdk.session_state import (
     WITH_ASSIGNMENT,
@@ -154,8 +154,9 @@ class MobileClient:
             should_stop: Asked between two steps.
 
         Returns:
-            The model delta (trained minus given weights) per parameter, of kind ``DELTA``, with fednova divided by
-            the plan's ``normaliser``; None if ``should_stop`` said so, and then nothing has changed.
+            The model delta (trained minus given weights) per parameter, of kind ``DELTA``; None if ``should_stop``
+            said so, and then nothing has changed. With fednova it is the plain delta too: the metadata's
+            ``local_steps`` is the plan's ``normaliser``, by which ``GradientAggregator`` divides.
 
         Raises:
             ConfigurationError: No program or no weights, or scaffold, which needs a server's control variate.
@@ -175,13 +176,13 @@ class MobileClient:
             return None
         return WorkerGradient(
             worker_id=self._profile.device_id,
-            gradients=_named(result.update(plan), manifest),
+            gradients=_named(result.delta, manifest),
             num_samples=result.num_samples,
             timestamp=self._clock(),
             metadata={
                 "model_version": server_model_version,
                 "device_type": self._profile.device_type.value,
-                "steps": result.steps,
+                LOCAL_STEPS: normaliser(plan, result.steps) if plan.algorithm == "fednova" else result.steps,
                 "train_loss": result.last_epoch_loss,
             },
             kind=UpdateKind.DELTA,

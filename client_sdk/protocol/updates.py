@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
+
+LOCAL_STEPS: Final = "local_steps"
+"""Metadata key of a ``WorkerGradient``: how many local steps its delta took (with FedNova, the normaliser a_i)."""
 
 
 class UpdateKind(StrEnum):

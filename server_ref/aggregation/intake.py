@@ -22,13 +22,13 @@ from client_sdk.protocol.errors import (
     ReportMismatch,
     ShapeMismatch,
 )
-from client_sdk.protocol.updates import UpdateKind, WorkerGradient
+from client_sdk.protocol.updates import LOCAL_STEPS, UpdateKind, WorkerGradient
 from server_ref.aggregation.admission import ClipGlobal, ClipLayers, ValidateFacts
 from server_ref.aggregation.batch import Aggregate, EncodedUpdate, Facts, Float64Array, Update
 from server_ref.aggregation.errors import MixedKinds
 from server_ref.aggregation.pipeline import Pipeline
 from server_ref.aggregation.server_optim import Sgd
-from server_ref.aggregation.settings import CONTROL_DELTA, LOCAL_STEPS, AggregationMethod, IntakeSettings
+from server_ref.aggregation.settings import CONTROL_DELTA, AggregationMethod, IntakeSettings
 from server_ref.aggregation.stages import Fold, Reduce, Stage
 from server_ref.aggregation.tensors import AggregatedUpdate, TensorLayout
 

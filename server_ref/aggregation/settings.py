@@ -14,9 +14,6 @@ from client_sdk.protocol.updates import UpdateKind
 CONTROL_DELTA: Final = "control_delta"
 """Metadata key of a SCAFFOLD worker: name -> tensor, what its control variate changed by."""
 
-LOCAL_STEPS: Final = "local_steps"
-"""Metadata key of a FedNova worker: how many local steps its delta took, an integer (or a_i itself, a float)."""
-
 DEFAULT_MAX_ABS: Final = 1e10
 """Largest magnitude of a value where nothing is clipped: a hundred times what the specification asks for. With the
 default bounds on weights and workers, values from 1e-8 on are still added exactly."""

@@ -34,7 +34,7 @@ from client_sdk.protocol.errors import (
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import Assigned, F32Encoding, Finished, ReportFacts, VirtualTiming, Wait
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
-from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.protocol.updates import UpdateKind
 from client_sdk.session_state import Phase, RetryPolicy
 from client_sdk.store import MemoryDeviceStore
@@ -122,14 +122,16 @@ def test_local_training_returns_the_model_delta_of_each_parameter():
     assert gradient.metadata["device_type"] == "low_end"
 
 
-def test_local_training_by_fednova_returns_what_fednova_sends_and_scaffold_needs_a_server():
+def test_local_training_by_fednova_returns_the_plain_delta_and_what_divides_it_and_scaffold_needs_a_server():
     weights = np.frombuffer(decode_frame(make_model()).payload, np.float32)
     client = MobileClient(ToyProgram(), PROFILE, weights=weights)
     plan = TrainingPlan(local_epochs=3, batch_size=BATCH, learning_rate=0.2, algorithm="fednova")
     gradient = client.train_local_model(make_data(), plan=plan)
     assert gradient is not None
-    expected = LocalTrainer(ToyProgram()).train(weights, *make_data(), plan, 0).update(plan)
-    assert np.array_equal(np.concatenate([np.ravel(gradient.gradients[p.name]) for p in PARAMETERS]), expected)
+    expected = LocalTrainer(ToyProgram()).train(weights, *make_data(), plan, 0)
+    assert np.array_equal(np.concatenate([np.ravel(gradient.gradients[p.name]) for p in PARAMETERS]), expected.delta)
+    assert gradient.metadata is not None
+    assert gradient.metadata["local_steps"] == normaliser(plan, expected.steps)
     with pytest.raises(ConfigurationError, match="scaffold needs control variates"):
         client.train_local_model(make_data(), plan=plan.model_copy(update={"algorithm": "scaffold"}))
 
