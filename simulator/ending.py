@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server_ref.evaluation import Evaluation
 from server_ref.selection import jain_index
 from simulator.config import SimulationConfig
+from simulator.errors import FleetCannotTrain
 from simulator.monitor import RunMonitor, participation, slow_share
 from simulator.prepare import Fleet
 from simulator.results import DatasetFacts, SimulationResults, versions
@@ -39,6 +41,14 @@ class Ending:
     runtime: str
     halted: str | None
     pipeline: dict[str, str]
+
+
+def played(run: Callable[[], bool]) -> tuple[bool, str | None]:
+    """Play a fleet to its end: whether it was reached, and why early if no device delivers anything any more."""
+    try:
+        return run(), None
+    except FleetCannotTrain as e:
+        return True, str(e)
 
 
 def results_of(

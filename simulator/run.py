@@ -25,8 +25,7 @@ from simulator.adversaries import AttackPlan
 from simulator.config import SimulationConfig
 from simulator.devices import SdkDevices
 from simulator.embedded import EmbeddedServer
-from simulator.ending import Ending, results_of
-from simulator.errors import FleetCannotTrain
+from simulator.ending import Ending, played, results_of
 from simulator.fleet import VirtualFleet
 from simulator.folder import BUNDLE_FOLDER, JOURNAL_FILE, RunFolder
 from simulator.interrupt import stop_on_interrupt
@@ -179,7 +178,7 @@ class _Attempt:
                 stop=stop,
             )
             try:
-                finished, stuck = _played(fleet)
+                finished, stuck = played(fleet.run)
                 ending = self._end(view, monitor, bundle.path, finished=finished, stuck=stuck)
             except PocketfedError:
                 # The cause, where the server is gone; else the error itself.
@@ -219,7 +218,7 @@ class _Attempt:
                     until_version=task.model_version + of_rounds,
                     work=Workload(1.0, 0, 0, config.plan),
                 )
-                finished, stuck = _played(fleet)
+                finished, stuck = played(fleet.run)
                 return monitor, self._end(view, monitor, bundle, finished=finished, stuck=stuck)
 
     def _foreign_task(self, view: ServerView, url: str, bundle: Path) -> TaskView:
@@ -296,14 +295,6 @@ class _Attempt:
             )
         finally:
             program.close()
-
-
-def _played(fleet: VirtualFleet | WallFleet) -> tuple[bool, str | None]:
-    """Play to the end: whether it was reached, and why it came early if no device delivers anything any more."""
-    try:
-        return fleet.run(), None
-    except FleetCannotTrain as e:
-        return True, str(e)
 
 
 def _counted(config: SimulationConfig, monitor: RunMonitor) -> list[list[Session]]:

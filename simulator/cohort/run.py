@@ -16,7 +16,7 @@ from simulator.cohort.engine import CohortEngine
 from simulator.cohort.model import BatchedModel
 from simulator.cohort.server import CohortServer, Scoring
 from simulator.cohort.trainer import CohortTrainer
-from simulator.ending import Ending
+from simulator.ending import Ending, played
 from simulator.folder import BUNDLE_FOLDER, RunFolder
 from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
@@ -77,9 +77,6 @@ class CohortSetting:
             say: Is told what deserves a line.
             threads: Batches that are trained at the same time; by default one a core. Changes no bit.
             score_every: Every how many rounds the model is scored on the validation split; the last one always is.
-
-        Raises:
-            FleetCannotTrain: No device delivers anything any more.
         """
         config, fleet, task, dataset = self.folder.config, self.fleet, self.task, self.fleet.dataset
         model = self.model()
@@ -109,7 +106,7 @@ class CohortSetting:
                 observer=monitor,
                 stop=stop,
             )
-            finished = engine.run()
+            finished, stuck = played(engine.run)
         monitor.refresh()
         if engine.failures:
             last = engine.failures[-1].error
@@ -123,7 +120,7 @@ class CohortSetting:
             parameters=task.manifest.num_parameters,
             server="none",
             runtime="torch",
-            halted=server.halted,
+            halted=server.halted or stuck,
             pipeline={slot.value: stage.title for slot, stage in task.pipeline.stages.items()},
         )
 

@@ -137,9 +137,11 @@ def test_devices_that_cannot_train_end_no_run_and_change_with_no_thread(tmp_path
     assert "refused or failed" in (tmp_path / "1" / "report.html").read_text()
 
 
-def test_a_fleet_in_which_nobody_can_train_is_halted_with_a_report_also_when_it_is_resumed(tmp_path):
-    fleet = with_broken_devices(SMALL, range(SMALL.devices))
-    results = simulate(SMALL, tmp_path / "run", fleet=fleet)
+@pytest.mark.parametrize("engine", ["devices", "cohort"])
+def test_a_fleet_in_which_nobody_can_train_is_halted_with_a_report_also_when_it_is_resumed(tmp_path, engine):
+    config = SMALL.model_copy(update={"engine": engine})
+    fleet = with_broken_devices(config, range(config.devices))
+    results = simulate(config, tmp_path / "run", fleet=fleet)
     assert results.halted is not None
     assert "sessions in a row came to nothing" in results.halted
     assert results.rounds == ()
