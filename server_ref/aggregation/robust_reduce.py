@@ -24,6 +24,7 @@ from server_ref.aggregation.robust import (
     check_options,
     estimate_num_byzantine,
     sensitivity_replace_one,
+    warm_robust,
 )
 from server_ref.aggregation.robust.limits import rows_after_mixing, tolerated
 from server_ref.aggregation.stages import Slot
@@ -128,7 +129,8 @@ class RobustRule:
         return MappingProxyType({} if value is None else {Adjacency.REPLACE_ONE: value})
 
     def start(self, facts: Facts) -> Fold:
-        """An empty collection; see ``stages.Reduce``."""
+        """An empty collection; see ``stages.Reduce``. The first one pays for compiling the kernels."""
+        warm_robust()
         return _RobustFold(self, facts)
 
 
