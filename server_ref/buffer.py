@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from server_ref.aggregation.batch import Aggregate, Update
 from server_ref.aggregation.pipeline import Pipeline
-from server_ref.rounds import AssignmentRecord
+from server_ref.assignments import AssignmentRecord
 
 _READ_AHEAD = 16
 """Reports held at once while a buffer is rebuilt from disk; a mean's memory stays O(model)."""

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from sqlalchemy.engine import Engine
 
+from server_ref.assignments import AssignmentRecord
 from server_ref.config import TaskConfig
-from server_ref.rounds import AssignmentRecord, RoundEngine
+from server_ref.rounds import RoundEngine
 from server_ref.selection import SelectionPolicy, Selector
 from server_ref.store import database
 

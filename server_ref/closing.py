@@ -16,8 +16,8 @@ from server_ref.aggregation.batch import Aggregate
 from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.monitoring import DivergenceDetector, DivergenceState, Health
 from server_ref.aggregation.server_state import ServerState
+from server_ref.assignments import AssignmentRecord, Closing
 from server_ref.durable import RoundOutcome
-from server_ref.rounds import AssignmentRecord, Closing
 from server_ref.task import Task
 
 _log = logging.getLogger("pocketfed.coordinator")

@@ -17,7 +17,7 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.training import TrainingPlan
 from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy
-from server_ref.rounds import RoundPolicy
+from server_ref.assignments import RoundPolicy
 
 
 class _Section(BaseModel):

@@ -40,6 +40,7 @@ from client_sdk.protocol.messages import (
 from client_sdk.protocol.signing import device_id_of
 from server_ref import status
 from server_ref.aggregation.batch import Update
+from server_ref.assignments import AssignmentRecord, Closing, ReportFile, Waiting
 from server_ref.background import Background
 from server_ref.buffer import OpenBuffer
 from server_ref.checkin import AtCheckIn
@@ -51,7 +52,6 @@ from server_ref.evaluation import Evaluator
 from server_ref.metrics import Metrics
 from server_ref.recipe import max_payload_bytes
 from server_ref.reports import ReportSchema, open_report
-from server_ref.rounds import AssignmentRecord, Closing, ReportFile, Waiting
 from server_ref.store import database
 from server_ref.store.writer import GroupCommitWriter
 from server_ref.task import Task, load_task

@@ -21,10 +21,11 @@ from client_sdk.protocol.frames import FrameLimits, decode_frame, encode_frame
 from server_ref.aggregation.batch import EncodedUpdate, Update
 from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.server_state import CONTROL, ServerState
+from server_ref.assignments import AssignmentRecord, Closing, ReportFile, RoundPolicy
 from server_ref.clock import Clock
 from server_ref.models import GlobalModel, decode_model, encode_control, encode_model
 from server_ref.reports import ReportEnvelope, ReportSchema, encoded_update, open_report
-from server_ref.rounds import AssignmentRecord, Closing, ReportFile, RoundEngine, RoundPolicy
+from server_ref.rounds import RoundEngine
 from server_ref.store import database
 from server_ref.store.blobs import BlobStore
 from server_ref.task import Task

@@ -14,10 +14,10 @@ from client_sdk.protocol.messages import Assignment, F32Encoding
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.pipeline import Pipeline
+from server_ref.assignments import AssignmentRecord
 from server_ref.config import TaskConfig
 from server_ref.models import decode_model
 from server_ref.recipe import build_pipeline, compression_of
-from server_ref.rounds import AssignmentRecord
 
 # Settings that change a bit of the result. Concurrency, leases and retries change who takes part, which the accepted
 # sets record.

@@ -18,7 +18,7 @@ from alembic.util import CommandError
 from sqlalchemy.engine import Connection, Engine, RowMapping
 
 from client_sdk.protocol.errors import ConfigurationError
-from server_ref.rounds import LIVE_STATES, AssignmentRecord, AssignmentState, ReportFile
+from server_ref.assignments import LIVE_STATES, AssignmentRecord, AssignmentState, ReportFile
 from server_ref.store import schema
 
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from client_sdk.protocol.errors import ProtocolError, StaleReport, TrainingDiverged
 from client_sdk.protocol.messages import RetryWindow
-from server_ref.rounds import Waiting
+from server_ref.assignments import Waiting
 from simulator.agenda import Agenda, EventKind
 from simulator.cohort.clients import Clients
 from simulator.cohort.queue import Broadcast, Job, TrainingQueue

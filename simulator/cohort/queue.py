@@ -10,7 +10,7 @@ from typing import NamedTuple
 from client_sdk.protocol.errors import TrainingDiverged
 from client_sdk.protocol.program import Float32Array
 from client_sdk.protocol.training import TrainingPlan
-from server_ref.rounds import AssignmentRecord
+from server_ref.assignments import AssignmentRecord
 from simulator.cohort.trainer import CohortTrainer, LocalWork
 
 

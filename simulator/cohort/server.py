@@ -11,12 +11,13 @@ from client_sdk.protocol.program import Float32Array
 from server_ref.aggregation.batch import Aggregate, EncodedUpdate, Update
 from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.server_state import CONTROL, ServerState
+from server_ref.assignments import AssignmentRecord, Closing, ReportFile, Waiting
 from server_ref.checkin import AtCheckIn
 from server_ref.closing import close_buffer
 from server_ref.durable import RoundOutcome
 from server_ref.evaluation import Evaluation
 from server_ref.models import GlobalModel, encode_model
-from server_ref.rounds import AssignmentRecord, Closing, ReportFile, RoundEngine, Waiting
+from server_ref.rounds import RoundEngine
 from server_ref.task import Task
 from simulator.cohort.queue import Broadcast
 from simulator.view import CommittedRound, Measurements

@@ -16,10 +16,10 @@ from client_sdk.protocol.errors import TrainingDiverged
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
+from server_ref.assignments import RoundPolicy
 from server_ref.config import DivergenceConfig, SelectionConfig, TaskConfig
 from server_ref.evaluation import Evaluation
 from server_ref.recipe import build_pipeline
-from server_ref.rounds import RoundPolicy
 from server_ref.task import Task
 from simulator.cohort.clients import Clients
 from simulator.cohort.engine import CohortEngine

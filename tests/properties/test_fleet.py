@@ -16,7 +16,8 @@ from client_sdk.protocol.errors import PocketfedError, StaleReport
 from client_sdk.protocol.messages import Assigned, Assignment, F32Encoding, Finished, RetryWindow, Wait
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
-from server_ref.rounds import ReportFile, RoundEngine, RoundPolicy, Waiting
+from server_ref.assignments import ReportFile, RoundPolicy, Waiting
+from server_ref.rounds import RoundEngine
 from simulator.errors import FleetCannotTrain, ResumeMismatch
 from simulator.fleet import VirtualFleet
 from simulator.journal import Journal

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_sdk.protocol.errors import ProtocolError
-from server_ref.rounds import LIVE_STATES, AssignmentRecord, ReportFile, RoundEngine, RoundPolicy
+from server_ref.assignments import LIVE_STATES, AssignmentRecord, ReportFile, RoundPolicy
+from server_ref.rounds import RoundEngine
 
 
 class Run:

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from client_sdk.protocol.errors import ConfigurationError, DuplicateReport, LeaseExpired, StaleReport
-from server_ref.rounds import AssignmentRecord, AssignmentState, ReportFile, RoundEngine, RoundPolicy, Waiting
+from server_ref.assignments import AssignmentRecord, AssignmentState, ReportFile, RoundPolicy, Waiting
+from server_ref.rounds import RoundEngine
 
 SYNC = RoundPolicy(buffer_size=3, concurrency=4, refill_at=4, max_staleness=0, lease_s=60.0, weight_cap=100, rounds=5)
 ASYNC = RoundPolicy(buffer_size=2, concurrency=3, refill_at=1, max_staleness=2, lease_s=60.0, weight_cap=100, rounds=50)

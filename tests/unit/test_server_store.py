@@ -12,7 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from client_sdk.protocol.errors import ConfigurationError, StorageUnavailable, UnknownBlob
-from server_ref.rounds import AssignmentRecord, AssignmentState, ReportFile
+from server_ref.assignments import AssignmentRecord, AssignmentState, ReportFile
 from server_ref.store import database, schema
 from server_ref.store.blobs import BlobStore
 
