@@ -134,6 +134,7 @@ class DurableState:
             if state is None or latest is None:
                 raise StorageUnavailable("the database has lost its task")
             live = database.load_live_assignments(connection)
+            given_back = database.load_given_back(connection, state.opened_at)
             self._first_new = database.next_assignment_number(connection)
         if self._clock.is_virtual:
             # Time is written with a round; between two rounds the assignments tell how far it had come.
@@ -150,6 +151,7 @@ class DurableState:
             invitations=state.invitations,
             halted=state.halted is not None,
             tolerance=self._tolerance,
+            given_back=given_back,
         )
         self.model, self._newest = self.load_model(latest), latest
         self.optimizer = self._load_optimizer(latest)

@@ -73,6 +73,9 @@ class RoundEngine:
         self._arrived: set[int] = set()
         self._deadlines: list[tuple[float, int, AssignmentRecord]] = []
         self._arrivals: list[tuple[float, int, AssignmentRecord]] = []
+        # Virtual time: assignments that were given back when they would have reported, which may lie after the close of
+        # a buffer that is committed only now.
+        self._given_back: list[AssignmentRecord] = []
 
     @classmethod
     def restore(
@@ -87,8 +90,9 @@ class RoundEngine:
         invitations: int = 0,
         halted: bool = False,
         tolerance: Callable[[int], int] | None = None,
+        given_back: Iterable[AssignmentRecord] = (),
     ) -> RoundEngine:
-        """Rebuild from the table's live rows."""
+        """Rebuild from the table's live rows, and those given back since the open buffer was opened."""
         engine = cls(
             policy,
             virtual_time=virtual_time,
@@ -101,6 +105,7 @@ class RoundEngine:
         for record in live:
             engine._enter(record)
         engine._invitations = invitations
+        engine._given_back = list(given_back) if virtual_time else []
         return engine
 
     # --- questions ---------------------------------------------------------------------------------------
@@ -265,6 +270,8 @@ class RoundEngine:
         """A device gives an assignment back; unknown or reported ones are left as they are."""
         record = self._live.get(assignment_id)
         if record is not None and record.state is AssignmentState.OUTSTANDING:
+            if self.virtual_time:
+                self._given_back.append(record)
             self._retire(record, AssignmentState.ABANDONED)
 
     def expire(self, now: float) -> None:
@@ -298,8 +305,14 @@ class RoundEngine:
             if too_old or self.finished:
                 superseded += 1
                 self._retire(record, AssignmentState.SUPERSEDED)
-        if not self._live:
-            # Nobody is at work: what the last wave did not invite is part of the next one.
+        # Who gave back only after the close was at work then, unless the commit made the assignment worthless.
+        self._given_back = [
+            r
+            for r in self._given_back
+            if r.order[0] > closing.closed_at and self.version - r.model_version <= tolerance
+        ]
+        if not self._live and not self._given_back:
+            # Nobody was at work then: what the last wave did not invite is part of the next one.
             self._invitations = 0
         self.opened_at = closing.closed_at
         return superseded

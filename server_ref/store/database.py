@@ -221,6 +221,14 @@ def load_live_assignments(connection: Connection) -> list[AssignmentRecord]:
     return [_from_row(row) for row in connection.execute(query).mappings()]
 
 
+def load_given_back(connection: Connection, since: float) -> list[AssignmentRecord]:
+    """Assignments that were given back and would have reported after this time."""
+    table = schema.assignments
+    given_back = (table.c.state == AssignmentState.ABANDONED.value) & (table.c.arrival > since)
+    query = sa.select(table).where(given_back).order_by(table.c.number)
+    return [_from_row(row) for row in connection.execute(query).mappings()]
+
+
 def next_assignment_number(connection: Connection) -> int:
     """One more than the largest number given so far."""
     largest = connection.execute(sa.select(sa.func.max(schema.assignments.c.number))).scalar()

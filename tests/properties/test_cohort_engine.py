@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from client_sdk.protocol.errors import TrainingDiverged
@@ -139,6 +139,9 @@ def sessions_of(watcher, fails):
 
 @settings(max_examples=150)
 @given(policies(), populations, st.integers(1, 7), st.none() | st.integers(0, 3))
+# Somebody gives an assignment back after a buffer closed and before anybody asks the server, who commits it then.
+@example(RoundPolicy(1, 3, 3, 1, 120.0, 100, 3), Population(310, 12), 1, 1)
+@example(RoundPolicy(4, 4, 4, 0, 120.0, 100, 2), Population(2, 14), 1, 0)
 def test_both_engines_play_the_same_sessions(policy, population, at_once, failing):
     """Also where every fourth assignment comes to nothing, which only training tells."""
 

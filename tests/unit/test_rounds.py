@@ -260,3 +260,31 @@ class TestVirtualTime:
         record = driver.assign("slow", 0.0, duration_s=61.0)
         with pytest.raises(LeaseExpired):
             driver.report(record)
+
+
+def test_who_gives_back_after_the_close_was_at_work_when_it_closed():
+    """In virtual time a commit can come after events that lie behind it; it must not see them. Also after a restart."""
+    policy = RoundPolicy(
+        buffer_size=1, concurrency=3, refill_at=3, max_staleness=1, lease_s=60.0, weight_cap=100, rounds=9
+    )
+    invitations = {}
+    for name in ("after", "before", "restarted"):
+        driver = Driver(policy, virtual_time=True)
+        hopeless = driver.assign("a", 0.0, duration_s=2.0 if name == "before" else 20.0)
+        good = driver.assign("b", 1.0, duration_s=9.0)
+        driver.report(good)
+        driver.engine.abandon(hopeless.assignment_id)
+        if name == "restarted":
+            driver.engine = RoundEngine.restore(
+                policy,
+                [good],
+                virtual_time=True,
+                version=0,
+                next_number=2,
+                opened_at=0.0,
+                invitations=driver.engine.invitations,
+                given_back=[hopeless],
+            )
+        assert driver.close(25.0) == [good.number]
+        invitations[name] = driver.engine.invitations
+    assert invitations == {"after": 1, "before": 0, "restarted": 1}
