@@ -127,8 +127,8 @@ format: setup ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: setup ## run the benchmarks one after another; each prints its own figures
-	@for bench in tests/benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+bench: setup ## run the benchmarks one after another (an hour), and make docs/benchmarks.md of what they print
+	@$(BIN)/python tests/benchmarks/collect.py $(BENCHES)
 
 bench-large: setup ## aggregate 100 million parameters, and judge the memory (2.6 GB)
 	@$(BIN)/python tests/benchmarks/bench_large.py --large --check

@@ -39,15 +39,16 @@ def simulate(*flags: str) -> dict[str, Any]:
 
 
 def compression(dataset: str, rounds: int, seeds: int) -> None:
-    common = ("--engine", "cohort", "--dataset", dataset, "--devices", "100", "--cohort", "20", "--rounds", str(rounds))
+    common = ("--engine", "cohort", "--dataset", dataset, "--devices", "50", "--cohort", "25", "--epochs", "2")
+    common = (*common, "--rounds", str(rounds))
+    dense = {seed: simulate(*common, "--seed", str(seed)) for seed in range(1, seeds + 1)}
     for spec in ("topk:0.01", "topk:0.01,bits=8", "randomk:0.1,rotate", "quantize:8", "quantize:4"):
         gaps, savings, accuracies = [], [], []
-        for seed in range(1, seeds + 1):
-            dense = simulate(*common, "--seed", str(seed))
+        for seed, plain in dense.items():
             sparse = simulate(*common, "--seed", str(seed), "--compression", spec)
-            gaps.append(dense["final_accuracy"] - sparse["final_accuracy"])
+            gaps.append(plain["final_accuracy"] - sparse["final_accuracy"])
             accuracies.append(sparse["final_accuracy"])
-            savings.append(dense["bytes_up"] / sparse["bytes_up"])
+            savings.append(plain["bytes_up"] / sparse["bytes_up"])
         say(
             case=f"{spec} beside dense, {dataset}, {rounds} rounds", seeds=seeds, accuracy=statistics.mean(accuracies),
             accuracy_lost=statistics.mean(gaps), worst_lost=max(gaps), bytes_saved=statistics.mean(savings),
@@ -93,7 +94,7 @@ def main() -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     dataset = "digits" if args.quick else "fashion-mnist"
     if args.only in (None, "compression"):
-        compression(dataset, 40 if args.quick else 150, 1 if args.quick else 3)
+        compression(dataset, 40 if args.quick else 150, 1 if args.quick else 2)
     if args.only in (None, "asynchrony"):
         asynchrony(dataset, 20, 1 if args.quick else 3)
     if args.only in (None, "round-time"):

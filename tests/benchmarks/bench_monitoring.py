@@ -1,4 +1,4 @@
-"""How often the divergence detector cries wolf, and how late it is: the tables of docs/numerics.md, then one JSON line.
+"""How often the divergence detector cries wolf, and how late it is: the tables of docs/numerics.md, then one JSON line a case.
 
     .venv/bin/python tests/benchmarks/bench_monitoring.py                 # 100 seeds a cell
     .venv/bin/python tests/benchmarks/bench_monitoring.py --seeds 10
@@ -61,7 +61,13 @@ def main() -> int:
     for what, curve, growth in cases:
         late[what] = [delays(curve, growth, noise, seeds) for noise in NOISES]
         say(f"| {what} | " + " | ".join(f"{median:g}, {longest}" for median, longest in late[what]) + " |")
-    say(json.dumps({"bench": "monitoring", "seeds": seeds, "noises": NOISES, "false_alarms": alarms, "delays": late}))
+    noises = [f"noise_{100 * noise:.0f}_percent" for noise in NOISES]
+    for shape, found in alarms.items():
+        case = {"false_alarms_of": shape, "runs": seeds, **dict(zip(noises, found, strict=True))}
+        say(json.dumps({"bench": "monitoring", **case}))
+    for what, delay in late.items():
+        case = {"rounds_to_the_alarm": what, "figures": "median, longest", **dict(zip(noises, delay, strict=True))}
+        say(json.dumps({"bench": "monitoring", **case}))
     return 0
 
 
