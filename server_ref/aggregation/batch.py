@@ -48,14 +48,6 @@ class Adjacency(StrEnum):
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """Largest L2 distance between the aggregates of two neighbouring sets of updates."""
-
-    value: float
-    adjacency: Adjacency
-
-
-@dataclass(frozen=True)
 class EncodedUpdate:
     """One update as it arrived, with the public facts the server's own record has of it.
 
