@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Manifest, Role
 from client_sdk.protocol.training import update_size
 from mobile_export.bundle import ProgramBundle
+from server_ref.config import TaskConfig
+from server_ref.task import Task, load_task
 from simulator.adversaries import AttackPlan
 from simulator.config import SimulationConfig
 from simulator.datasets import Dataset, Split, load_dataset
@@ -216,6 +218,42 @@ def task_settings(
         "selection": config.selection.model_dump(mode="json"),
         "divergence": config.divergence.model_dump(mode="json"),
     }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to begin, whichever engine plays it.
+
+    Attributes:
+        bundle: The exported model.
+        costs: What sessions cost.
+        settings: Of the task, as ``task_settings`` has them.
+        task: The same, read and checked as a server does when it starts.
+    """
+
+    bundle: ProgramBundle
+    costs: SessionCosts
+    settings: dict[str, Any]
+    task: Task
+
+    @classmethod
+    def of(cls, folder: RunFolder, fleet: Fleet, say: Say) -> Self:
+        """Export the model, whose size decides how long sessions last, and check the task's settings.
+
+        Raises:
+            PocketfedError: Set-up failed, or settings that do not go together.
+        """
+        config, population = folder.config, fleet.population
+        bundle = export_bundle(config, fleet.dataset, folder.path / BUNDLE_FOLDER, say)
+        costs = session_costs(folder, fleet.dataset, bundle)
+        settings = task_settings(
+            config,
+            lease=lease_s(config, population, costs, fleet.num_samples),
+            check_in_interval_s=population.check_in_interval_s,
+            num_samples=fleet.num_samples,
+        )
+        task = load_task(TaskConfig.model_validate({"bundle": bundle.path, **settings}))
+        return cls(bundle, costs, settings, task)
 
 
 def write_server(folder: RunFolder, dataset: Dataset, task: dict[str, Any]) -> Path:

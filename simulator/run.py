@@ -27,13 +27,13 @@ from simulator.devices import SdkDevices
 from simulator.embedded import EmbeddedServer
 from simulator.ending import Ending, played, results_of
 from simulator.fleet import VirtualFleet
-from simulator.folder import BUNDLE_FOLDER, JOURNAL_FILE, RunFolder
+from simulator.folder import JOURNAL_FILE, RunFolder
 from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
 from simulator.loopback import LoopbackConnections, LoopbackTransport
 from simulator.monitor import Display, RunMonitor
 from simulator.population import Workload
-from simulator.prepare import Fleet, check_fit, export_bundle, lease_s, session_costs, task_settings, write_server
+from simulator.prepare import Fleet, Prepared, check_fit, write_server
 from simulator.progress import SilentDisplay
 from simulator.report import write_report
 from simulator.results import SimulationResults
@@ -148,15 +148,8 @@ class _Attempt:
         """Against a server of our own, in virtual time."""
         config, population = self.folder.config, self.fleet.population
         with self._beginning():
-            bundle = export_bundle(config, self.fleet.dataset, self.folder.path / BUNDLE_FOLDER, self.options.say)
-            costs = session_costs(self.folder, self.fleet.dataset, bundle)
-            task = task_settings(
-                config,
-                lease=lease_s(config, population, costs, self.fleet.num_samples),
-                check_in_interval_s=population.check_in_interval_s,
-                num_samples=self.fleet.num_samples,
-            )
-            server_config = write_server(self.folder, self.fleet.dataset, task)
+            prepared = Prepared.of(self.folder, self.fleet, self.options.say)
+            server_config = write_server(self.folder, self.fleet.dataset, prepared.settings)
         self.options.say("server: starting on loopback, on virtual time")
         with (
             EmbeddedServer(server_config) as server,
@@ -170,7 +163,7 @@ class _Attempt:
             fleet = VirtualFleet(
                 population,
                 num_samples=self.fleet.num_samples,
-                work=lambda session: costs.workload(config, session),
+                work=lambda session: prepared.costs.workload(config, session),
                 link=link,
                 journal=self.journal,
                 observer=monitor,
@@ -179,7 +172,7 @@ class _Attempt:
             )
             try:
                 finished, stuck = played(fleet.run)
-                ending = self._end(view, monitor, bundle.path, finished=finished, stuck=stuck)
+                ending = self._end(view, monitor, prepared.bundle.path, finished=finished, stuck=stuck)
             except PocketfedError:
                 # The cause, where the server is gone; else the error itself.
                 server.check()

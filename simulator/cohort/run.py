@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from mobile_export.models import build_model
-from server_ref.config import TaskConfig
-from server_ref.task import Task, load_task
+from server_ref.task import Task
 from simulator.cohort.attackers import CohortAttackers
 from simulator.cohort.clients import Clients
 from simulator.cohort.engine import CohortEngine
@@ -17,20 +16,11 @@ from simulator.cohort.model import BatchedModel
 from simulator.cohort.server import CohortServer, Scoring
 from simulator.cohort.trainer import CohortTrainer
 from simulator.ending import Ending, played
-from simulator.folder import BUNDLE_FOLDER, RunFolder
+from simulator.folder import RunFolder
 from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
 from simulator.monitor import Display, RunMonitor
-from simulator.prepare import (
-    INITIAL_WEIGHTS_SEED,
-    Fleet,
-    Say,
-    SessionCosts,
-    export_bundle,
-    lease_s,
-    session_costs,
-    task_settings,
-)
+from simulator.prepare import INITIAL_WEIGHTS_SEED, Fleet, Prepared, Say, SessionCosts
 
 
 @dataclass(frozen=True)
@@ -49,16 +39,8 @@ class CohortSetting:
         Raises:
             PocketfedError: Set-up failed.
         """
-        config, population = folder.config, fleet.population
-        bundle = export_bundle(config, fleet.dataset, folder.path / BUNDLE_FOLDER, say)
-        costs = session_costs(folder, fleet.dataset, bundle)
-        settings = task_settings(
-            config,
-            lease=lease_s(config, population, costs, fleet.num_samples),
-            check_in_interval_s=population.check_in_interval_s,
-            num_samples=fleet.num_samples,
-        )
-        return cls(folder, fleet, load_task(TaskConfig.model_validate({"bundle": bundle.path, **settings})), costs)
+        prepared = Prepared.of(folder, fleet, say)
+        return cls(folder, fleet, prepared.task, prepared.costs)
 
     def model(self) -> BatchedModel:
         """The model that was exported, for many weight vectors at once."""

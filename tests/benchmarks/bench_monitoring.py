@@ -1,4 +1,4 @@
-"""How often the divergence detector cries wolf, and how late it is: the tables of docs/numerics.md, then one JSON line a case.
+"""How often the divergence detector cries wolf, and how late it is: docs/numerics.md has the tables.
 
     .venv/bin/python tests/benchmarks/bench_monitoring.py                 # 100 seeds a cell
     .venv/bin/python tests/benchmarks/bench_monitoring.py --seeds 10
