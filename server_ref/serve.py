@@ -46,6 +46,10 @@ def serve(config: ServerConfig, *, on_event: Callable[[str], None] | None = None
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("pocketfed.serve").info(
+        "opening %s; the first start after an installation compiles the kernels, which takes some ten seconds",
+        config.data_dir,
+    )
     coordinator = build_coordinator(config, on_event=on_event)
     # Before any socket is opened: what is wrong with the data directory is an error of this command.
     coordinator.start()
