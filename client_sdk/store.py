@@ -255,13 +255,18 @@ class MemoryDeviceStore:
     separate devices, although the pool holds one copy.
     """
 
-    def __init__(self, identity: DeviceIdentity | None = None, pool: BlobPool | None = None) -> None:
+    def __init__(
+        self,
+        identity: DeviceIdentity | None = None,
+        pool: BlobPool | None = None,
+        memory: DeviceMemory | None = None,
+    ) -> None:
         self._identity = identity or DeviceIdentity.generate()
         self._pool = pool or BlobPool()
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._state: SessionState | None = None
         self._frames: dict[str, Buffer] = {}
-        self._memory: DeviceMemory | None = None
+        self._memory = memory
         self._staged: DeviceMemory | None = None
 
     @property

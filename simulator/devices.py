@@ -39,6 +39,7 @@ from simulator.adversaries.sdk import SdkAttackers
 from simulator.adversaries.transport import AdversarialTransport
 from simulator.datasets import Split
 from simulator.journal import Reply
+from simulator.memory import FleetMemory
 from simulator.population import Population
 from simulator.sessions import Outcome, SessionEnd
 
@@ -99,6 +100,7 @@ class SdkDevices:
         policy: RetryPolicy | None = None,
         attack: AttackPlan | None = None,
         virtual: bool = False,
+        memory: FleetMemory | None = None,
     ) -> None:
         """Put the devices together; nothing is sent yet.
 
@@ -110,6 +112,7 @@ class SdkDevices:
             runtime: ExecuTorch adapter.
             policy: How devices wait after a failure; by default as real ones do.
             attack: What some devices do instead of what they are told.
+            memory: Where what they remember outlives this process; None: nowhere.
             virtual: Time is simulated: a device that fails says so when ``give_back`` tells it to, not at once.
         """
         self._scratch = tempfile.TemporaryDirectory(prefix="pocketfed-simulate-")
@@ -127,6 +130,7 @@ class SdkDevices:
             transport = connect(identity)
             if attackers is not None and attackers.plan.attacks(device):
                 transport = self._attackers[device] = attackers.transport(device, transport)
+            store = MemoryDeviceStore(identity, pool) if memory is None else memory.store(device, identity, pool)
             self._transports.append(transport)
             self._clients.append(
                 MobileClient(
@@ -134,7 +138,7 @@ class SdkDevices:
                     population.profile(device),
                     data=(data.x[rows], data.y[rows]),
                     transport=_Unhurried(transport) if virtual else transport,
-                    store=MemoryDeviceStore(identity, pool),
+                    store=store,
                     programs=self._programs,
                     policy=policy,
                 )

@@ -22,11 +22,22 @@ JOURNAL_FILE: Final = "journal.jsonl"
 WORKLOAD_FILE: Final = "workload.json"
 BUNDLE_FOLDER: Final = "bundle"
 SERVER_FOLDER: Final = "server"
+MEMORY_FOLDER: Final = "memory"
 RESULTS_FILE: Final = "results.json"
 REPORT_FILE: Final = "report.html"
 _LOCK_FILE: Final = ".lock"
 _OURS: Final = frozenset(
-    {CONFIG_FILE, JOURNAL_FILE, WORKLOAD_FILE, BUNDLE_FOLDER, SERVER_FOLDER, RESULTS_FILE, REPORT_FILE, _LOCK_FILE}
+    {
+        CONFIG_FILE,
+        JOURNAL_FILE,
+        WORKLOAD_FILE,
+        BUNDLE_FOLDER,
+        SERVER_FOLDER,
+        MEMORY_FOLDER,
+        RESULTS_FILE,
+        REPORT_FILE,
+        _LOCK_FILE,
+    }
 )
 
 

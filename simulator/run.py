@@ -27,10 +27,11 @@ from simulator.devices import SdkDevices
 from simulator.embedded import EmbeddedServer
 from simulator.ending import Ending, played, results_of
 from simulator.fleet import VirtualFleet
-from simulator.folder import JOURNAL_FILE, RunFolder
+from simulator.folder import JOURNAL_FILE, MEMORY_FOLDER, RunFolder
 from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
 from simulator.loopback import LoopbackConnections, LoopbackTransport
+from simulator.memory import FleetMemory
 from simulator.monitor import Display, RunMonitor
 from simulator.population import Workload
 from simulator.prepare import Fleet, Prepared, check_fit, write_server
@@ -238,7 +239,7 @@ class _Attempt:
             raise
 
     def _devices(self, connect: Callable[[DeviceIdentity], Transport], policy: RetryPolicy | None) -> SdkDevices:
-        fleet = self.fleet
+        fleet, virtual = self.fleet, self.folder.config.server is None
         return SdkDevices(
             connect,
             fleet.population,
@@ -247,7 +248,8 @@ class _Attempt:
             runtime=self.options.runtime,
             policy=policy,
             attack=fleet.attack,
-            virtual=self.folder.config.server is None,
+            virtual=virtual,
+            memory=FleetMemory(self.folder.path / MEMORY_FOLDER, self.journal.last_accepted()) if virtual else None,
         )
 
     def _monitor(self, view: ServerView, *, of_rounds: int, cohort: int, first_version: int = 0) -> RunMonitor:

@@ -239,6 +239,18 @@ def test_a_killed_run_takes_its_server_along_and_resumes_to_the_same_model(tmp_p
     assert resume(out, workers=3).model_sha256 == longer_sha256
 
 
+@pytest.mark.parametrize("setting", [{"compression": "topk:0.1"}, {"algorithm": "scaffold"}], ids=str)
+def test_devices_of_a_killed_run_remember_what_those_of_an_undisturbed_one_do(tmp_path, setting):
+    config = LONGER.model_copy(update=setting)
+    undisturbed = simulate(config, tmp_path / "undisturbed")
+    out = tmp_path / "run"
+    run = Process(*flags(config), *(word for k, v in setting.items() for word in (f"--{k}", v)), "--out", str(out))
+    run.wait_for("round 4/")
+    run.process.kill()
+    run.end()
+    assert resume(out, workers=3).model_sha256 == undisturbed.model_sha256
+
+
 def test_a_server_that_dies_ends_the_run_with_a_word_and_the_rest_follows_later(tmp_path, longer_sha256):
     out = tmp_path / "run"
 
