@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 DEFAULT_ROUNDS: Final = 60
+EXIT_HALTED = 3
 EXIT_INTERRUPTED = 130
 
 _SIMULATE_EPILOG = """\
@@ -47,6 +48,7 @@ fast the machine is and however many workers run. The devices' keys are derived 
 simulation identities, never for a production server.
 
 DIR gets results.json (every figure), report.html (plots, opens offline), and what --resume needs.
+Exit status: 0 after the last round, 3 if training was halted before it, 130 if it was interrupted.
 """
 
 
@@ -195,7 +197,7 @@ def _tell(out: Path, results: Any) -> int:  # noqa: ANN401 - its type would load
 
     print("\n".join(summary_of(results, out)), flush=True)
     if results.status == "completed":
-        return 0
+        return 0 if results.halted is None else EXIT_HALTED
     if results.config.server is None:
         print(f"interrupted; go on with: pocketfed simulate --resume --out {out}", file=sys.stderr)
     return EXIT_INTERRUPTED

@@ -150,6 +150,12 @@ def test_a_fleet_in_which_nobody_can_train_is_halted_with_a_report_also_when_it_
         assert run_simulation(folder, RunOptions(), fleet).halted == results.halted
 
 
+def test_a_run_that_diverges_says_so_by_its_exit_status_too(tmp_path, capsys):
+    arguments = ["--engine", "cohort", "--devices", "4", "--rounds", "2", "--lr", "1000", "--epochs", "20"]
+    assert main(["simulate", "--no-progress", *arguments, "--out", str(tmp_path / "run")]) == 3
+    assert "halted after 0 of 2 rounds" in capsys.readouterr().out
+
+
 def test_asynchronous_rounds_are_repeatable_too(tmp_path):
     config = SMALL.model_copy(
         update={
