@@ -118,6 +118,7 @@ class SdkDevices:
         self._scratch = tempfile.TemporaryDirectory(prefix="pocketfed-simulate-")
         self._programs = ThreadPrograms(Path(self._scratch.name), runtime)
         pool = BlobPool()
+        self._memory = memory
         self._attackers: dict[int, AdversarialTransport] = {}
         attackers = None
         if attack is not None:
@@ -167,6 +168,11 @@ class SdkDevices:
     def give_back(self, device: int, assignment_id: str) -> None:
         """Tell the server that no report will come; saying it again is harmless."""
         self._transports[device].abandon(assignment_id, AbandonRequest(reason="training-failed"))
+
+    def take_back(self, device: int, assignment_id: str) -> None:
+        """What the device remembers of a report that came too late is forgotten again."""
+        if self._memory is not None:
+            self._memory.take_back(device, assignment_id)
 
     def close(self) -> None:
         """Release programs and temporary files."""

@@ -18,7 +18,7 @@ from simulator.agenda import Agenda, EventKind
 from simulator.errors import FleetCannotTrain
 from simulator.journal import Journal, Reply
 from simulator.population import Population, Workload
-from simulator.sessions import Outcome, Session, SessionEnd
+from simulator.sessions import Outcome, Session, SessionEnd, VirtualRounds
 
 _STOP_POLL_S: Final = 0.1
 
@@ -40,6 +40,10 @@ class DeviceLink(Protocol):
 
     def give_back(self, device: int, assignment_id: str) -> None:
         """Tell the server that a session failed. Called by one thread, in virtual order, perhaps more than once."""
+        ...
+
+    def take_back(self, device: int, assignment_id: str) -> None:
+        """A report that was delivered came too late in virtual time: the device goes on as if it had been refused."""
         ...
 
 
@@ -131,6 +135,7 @@ class VirtualFleet:
         observer: FleetObserver,
         workers: int,
         stop: threading.Event,
+        rounds: VirtualRounds,
     ) -> None:
         """Prepare a fleet; ``run`` starts it.
 
@@ -143,7 +148,9 @@ class VirtualFleet:
             observer: Is told about progress.
             workers: Training threads.
             stop: Ends the run at the next event when set.
+            rounds: The server's rounds in virtual time.
         """
+        self._rounds = rounds
         self._population = population
         self._num_samples = num_samples
         self._work = work
@@ -226,6 +233,8 @@ class VirtualFleet:
             # Now, and also in a replay: nobody knows whether the server heard it before the process died.
             self._link.give_back(device, assignment_id)
             session.arrives_s = None
+        elif not self._rounds.arrive(session.model_version) and session.end.outcome is Outcome.ACCEPTED:
+            self._link.take_back(device, assignment_id)
         self._observer.ended(session)
         self._patience.note(session.end)
         return True

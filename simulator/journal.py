@@ -127,15 +127,15 @@ class Journal:
             )
         return entry.reply
 
-    def last_accepted(self) -> dict[int, str]:
-        """Device -> assignment of its last session that was over and accepted. Asked before anything is replayed."""
-        last: dict[int, str] = {}
+    def accepted(self) -> dict[int, list[str]]:
+        """Device -> assignments of its sessions that were over and accepted, in order. Asked before any replay."""
+        found: dict[int, list[str]] = {}
         for entry in self._replies:
             if isinstance(entry.reply, Assigned):
                 end = self.done.get(entry.reply.assignment.assignment_id)
                 if end is not None and end.outcome is Outcome.ACCEPTED:
-                    last[entry.device] = entry.reply.assignment.assignment_id
-        return last
+                    found.setdefault(entry.device, []).append(entry.reply.assignment.assignment_id)
+        return found
 
     def record_reply(self, device: int, at: float, reply: Reply) -> None:
         """Write down an answer, before anything acts on it."""

@@ -8,7 +8,7 @@ memories, in files named by the reports that left them, and the journal tells wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from client_sdk.atomic import write_atomically
@@ -24,12 +24,13 @@ class FleetMemory:
 
     Args:
         folder: Where they are; made with the first memory.
-        accepted: Device -> assignment of its last session that the journal knows as accepted.
+        accepted: Device -> assignments of its sessions that the journal knows as accepted, in order.
     """
 
-    def __init__(self, folder: Path, accepted: Mapping[int, str]) -> None:
+    def __init__(self, folder: Path, accepted: Mapping[int, Sequence[str]]) -> None:
         self._folder = folder
         self._accepted = accepted
+        self._stores: dict[int, _RememberedStore] = {}
 
     def store(self, device: int, identity: DeviceIdentity, pool: BlobPool) -> MemoryDeviceStore:
         """A device's store, with what the journal says that it remembers.
@@ -37,14 +38,24 @@ class FleetMemory:
         Raises:
             ResumeMismatch: That memory is missing or damaged.
         """
-        return _RememberedStore(self._folder / str(device), identity, pool, self._before(device, identity))
-
-    def _before(self, device: int, identity: DeviceIdentity) -> DeviceMemory | None:
-        assignment_id = self._accepted.get(device)
+        folder = self._folder / str(device)
+        accepted = self._accepted.get(device, ())
+        newest = former = None
         # Tasks that leave nothing behind have no folder.
-        if assignment_id is None or not self._folder.exists():
-            return None
-        path = self._folder / str(device) / identity.report_id(assignment_id)
+        if accepted and self._folder.exists():
+            newest = self._read(device, folder / identity.report_id(accepted[-1]))
+            earlier = (folder / identity.report_id(assignment_id) for assignment_id in reversed(accepted[:-1]))
+            path = next((path for path in earlier if path.exists()), None)
+            former = None if path is None else self._read(device, path)
+        self._stores[device] = store = _RememberedStore(folder, identity, pool, newest, former)
+        return store
+
+    def take_back(self, device: int, assignment_id: str) -> None:
+        """The device's newest memory does not count after all, if it is of this assignment's report."""
+        self._stores[device].take_back(assignment_id)
+
+    @staticmethod
+    def _read(device: int, path: Path) -> DeviceMemory:
         try:
             return DeviceMemory.from_bytes(path.read_bytes())
         except (OSError, ValueError) as e:
@@ -56,10 +67,17 @@ class FleetMemory:
 class _RememberedStore(MemoryDeviceStore):
     """Writes down every memory that a report leaves, and keeps the one before it."""
 
-    def __init__(self, folder: Path, identity: DeviceIdentity, pool: BlobPool, memory: DeviceMemory | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: DeviceIdentity,
+        pool: BlobPool,
+        memory: DeviceMemory | None,
+        former: DeviceMemory | None,
+    ) -> None:
         super().__init__(identity, pool, memory)
         self._folder = folder
-        self._newest = None if memory is None else memory.report_id
+        self._former = former
 
     def stage_memory(self, memory: DeviceMemory) -> None:
         """Write it down; the former ones stay."""
@@ -69,14 +87,18 @@ class _RememberedStore(MemoryDeviceStore):
 
     def settle_memory(self, report_id: str, *, accepted: bool) -> None:
         """Let it count or not; what is older than the one before goes."""
-        counts = accepted and self.has_staged_memory(report_id)
+        before, counts = self._memory, accepted and self.has_staged_memory(report_id)
         super().settle_memory(report_id, accepted=accepted)
-        if not self._folder.exists():
-            return
-        if not counts:
+        if counts:
+            self._former = before
+            kept = {report_id} if before is None else {report_id, before.report_id}
+            for path in self._folder.iterdir():
+                if path.name not in kept:
+                    path.unlink(missing_ok=True)
+        elif self._folder.exists():
             (self._folder / report_id).unlink(missing_ok=True)
-            return
-        for path in self._folder.iterdir():
-            if path.name not in {self._newest, report_id}:
-                path.unlink(missing_ok=True)
-        self._newest = report_id
+
+    def take_back(self, assignment_id: str) -> None:
+        """Go back to the memory before; its file stays until the next one counts, for a resume that comes by here."""
+        if self._memory is not None and self._memory.report_id == self.identity.report_id(assignment_id):
+            self._memory, self._former = self._former, None

@@ -38,7 +38,7 @@ from simulator.prepare import Fleet, Prepared, check_fit, write_server
 from simulator.progress import SilentDisplay
 from simulator.report import write_report
 from simulator.results import SimulationResults
-from simulator.sessions import Outcome, Session
+from simulator.sessions import Outcome, Session, VirtualRounds
 from simulator.view import ServerView, TaskView
 from simulator.wall import WallFleet
 
@@ -170,6 +170,7 @@ class _Attempt:
                 observer=monitor,
                 workers=self.options.workers,
                 stop=stop,
+                rounds=VirtualRounds(config.cohort_size, config.staleness.tolerance),
             )
             try:
                 finished, stuck = played(fleet.run)
@@ -249,7 +250,7 @@ class _Attempt:
             policy=policy,
             attack=fleet.attack,
             virtual=virtual,
-            memory=FleetMemory(self.folder.path / MEMORY_FOLDER, self.journal.last_accepted()) if virtual else None,
+            memory=FleetMemory(self.folder.path / MEMORY_FOLDER, self.journal.accepted()) if virtual else None,
         )
 
     def _monitor(self, view: ServerView, *, of_rounds: int, cohort: int, first_version: int = 0) -> RunMonitor:

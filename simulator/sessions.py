@@ -73,6 +73,30 @@ class Session:
         return (float("inf") if self.arrives_s is None else self.arrives_s, self.number)
 
 
+class VirtualRounds:
+    """Which reports are in time by virtual time alone, told one arrival after the other.
+
+    Whether an upload beat its round's commit is a race on this machine; a device that remembers what it has sent must
+    not depend on who won it.
+
+    Args:
+        buffer_size: Reports per model update.
+        tolerance: Model versions that a report may lag behind, at each version.
+    """
+
+    def __init__(self, buffer_size: int, tolerance: Callable[[int], int]) -> None:
+        self._buffer_size = buffer_size
+        self._tolerance = tolerance
+        self._in_time = 0
+
+    def arrive(self, model_version: int) -> bool:
+        """The next report in order of arrival: whether the server, at that time, would still want it."""
+        version = self._in_time // self._buffer_size
+        in_time = version - model_version <= self._tolerance(version)
+        self._in_time += in_time
+        return in_time
+
+
 def counted_sessions(
     sessions: Iterable[Session], reports: Iterable[int], tolerance: Callable[[int], int]
 ) -> list[list[Session]]:

@@ -22,7 +22,7 @@ from simulator.errors import FleetCannotTrain, ResumeMismatch
 from simulator.fleet import VirtualFleet
 from simulator.journal import Journal
 from simulator.population import Population, Workload
-from simulator.sessions import Outcome, SessionEnd, counted_sessions
+from simulator.sessions import Outcome, SessionEnd, VirtualRounds, counted_sessions
 
 WORK = Workload(flops_per_example=3e5, bytes_down=100_000, bytes_up=100_000, plan=TrainingPlan())
 HASH = "0" * 64
@@ -38,6 +38,7 @@ class EngineLink:
     def __init__(self, policy):
         self.engine = RoundEngine(policy, virtual_time=True)
         self.accepted = []
+        self.taken_back = set()
         self.fails = lambda _number: False
         self._records = {}
         self.calls = 0
@@ -116,6 +117,9 @@ class EngineLink:
             self.engine.abandon(assignment_id)
             self._changed.notify_all()
 
+    def take_back(self, device, assignment_id):  # noqa: ARG002 - the fleet's interface
+        self.taken_back.add(self._records[assignment_id].number)
+
 
 class Watcher:
     """Remembers what the fleet says."""
@@ -145,6 +149,7 @@ def run(link, journal_path, population, workers=1, *, stop=None, watcher=None):
             observer=watcher,
             workers=workers,
             stop=stop or threading.Event(),
+            rounds=VirtualRounds(link.engine.policy.buffer_size, lambda _version: link.engine.policy.max_staleness),
         )
         finished = fleet.run()
     return finished, watcher
@@ -174,6 +179,22 @@ def test_threads_do_not_change_what_is_accepted(policy, population, workers):
         assert run(many, Path(folder) / "many", population, workers)[0]
     assert len(one.accepted) == policy.rounds
     assert one.accepted == many.accepted
+
+
+@settings(max_examples=60, deadline=None)
+@given(policies(), populations, st.integers(2, 5))
+def test_threads_do_not_change_what_devices_remember(policy, population, workers):
+    """A report may beat its round's commit on one machine and not on another; in virtual time it is late on both."""
+    remembered = []
+    for threads in (1, workers):
+        link = EngineLink(policy)
+        with tempfile.TemporaryDirectory() as folder:
+            _, watcher = run(link, Path(folder) / "j", population, threads)
+        over = [s for s in watcher.sessions if s.end is not None]
+        remembered.append({s.number for s in over if s.end.outcome is Outcome.ACCEPTED} - link.taken_back)
+    assert remembered[0] == remembered[1]
+    counted = {number for _, numbers in link.accepted for number, _ in numbers}
+    assert counted <= remembered[0]
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,8 +20,13 @@ def memory_of(assignment_id, value):
     return DeviceMemory("task", IDENTITY.report_id(assignment_id), vectors)
 
 
-def store_of(folder, accepted):
-    return FleetMemory(folder, accepted).store(4, IDENTITY, BlobPool())
+def fleet_of(folder, *accepted):
+    fleet = FleetMemory(folder, {4: accepted})
+    return fleet, fleet.store(4, IDENTITY, BlobPool())
+
+
+def store_of(folder, *accepted):
+    return fleet_of(folder, *accepted)[1]
 
 
 def deliver(store, assignment_id, value, *, accepted=True):
@@ -35,14 +40,14 @@ def remembered(store):
 
 
 def test_a_resumed_device_has_the_memory_of_its_last_session_that_the_journal_knows(tmp_path):
-    store = store_of(tmp_path / "memory", {})
+    store = store_of(tmp_path / "memory")
     assert remembered(store) is None
     for assignment_id, value in ((FIRST, 1.0), (SECOND, 2.0), (THIRD, 3.0)):
         deliver(store, assignment_id, value)
     assert remembered(store) == 3.0
-    assert remembered(store_of(tmp_path / "memory", {4: THIRD})) == 3.0
+    assert remembered(store_of(tmp_path / "memory", FIRST, SECOND, THIRD)) == 3.0
     # Killed between the upload and the journal's line: the third session is played again, from the second's memory.
-    again = store_of(tmp_path / "memory", {4: SECOND})
+    again = store_of(tmp_path / "memory", FIRST, SECOND)
     assert remembered(again) == 2.0
     deliver(again, THIRD, 3.0)
     assert remembered(again) == 3.0
@@ -50,26 +55,45 @@ def test_a_resumed_device_has_the_memory_of_its_last_session_that_the_journal_kn
 
 
 def test_a_refused_report_leaves_the_memory_as_it_was(tmp_path):
-    store = store_of(tmp_path / "memory", {})
+    store = store_of(tmp_path / "memory")
     deliver(store, FIRST, 1.0)
     deliver(store, SECOND, 2.0, accepted=False)
     assert remembered(store) == 1.0
-    assert remembered(store_of(tmp_path / "memory", {4: FIRST})) == 1.0
+    assert remembered(store_of(tmp_path / "memory", FIRST)) == 1.0
 
 
 def test_a_memory_that_is_lost_or_damaged_ends_the_resume_with_a_word(tmp_path):
     folder = tmp_path / "memory"
-    deliver(store_of(folder, {}), FIRST, 1.0)
+    deliver(store_of(folder), FIRST, 1.0)
     with pytest.raises(ResumeMismatch, match=r"device 4 remembered is lost .*start it anew"):
-        store_of(folder, {4: SECOND})
+        store_of(folder, SECOND)
     (path,) = (folder / "4").iterdir()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ResumeMismatch, match="checksum"):
-        store_of(folder, {4: FIRST})
+        store_of(folder, FIRST)
 
 
 def test_a_task_that_leaves_nothing_behind_writes_nothing(tmp_path):
-    store = store_of(tmp_path / "memory", {4: FIRST})
+    store = store_of(tmp_path / "memory", FIRST)
     store.settle_memory(IDENTITY.report_id(SECOND), accepted=False)
     assert remembered(store) is None
     assert not (tmp_path / "memory").exists()
+
+
+def test_a_report_that_was_late_in_virtual_time_leaves_no_trace_also_after_a_resume(tmp_path):
+    folder = tmp_path / "memory"
+    fleet, store = fleet_of(folder)
+    deliver(store, FIRST, 1.0)
+    deliver(store, SECOND, 2.0)
+    fleet.take_back(4, FIRST)
+    assert remembered(store) == 2.0, "only the newest can be taken back"
+    fleet.take_back(4, SECOND)
+    assert remembered(store) == 1.0
+    # Killed here: the journal knows both as accepted, and the replay takes the second one back again.
+    fleet, store = fleet_of(folder, FIRST, SECOND)
+    assert remembered(store) == 2.0
+    fleet.take_back(4, SECOND)
+    assert remembered(store) == 1.0
+    deliver(store, THIRD, 3.0)
+    assert remembered(store_of(folder, FIRST, SECOND, THIRD)) == 3.0
+    assert {path.name for path in (folder / "4").iterdir()} == {IDENTITY.report_id(FIRST), IDENTITY.report_id(THIRD)}
