@@ -18,6 +18,7 @@ from client_sdk.protocol.training import TrainingPlan
 from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy
 from server_ref.assignments import RoundPolicy
+from server_ref.protection import PrivacyConfig, SecureConfig
 
 
 class _Section(BaseModel):
@@ -100,6 +101,8 @@ class TaskConfig(_Section):
     )
     selection: SelectionConfig = SelectionConfig()
     divergence: DivergenceConfig = DivergenceConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    secure: SecureConfig | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -107,10 +110,26 @@ class TaskConfig(_Section):
             raise ValueError("retry_max_s lies below retry_min_s")
         return self
 
+    @model_validator(mode="after")
+    def _protected(self) -> Self:
+        """Combinations that mean nothing; what the mathematics rules out is refused by the pipeline."""
+        if (self.privacy.enabled or self.secure is not None) and self.aggregation.clip_norm is None:
+            raise ValueError("updates that are shared or noised need a bound: set aggregation.clip_norm")
+        if self.privacy.noise == "aggregators" and self.secure is None:
+            raise ValueError("aggregators can add noise to shares only: set task.secure, or privacy.noise = server")
+        if self.privacy.noise == "server" and self.secure is not None:
+            raise ValueError("this server sees no sum without noise to add some: set privacy.noise = aggregators")
+        return self
+
     @property
     def max_weight(self) -> int:
-        """Largest public weight of a report. SCAFFOLD's control is a plain mean of devices: its reports weigh 1."""
-        uniform = self.aggregation.weighting == "uniform" or self.plan.algorithm == "scaffold"
+        """Largest public weight of a report. SCAFFOLD's control is a plain mean of devices: its reports weigh 1.
+
+        So do those of a private task: a weight is what one device can move the sum by, and the noise grows with it.
+        """
+        uniform = (
+            self.aggregation.weighting == "uniform" or self.plan.algorithm == "scaffold" or self.privacy.enabled
+        )
         return 1 if uniform else self.weight_cap
 
     def policy(self) -> RoundPolicy:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from client_sdk.protocol.errors import ConfigurationError
+from server_ref.protection import SecureConfig
 
 RULES: Final = (
     "mean",
@@ -23,7 +26,7 @@ ASYNC_STALENESS: Final = 10
 
 
 def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, in four groups. Every default is None: what is not given stays as the configuration has it."""
+    """Add the flags, in five groups. Every default is None: what is not given stays as the configuration has it."""
     add = parser.add_argument_group("aggregation").add_argument
     add(
         "--rule",
@@ -111,6 +114,51 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="chance that fair and fast leave to everybody (default: 0.2)",
     )
+    _add_privacy_flags(parser)
+
+
+def _add_privacy_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("privacy and secrecy").add_argument
+    add(
+        "--epsilon",
+        type=float,
+        metavar="E",
+        help="client-level differential privacy: budget of the whole run; needs --clip-norm (default: none)",
+    )
+    add("--delta", type=float, metavar="D", help="chance that epsilon does not hold (default: 1e-5)")
+    add("--noise-multiplier", type=float, metavar="Z", help="the noise itself, in clip norms, instead of --epsilon")
+    add(
+        "--noise",
+        choices=("server", "aggregators"),
+        help="who adds it (default: the server; with --secure the aggregators)",
+    )
+    add(
+        "--adjacency",
+        choices=("zero-out", "replace-one"),
+        help="what epsilon protects a device from being told from: reporting nothing, or anything (default: zero-out)",
+    )
+    add(
+        "--max-participations",
+        type=int,
+        metavar="K",
+        help="rounds that count a device at most; the fewer, the less noise (default: all)",
+    )
+    add("--adaptive-clipping", action="store_true", help="let the clip norm follow a private quantile of the norms")
+    add("--target-quantile", type=float, metavar="Q", help="updates that it leaves as they are (default: 0.5)")
+    add(
+        "--secure",
+        metavar="TofN",
+        help="share each update among N aggregators, T of which learn their sum and fewer nothing, such as 3of5",
+    )
+    add("--field", choices=("m61", "m127"), help="of the shares: 2^61 - 1 or 2^127 - 1 (default: m61)")
+    add("--packing", type=int, choices=(1, 2), help="coordinates in a share; 2 halves the upload (default: 1)")
+    add(
+        "--checks",
+        choices=("trust-devices", "projections", "buckets"),
+        help="what is checked of updates that nobody sees (default: trust-devices)",
+    )
+    add("--buckets", type=int, metavar="R", help="sums that a robust --rule chooses from, with --checks buckets")
+    add("--minimum-cohort", type=int, metavar="N", help="fewest reports that a sum may be opened of (default: 2)")
 
 
 def aggregation_settings(args: argparse.Namespace, *, rounds: int | None) -> dict[str, Any]:
@@ -140,6 +188,8 @@ def aggregation_settings(args: argparse.Namespace, *, rounds: int | None) -> dic
         plan=_given(algorithm=args.algorithm, max_steps=args.max_steps),
         selection=_given(policy=args.selection, floor=args.selection_floor),
         staleness=_staleness(args, rounds),
+        privacy=_privacy(args),
+        secure=_secure(args),
     )
     if args.asynchronous:
         task["refill_at"] = 1
@@ -148,6 +198,43 @@ def aggregation_settings(args: argparse.Namespace, *, rounds: int | None) -> dic
 
 def _given(**values: Any) -> dict[str, Any]:  # noqa: ANN401 - flags of any type
     return {name: value for name, value in values.items() if value is not None and value != {}}
+
+
+def _privacy(args: argparse.Namespace) -> dict[str, Any]:
+    found = _given(
+        epsilon=args.epsilon,
+        delta=args.delta,
+        noise_multiplier=args.noise_multiplier,
+        adjacency=args.adjacency,
+        max_participations=args.max_participations,
+        adaptive_clipping=args.adaptive_clipping or None,
+        target_quantile=args.target_quantile,
+    )
+    noise = args.noise
+    if noise is None and (args.epsilon is not None or args.noise_multiplier is not None):
+        noise = "server" if args.secure is None else "aggregators"
+    return found | _given(noise=noise)
+
+
+def _secure(args: argparse.Namespace) -> dict[str, Any]:
+    found = _given(
+        field=args.field,
+        packing=args.packing,
+        checks=args.checks,
+        buckets=args.buckets,
+        minimum_cohort=args.minimum_cohort,
+    )
+    if args.secure is None:
+        if found:
+            raise ConfigurationError(f"--{next(iter(found)).replace('_', '-')} is about shares: add --secure 3of5")
+        return {}
+    try:
+        shares = SecureConfig.parse(args.secure)
+    except ValueError as e:
+        # pydantic's own report says more than is wanted of one flag.
+        reason = str(e) if not isinstance(e, ValidationError) else e.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"--secure: {reason}") from e
+    return {"threshold": shares.threshold, "num_aggregators": shares.num_aggregators, **found}
 
 
 def _staleness(args: argparse.Namespace, rounds: int | None) -> dict[str, Any]:

@@ -36,6 +36,8 @@ _IDENTITY = frozenset(
         "delay_damping",
         "selection",
         "divergence",
+        "privacy",
+        "secure",
     }
 )
 

@@ -79,6 +79,11 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
         choices=("devices", "cohort"),
         help="devices: each runs the real SDK (default); cohort: the same run, trained in batches in this process",
     )
+    add(
+        "--aggregators",
+        choices=("embedded", "processes"),
+        help="with --secure: all in the server's process (default), or each a real service in one of its own",
+    )
     rounds = parser.add_argument_group("rounds")
     add = rounds.add_argument
     add("--rounds", type=int, metavar="R", help="model updates (default: 60)")
@@ -131,7 +136,7 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 _CONFIG_FLAGS = (
     "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "dropout",
     "stragglers", "slowdown", "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine", "engine",
-    "server",
+    "aggregators", "server",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from client_sdk.protocol.training import Algorithm, TrainingPlan
 from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy
 from server_ref.config import AggregationConfig, DivergenceConfig, SelectionConfig
+from server_ref.protection import PrivacyConfig, SecureConfig
 from simulator.adversaries.registry import parse_attack
 from simulator.errors import ResumeMismatch
 from simulator.partition import parse_partition
@@ -66,6 +67,9 @@ class SimulationConfig(BaseModel):
         delay_damping: Corrects stale updates by the steps they missed.
         selection: Who gets a free slot.
         divergence: When training is halted by itself.
+        privacy: Differential privacy of what the run releases.
+        secure: Secret sharing of the updates among aggregators; None: the server sees them.
+        aggregators: Where those run: in the server's process, or each in one of its own.
         dropout: Probability that an invited device never reports.
         stragglers: Fraction of the fleet whose sessions take ``slowdown`` times longer.
         slowdown: See ``stragglers``.
@@ -101,6 +105,9 @@ class SimulationConfig(BaseModel):
     delay_damping: float | None = Field(None, gt=0, le=1)
     selection: SelectionConfig = SelectionConfig()
     divergence: DivergenceConfig = DivergenceConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    secure: SecureConfig | None = None
+    aggregators: Literal["embedded", "processes"] = "embedded"
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     stragglers: float = Field(0.0, ge=0.0, lt=1.0)
     slowdown: float = Field(10.0, ge=1.0, le=1000.0)
@@ -141,8 +148,12 @@ class SimulationConfig(BaseModel):
 
     @property
     def repeatable(self) -> bool:
-        """Whether equal configurations give equal models: not where a foreign server's clock decides."""
-        return self.server is None
+        """Whether equal configurations give equal models.
+
+        Not where a foreign server's clock decides, and not with differential privacy: whoever could repeat its noise
+        could take it away.
+        """
+        return self.server is None and not self.privacy.enabled
 
     @property
     def plan(self) -> TrainingPlan:
@@ -178,11 +189,28 @@ class SimulationConfig(BaseModel):
             )
         if self.engine == "cohort" and self.server is not None:
             raise ConfigurationError("--engine cohort plays without HTTP; leave it or --server out")
+        if self.engine == "cohort" and self.secure is not None:
+            raise ConfigurationError(
+                "--engine cohort shares no secrets: sums on the int64 grid have the same bits without --secure; leave "
+                "one of the two out"
+            )
+        if self.aggregators == "processes" and self.secure is None:
+            raise ConfigurationError("--aggregators processes needs updates to share: add --secure 3of5")
         try:
             _ = self.plan
         except ValidationError as e:
             raise ConfigurationError(_told(e)) from e
         self._check_attack()
+        self._check_participations()
+
+    def _check_participations(self) -> None:
+        most = self.privacy.max_participations
+        if most is not None and most * self.devices < self.rounds * self.cohort_size:
+            raise ConfigurationError(
+                f"{self.devices} devices that take part at most {most} times fill "
+                f"{most * self.devices // self.cohort_size} rounds of {self.cohort_size} reports, not {self.rounds}: "
+                "raise --max-participations or --devices, or lower --rounds or --cohort"
+            )
 
     def _check_attack(self) -> None:
         if self.attack is None:
@@ -258,6 +286,21 @@ _FLAGS = {
     "aggregation.clip_norm": "--clip-norm",
     "aggregation.clip_scope": "--clip-scope",
     "aggregation.weighting": "--weighting",
+    "privacy.epsilon": "--epsilon",
+    "privacy.delta": "--delta",
+    "privacy.noise": "--noise",
+    "privacy.noise_multiplier": "--noise-multiplier",
+    "privacy.adjacency": "--adjacency",
+    "privacy.max_participations": "--max-participations",
+    "privacy.adaptive_clipping": "--adaptive-clipping",
+    "privacy.target_quantile": "--target-quantile",
+    "secure.threshold": "--secure",
+    "secure.num_aggregators": "--secure",
+    "secure.field": "--field",
+    "secure.packing": "--packing",
+    "secure.checks": "--checks",
+    "secure.buckets": "--buckets",
+    "secure.minimum_cohort": "--minimum-cohort",
     "optimizer.name": "--optimizer",
     "optimizer.learning_rate": "--server-lr",
     "optimizer.momentum": "--server-momentum",

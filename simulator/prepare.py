@@ -217,6 +217,8 @@ def task_settings(
         "delay_damping": config.delay_damping,
         "selection": config.selection.model_dump(mode="json"),
         "divergence": config.divergence.model_dump(mode="json"),
+        "privacy": config.privacy.model_dump(mode="json"),
+        "secure": None if config.secure is None else config.secure.model_dump(mode="json"),
     }
 
 

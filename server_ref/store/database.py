@@ -66,6 +66,16 @@ class TaskState:
     divergence_json: str | None = None
 
 
+@dataclass(frozen=True)
+class PrivacyCharge:
+    """What one round's release cost of the privacy budget."""
+
+    round_id: int
+    event_json: str
+    charged_at: float
+    release_sha256: str | None = None
+
+
 def open_database(path: Path) -> Engine:
     """Open (and create) the SQLite database and bring its schema up to date.
 
@@ -311,3 +321,38 @@ def counted_latencies(connection: Connection) -> list[tuple[str, float]]:
         .order_by(table.c.counted_in, table.c.arrival, table.c.number)
     )
     return [(device_id, float(latency)) for device_id, latency in connection.execute(query)]
+
+
+def counted_participations(connection: Connection) -> dict[str, int]:
+    """How many committed rounds counted a report of each device."""
+    table = schema.assignments
+    query = (
+        sa.select(table.c.device_id, sa.func.count())
+        .where(table.c.counted_in.is_not(None))
+        .group_by(table.c.device_id)
+    )
+    return {device_id: int(count) for device_id, count in connection.execute(query)}
+
+
+def load_charges(connection: Connection) -> list[PrivacyCharge]:
+    """What was spent of the privacy budget, in order of the rounds."""
+    query = sa.select(schema.privacy_charges).order_by(schema.privacy_charges.c.round_id)
+    return [PrivacyCharge(**row) for row in connection.execute(query).mappings()]
+
+
+def save_charge(connection: Connection, charge: PrivacyCharge) -> None:
+    """Insert what a round costs. A round is charged once: a second row is an error of the database."""
+    connection.execute(sa.insert(schema.privacy_charges).values(**vars(charge)))
+
+
+def load_note(connection: Connection, name: str) -> str | None:
+    """A value of the journal."""
+    query = sa.select(schema.journal.c.value).where(schema.journal.c.name == name)
+    return connection.execute(query).scalar_one_or_none()
+
+
+def save_note(connection: Connection, name: str, value: str) -> None:
+    """Insert or update a value of the journal."""
+    changed = connection.execute(sa.update(schema.journal).where(schema.journal.c.name == name).values(value=value))
+    if changed.rowcount == 0:
+        connection.execute(sa.insert(schema.journal).values(name=name, value=value))

@@ -85,3 +85,22 @@ assignments = Table(
     Index("ix_assignments_state", "state"),
     Index("ix_assignments_counted_in", "counted_in"),
 )
+
+# What a round's release cost of the privacy budget: written before the release is used, never changed or deleted.
+# ``release_sha256`` names the noised aggregate, which is drawn once: a crash before the commit goes on with it.
+privacy_charges = Table(
+    "privacy_charges",
+    metadata,
+    Column("round_id", Integer, primary_key=True, autoincrement=False),
+    Column("event_json", Text, nullable=False),
+    Column("charged_at", Float, nullable=False),
+    Column("release_sha256", String(64)),
+)
+
+# Small values by name, of work that a crash may interrupt and the next process goes on with.
+journal = Table(
+    "journal",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+)

@@ -1,0 +1,92 @@
+"""Settings of a task that protect its devices' updates: differential privacy and secret sharing."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PrivacyConfig(_Section):
+    """Client-level differential privacy of everything that the task releases.
+
+    Either a budget is given (``epsilon``, ``delta``) for the whole task, from which the noise follows, or the noise
+    itself, from which epsilon follows. It is accounted for devices that take part at most ``max_participations``
+    times, which the server enforces: who is chosen is no secret, so that no amplification by sampling is claimed.
+    """
+
+    noise: Literal["none", "server", "aggregators"] = Field(
+        "none", description="who adds noise to a round's sum; aggregators: of secret-shared updates"
+    )
+    epsilon: float | None = Field(None, gt=0, allow_inf_nan=False, description="budget of the whole task")
+    delta: float = Field(1e-5, gt=0, lt=1, description="chance that epsilon does not hold; below 1 / devices")
+    noise_multiplier: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="noise per coordinate, in units of the clip norm; or epsilon"
+    )
+    adjacency: Literal["zero-out", "replace-one"] = Field(
+        "zero-out", description="what one device could have done instead: report nothing, or report anything"
+    )
+    max_participations: int | None = Field(
+        None, ge=1, description="rounds that count a device at most; default: all of them"
+    )
+    adaptive_clipping: bool = Field(
+        default=False, description="let the clip norm follow a private estimate of a quantile of the norms"
+    )
+    target_quantile: float = Field(0.5, gt=0, lt=1, description="updates that adaptive clipping leaves as they are")
+    clip_learning_rate: float = Field(0.2, gt=0, le=2, description="how fast adaptive clipping follows")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anybody adds noise."""
+        return self.noise != "none"
+
+    @model_validator(mode="after")
+    def _budget_or_noise(self) -> Self:
+        given = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
+        if self.enabled and len(given) != 1:
+            raise ValueError("differential privacy needs either epsilon (and delta) or noise_multiplier, not both")
+        if not self.enabled and (given or self.adaptive_clipping):
+            wanted = given[0] if given else "adaptive_clipping"
+            raise ValueError(f"{wanted} is given, but nobody adds noise: set privacy.noise to server or aggregators")
+        return self
+
+
+class SecureConfig(_Section):
+    """Secret sharing: the server learns sums of updates, and no single one, while fewer than ``threshold`` aggregators
+    put their shares together.
+    """
+
+    num_aggregators: int = Field(5, ge=2, le=32, description="shares of each update")
+    threshold: int = Field(3, ge=2, description="shares without which nothing is known")
+    field: Literal["m61", "m127"] = Field("m61", description="prime field: 2^61 - 1 or 2^127 - 1")
+    packing: Literal[1, 2] = Field(1, description="coordinates in one field element; 2 needs one aggregator more")
+    suite: Literal["x25519", "mlkem768-x25519"] = Field("x25519", description="how shares are sealed; or post-quantum")
+    checks: Literal["trust-devices", "projections", "buckets"] = Field(
+        "trust-devices", description="what is checked of an update that nobody sees"
+    )
+    buckets: int | None = Field(None, ge=2, description="with checks = buckets: sums that a robust rule chooses from")
+    minimum_cohort: int = Field(2, ge=2, description="fewest reports that a sum may be opened of")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.threshold > self.num_aggregators:
+            raise ValueError(f"threshold {self.threshold} of {self.num_aggregators} aggregators can never be reached")
+        if (self.checks == "buckets") != (self.buckets is not None):
+            raise ValueError("buckets goes with checks = buckets, and that with it")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From ``3of5``.
+
+        Raises:
+            ValueError: Anything else.
+        """
+        threshold, of, shares = text.partition("of")
+        if not (of and threshold.isdecimal() and shares.isdecimal()):
+            raise ValueError(f"{text!r} is not THRESHOLDofAGGREGATORS, such as 3of5")
+        return cls(threshold=int(threshold), num_aggregators=int(shares))
