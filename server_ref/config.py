@@ -127,9 +127,7 @@ class TaskConfig(_Section):
 
         So do those of a private task: a weight is what one device can move the sum by, and the noise grows with it.
         """
-        uniform = (
-            self.aggregation.weighting == "uniform" or self.plan.algorithm == "scaffold" or self.privacy.enabled
-        )
+        uniform = self.aggregation.weighting == "uniform" or self.plan.algorithm == "scaffold" or self.privacy.enabled
         return 1 if uniform else self.weight_cap
 
     def policy(self) -> RoundPolicy:

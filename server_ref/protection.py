@@ -56,8 +56,9 @@ class PrivacyConfig(_Section):
 
 
 class SecureConfig(_Section):
-    """Secret sharing: the server learns sums of updates, and no single one, while fewer than ``threshold`` aggregators
-    put their shares together.
+    """Secret sharing: the server learns sums of updates only.
+
+    No single one is known to anybody while fewer than ``threshold`` aggregators put their shares together.
     """
 
     num_aggregators: int = Field(5, ge=2, le=32, description="shares of each update")

@@ -327,9 +327,7 @@ def counted_participations(connection: Connection) -> dict[str, int]:
     """How many committed rounds counted a report of each device."""
     table = schema.assignments
     query = (
-        sa.select(table.c.device_id, sa.func.count())
-        .where(table.c.counted_in.is_not(None))
-        .group_by(table.c.device_id)
+        sa.select(table.c.device_id, sa.func.count()).where(table.c.counted_in.is_not(None)).group_by(table.c.device_id)
     )
     return {device_id: int(count) for device_id, count in connection.execute(query)}
 

@@ -94,8 +94,12 @@ def settings(model=ServerConfig, prefix=""):
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             assert field.is_required() or field.default == field.annotation(), "a section's defaults are its fields'"
             yield from settings(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", ... if field.is_required() else field.default
+            continue
+        yield f"{prefix}{name}", ... if field.is_required() else field.default
+        for section in get_args(field.annotation):
+            # A section that may be missing has settings of its own.
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                yield from settings(section, f"{prefix}{name}.")
 
 
 def stated(page):
