@@ -90,19 +90,31 @@ class ShareHeader(Message):
 
     ``ciphertext_sha256`` has the hash of the report's sealed share for each aggregator, in order of their indices: the
     ``digest`` names one upload as a whole, so that aggregators which agree on a digest hold shares of the same update.
+    ``clip_norm`` and ``indicator_norm`` are those of the device's assignment. The share opens only under what the
+    device was really told, so the coordinator cannot misstate them.
     """
 
     report_id: Id128
     assignment_id: Id128
     device_id: Id128
     model_version: int = Field(ge=0, lt=2**62)
+    clip_norm: float = Field(gt=0, allow_inf_nan=False)
+    indicator_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
     ciphertext_sha256: tuple[Sha256, ...] = Field(min_length=1, max_length=MAX_AGGREGATORS)
 
     def digest(self) -> str:
         """SHA-256 (hex) that names this upload in sets, challenges and statements."""
         return digest(
             "report",
-            [self.report_id, self.assignment_id, self.device_id, self.model_version, *self.ciphertext_sha256],
+            [
+                self.report_id,
+                self.assignment_id,
+                self.device_id,
+                self.model_version,
+                self.clip_norm,
+                self.indicator_norm,
+                *self.ciphertext_sha256,
+            ],
         )
 
 
@@ -118,7 +130,7 @@ class VerdictReason(StrEnum):
     """Why a share was not accepted."""
 
     UNSEALABLE = "unsealable"
-    """The ciphertext does not open with this aggregator's key for this assignment, model version and task."""
+    """The ciphertext does not open with this aggregator's key for this assignment, model version, task and terms."""
     MALFORMED = "malformed"
     """What was sealed is not the canonical encoding of a share of the right length."""
     HEADER_MISMATCH = "header-mismatch"

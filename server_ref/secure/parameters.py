@@ -7,7 +7,6 @@ the privacy of the sum.
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from fractions import Fraction
 from typing import Literal, Self
@@ -15,6 +14,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from client_sdk.protocol.messages import Message
+from client_sdk.protocol.privacy import EncodedBounds
+from server_ref.aggregation.batch import Adjacency
 from server_ref.secure.canonical import digest
 from server_ref.secure.errors import ParametersBelowPinned, SumOutOfRange
 
@@ -52,7 +53,6 @@ class PinnedPrivacy(Message):
 
     Attributes:
         noise_multiplier: Noise standard deviation of the sum over its sensitivity ``W B``: at least this.
-        clip_norm: C, the norm that devices clip to.
         max_rounds: T: releases in the whole run.
         max_participations: k: rounds in which one device may be counted; None for no limit beyond T.
         epsilon, delta: The budget; a release that would exceed it is refused.
@@ -61,12 +61,11 @@ class PinnedPrivacy(Message):
     """
 
     noise_multiplier: float = Field(gt=0, le=1e6, allow_inf_nan=False)
-    clip_norm: float = Field(gt=0, le=2**40, allow_inf_nan=False)
     max_rounds: int = Field(ge=1, lt=2**31)
     max_participations: int | None = Field(None, ge=1, lt=2**31)
     epsilon: float = Field(gt=0, allow_inf_nan=False)
     delta: float = Field(gt=0, lt=1)
-    adjacency: Literal["zero-out", "add-remove", "replace-one"] = "zero-out"
+    adjacency: Adjacency = Adjacency.ZERO_OUT
     indicator_noise_multiplier: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)
 
 
@@ -120,7 +119,9 @@ class PinnedParameters(Message):
             shows all aggregators the same sets, so it is accepted only with ``assume_consistent_coordinator``.
         min_cohort: Reports that a sum has at least.
         min_bucket: Reports that each part has at least, in the mode ``buckets``; None for ``min_cohort``.
-        fraction_bits, max_weight: f and W, lower limits of what a statement says.
+        clip_norm, fraction_bits: C and f, to which devices clip and encode. With an indicator, C follows the releases,
+            and is taken from each report, where the device vouches for it.
+        max_weight: W, the least that a statement says.
         indicator: Whether devices share an adaptive-clipping indicator.
         checking: How far shares are checked.
         privacy: None for a task without noise.
@@ -134,6 +135,7 @@ class PinnedParameters(Message):
     assume_consistent_coordinator: bool = False
     min_cohort: int = Field(ge=2)
     min_bucket: int | None = Field(None, ge=2)
+    clip_norm: float = Field(gt=0, allow_inf_nan=False)
     fraction_bits: int = Field(ge=0, le=40)
     max_weight: int = Field(1, ge=1, lt=2**40)
     indicator: bool = False
@@ -179,18 +181,17 @@ class PinnedParameters(Message):
         """Reports that each part of a set has at least."""
         return self.min_bucket or self.min_cohort
 
-    def bound(self, fraction_bits: int) -> int:
-        """The smallest B that covers updates clipped to C on a grid of this many fraction bits; 1 without privacy."""
-        if self.privacy is None:
-            return 1
-        return max(1, math.floor(Fraction(self.privacy.clip_norm) * (1 << fraction_bits)))
+    @property
+    def bounds(self) -> EncodedBounds:
+        """The grid and the norm that updates are clipped to where no indicator moves it."""
+        return EncodedBounds(clip_norm=self.clip_norm, fraction_bits=self.fraction_bits)
 
     def round_parameters(self) -> RoundParameters:
         """What a statement says at least; in a task with privacy, what a coordinator normally states."""
         privacy = self.privacy
         return RoundParameters(
             noise_multiplier=0.0 if privacy is None else privacy.noise_multiplier,
-            bound=self.bound(self.fraction_bits),
+            bound=self.bounds.norm_bound,
             max_weight=self.max_weight,
             fraction_bits=self.fraction_bits,
             indicator_noise_multiplier=None if privacy is None else privacy.indicator_noise_multiplier,
@@ -204,10 +205,12 @@ class PinnedParameters(Message):
         """
         privacy = self.privacy
         floors: list[tuple[str, float, float]] = [
-            ("fraction_bits", stated.fraction_bits, self.fraction_bits),
             ("max_weight", stated.max_weight, self.max_weight),
-            ("bound", stated.bound, self.bound(stated.fraction_bits)),
         ]
+        if stated.fraction_bits != self.fraction_bits:
+            raise ParametersBelowPinned(f"fraction_bits {stated.fraction_bits} is not the pinned {self.fraction_bits}")
+        if not self.indicator:
+            floors.append(("bound", stated.bound, self.bounds.norm_bound))
         if privacy is None:
             if stated.noise_multiplier or stated.indicator_noise_multiplier is not None:
                 raise ParametersBelowPinned("this aggregator is configured for a task without noise")
