@@ -14,7 +14,7 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.fixed_point import MAX_FRACTION_BITS
 from client_sdk.protocol.privacy import EncodedBounds
 from client_sdk.protocol.profile import DeviceTier
-from client_sdk.protocol.sealing import SealingPublicKey, SealingSuite
+from client_sdk.protocol.sealing import SealingPublicKey, SealingSuite, SharingTerms
 from client_sdk.protocol.training import Algorithm, TrainingPlan, update_size
 from client_sdk.protocol.updates import UpdateKind
 
@@ -154,6 +154,21 @@ class SecurePlan(Message):
     def bounds(self) -> EncodedBounds:
         """The grid and the norm of the update's codes."""
         return EncodedBounds(clip_norm=self.clip_norm, fraction_bits=self.fraction_bits)
+
+    @property
+    def terms(self) -> SharingTerms:
+        """What each share is bound to."""
+        return SharingTerms(
+            field=self.field,
+            threshold=self.threshold,
+            num_aggregators=self.num_aggregators,
+            packing=self.packing,
+            fraction_bits=self.fraction_bits,
+            clip_norm=self.clip_norm,
+            indicator_norm=self.indicator_norm,
+            noise_variance=self.noise_variance,
+            indicator_variance=self.indicator_variance,
+        )
 
     @property
     def public_keys(self) -> tuple[SealingPublicKey, ...]:

@@ -10,6 +10,7 @@ plaintext's.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -38,7 +39,6 @@ _MLKEM768_PUBLIC_BYTES: Final = 1184
 _MLKEM768_SEED_BYTES: Final = 64
 _LENGTH_BYTES: Final = 4
 _INTEGER_BYTES: Final = 8
-_INDEX_BYTES: Final = 4
 
 
 class SealingSuite(StrEnum):
@@ -210,6 +210,51 @@ def open(ciphertext: Buffer, key: SealingKey, info: bytes) -> bytes:  # noqa: A0
 # --- what a ciphertext is bound to -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SharingTerms:
+    """What a device was told of the sharing and of its privacy: ``SecurePlan.terms``.
+
+    An aggregator makes the same value of what it accepts itself, and of the norms that it is told with the report. A
+    device that was told anything else (another clip norm, less noise, a lower threshold) sealed a share that does not
+    open.
+
+    Attributes:
+        field: Name of the prime field.
+        threshold: t; t - 1 shares say nothing.
+        num_aggregators: n.
+        packing: Coordinates in one share.
+        fraction_bits: f.
+        clip_norm: C.
+        indicator_norm: Of adaptive clipping; None without.
+        noise_variance: Of the noise that the device adds to each code; None where it adds none.
+        indicator_variance: Likewise of the indicator.
+    """
+
+    field: str
+    threshold: int
+    num_aggregators: int
+    packing: int
+    fraction_bits: int
+    clip_norm: float
+    indicator_norm: float | None = None
+    noise_variance: str | None = None
+    indicator_variance: str | None = None
+
+    def to_bytes(self) -> bytes:
+        """The one encoding; see ``_encode``."""
+        return _encode(
+            self.field.encode(),
+            _integer(self.threshold),
+            _integer(self.num_aggregators),
+            _integer(self.packing),
+            _integer(self.fraction_bits),
+            _real(self.clip_norm),
+            b"" if self.indicator_norm is None else _real(self.indicator_norm),
+            (self.noise_variance or "").encode(),
+            (self.indicator_variance or "").encode(),
+        )
+
+
 def share_info(
     *,
     task_id: str,
@@ -217,7 +262,7 @@ def share_info(
     aggregator_index: int,
     model_version: int,
     parameter_table_sha256: str,
-    terms_sha256: str,
+    terms: SharingTerms,
 ) -> bytes:
     """What a device's share is bound to.
 
@@ -227,8 +272,7 @@ def share_info(
         aggregator_index: Whose share it is, from 1.
         model_version: Version that the device trained on.
         parameter_table_sha256: Order and shapes of the update.
-        terms_sha256: ``secure.terms_sha256`` of the assignment's plan. An aggregator computes it of the terms that it
-            accepts itself, so that a device that was told another clip norm is noticed.
+        terms: What the device was told.
     """
     return _encode(
         b"pocketfed share v1",
@@ -237,7 +281,7 @@ def share_info(
         _integer(aggregator_index),
         _integer(model_version),
         parameter_table_sha256.encode(),
-        terms_sha256.encode(),
+        terms.to_bytes(),
     )
 
 
@@ -267,7 +311,7 @@ def noise_info(
         task_id.encode(),
         _integer(round_id),
         _integer(run),
-        b"".join(index.to_bytes(_INDEX_BYTES, "little") for index in sorted(set(contributors))),
+        b"".join(map(_integer, sorted(set(contributors)))),
         set_sha256.encode(),
         _integer(sender),
         _integer(receiver),
@@ -275,9 +319,14 @@ def noise_info(
 
 
 def _encode(*fields: bytes) -> bytes:
-    """Each field after its length: no two lists of fields have one encoding."""
+    """Each field after its length, four bytes little-endian: no two lists of fields have one encoding."""
     return b"".join(len(field).to_bytes(_LENGTH_BYTES, "little") + field for field in fields)
 
 
 def _integer(value: int) -> bytes:
     return value.to_bytes(_INTEGER_BYTES, "little")
+
+
+def _real(value: float) -> bytes:
+    """The eight bytes of a double, so that no decimal notation matters."""
+    return struct.pack("<d", value)

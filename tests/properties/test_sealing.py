@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -11,19 +12,40 @@ from hypothesis import strategies as st
 
 from client_sdk.protocol import sealing
 from client_sdk.protocol.errors import InvalidSealingKey, SealingFailed
-from client_sdk.protocol.sealing import SealingKey, SealingPublicKey, SealingSuite, noise_info, seal, share_info
+from client_sdk.protocol.sealing import (
+    SealingKey,
+    SealingPublicKey,
+    SealingSuite,
+    SharingTerms,
+    noise_info,
+    seal,
+    share_info,
+)
+from tests.vectors.generate import PLAN
 
 KEYS = {suite: SealingKey.generate(suite) for suite in SealingSuite}
 SUITES = st.sampled_from(list(SealingSuite))
 INFO = b"what it is about"
+REQUIRED = {"field", "threshold", "num_aggregators", "packing", "fraction_bits", "clip_norm"}
 
+TERMS = SharingTerms(
+    field="m61",
+    threshold=3,
+    num_aggregators=5,
+    packing=1,
+    fraction_bits=24,
+    clip_norm=1.5,
+    indicator_norm=0.5,
+    noise_variance="9/2",
+    indicator_variance="3",
+)
 SHARE = {
     "task_id": "1" * 32,
     "assignment_id": "2" * 32,
     "aggregator_index": 3,
     "model_version": 4,
     "parameter_table_sha256": "5" * 64,
-    "terms_sha256": "6" * 64,
+    "terms": TERMS,
 }
 NOISE = {
     "task_id": "1" * 32,
@@ -38,7 +60,9 @@ NOISE = {
 
 def other(value: Any) -> Any:
     """Another value of the same kind."""
-    if isinstance(value, int):
+    if isinstance(value, SharingTerms):
+        return replace(value, threshold=value.threshold + 1)
+    if isinstance(value, int | float):
         return value + 1
     return (*value, 9) if isinstance(value, tuple) else "f" + value[1:]
 
@@ -126,6 +150,22 @@ def test_a_share_is_bound_to_every_field_of_its_context(field: str):
         sealing.open(ciphertext, key, share_info(**SHARE | {field: other(SHARE[field])}))
 
 
+@pytest.mark.parametrize("field", [field.name for field in fields(SharingTerms)])
+def test_a_share_is_bound_to_everything_that_the_device_was_told(field: str):
+    value = getattr(TERMS, field)
+    changes = [other(value)] if field in REQUIRED else [other(value), None]
+    for changed in changes:
+        assert share_info(**SHARE | {"terms": replace(TERMS, **{field: changed})}) != share_info(**SHARE)
+
+
+def test_a_plan_states_its_terms():
+    """Every fact of the plan but those that concern neither what is shared nor its privacy."""
+    told = {field.name: getattr(PLAN.terms, field.name) for field in fields(SharingTerms)}
+    assert told == {"num_aggregators": 5} | {k: v for k, v in PLAN.model_dump().items() if k in told}
+    left_out = {"noise", "suite", "aggregator_keys", "max_participations"}
+    assert set(type(PLAN).model_fields) - set(told) == left_out
+
+
 @pytest.mark.parametrize("field", NOISE)
 def test_noise_is_bound_to_every_field_of_its_context(field: str):
     key = KEYS[SealingSuite.X25519]
@@ -141,7 +181,22 @@ def test_contributors_are_a_set():
 
 NUMBERS = st.integers(0, 2**63)
 TEXTS = st.text(max_size=4)
-SHARE_CONTEXTS = st.fixed_dictionaries({name: NUMBERS if isinstance(v, int) else TEXTS for name, v in SHARE.items()})
+REALS = st.floats(0.5, 100, width=16)
+TERMS_CONTEXTS = st.builds(
+    SharingTerms,
+    field=TEXTS,
+    threshold=NUMBERS,
+    num_aggregators=NUMBERS,
+    packing=NUMBERS,
+    fraction_bits=NUMBERS,
+    clip_norm=REALS,
+    indicator_norm=st.none() | REALS,
+    noise_variance=st.none() | st.sampled_from(["1", "1/2", "12"]),
+    indicator_variance=st.none() | st.sampled_from(["1", "1/2", "12"]),
+)
+SHARE_CONTEXTS = st.fixed_dictionaries(
+    {name: NUMBERS if isinstance(v, int) else TEXTS for name, v in SHARE.items()} | {"terms": TERMS_CONTEXTS}
+)
 NOISE_CONTEXTS = st.fixed_dictionaries(
     {name: NUMBERS if isinstance(v, int) else TEXTS for name, v in NOISE.items()}
     | {"contributors": st.frozensets(st.integers(1, 16), max_size=4)}
