@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from server_ref.aggregation.accumulator import Accumulator
     from server_ref.aggregation.asynchronous import AsyncGradientAggregator
     from server_ref.aggregation.compressed import CompressedGradientAggregator
+    from server_ref.aggregation.detectors import IntegratedAttackDetector
     from server_ref.aggregation.exact import ExactAccumulator
     from server_ref.aggregation.fixed import Int64Accumulator
     from server_ref.aggregation.pipeline import Pipeline
     from server_ref.aggregation.plan import AccumulatorPlan
     from server_ref.aggregation.presets import ByzantineRobustAggregator, GradientAggregator
+    from server_ref.aggregation.sensitivity_calibrator import SensitivityCalibrator
     from server_ref.aggregation.tensors import AggregatedUpdate, apply_update
     from server_ref.aggregation.warm import warm_up
 
@@ -33,7 +35,9 @@ __all__ = [
     "ExactAccumulator",
     "GradientAggregator",
     "Int64Accumulator",
+    "IntegratedAttackDetector",
     "Pipeline",
+    "SensitivityCalibrator",
     "UpdateKind",
     "WorkerGradient",
     "apply_update",

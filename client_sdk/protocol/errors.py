@@ -197,6 +197,20 @@ class TruncatedEncoding(MalformedEncoding):
     title = "The compressed update is cut short."
 
 
+class MalformedShare(InvalidUpdate):
+    """A secure report, or a share of one, that no device writes."""
+
+    slug = "malformed-share"
+    title = "The secure report or one of its shares is malformed."
+
+
+class SealingFailed(InvalidUpdate):
+    """A ciphertext does not open under this key and this context. It never says why."""
+
+    slug = "sealing-failed"
+    title = "The sealed bytes do not open."
+
+
 class ServerBusy(ProtocolError):
     """Overload; come back later."""
 
@@ -325,3 +339,7 @@ class MemoryBudgetExceeded(ProgramError):
 
 class ConfigurationError(PocketfedError):
     """A setting (or a combination of settings) that cannot work; the message says what to change."""
+
+
+class InvalidSealingKey(ConfigurationError):
+    """A key that nothing can be sealed to, or opened with: wrong length, not a key of its suite, of low order."""

@@ -5,11 +5,16 @@ Tensors never travel in them: see ``frames``. Sizes, times and ranges are bounde
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.fixed_point import MAX_FRACTION_BITS
+from client_sdk.protocol.privacy import EncodedBounds
 from client_sdk.protocol.profile import DeviceTier
+from client_sdk.protocol.sealing import SealingPublicKey, SealingSuite, SharingTerms
 from client_sdk.protocol.training import Algorithm, TrainingPlan, update_size
 from client_sdk.protocol.updates import UpdateKind
 
@@ -21,11 +26,24 @@ CONTROL_TENSOR = "control"
 """Name of the one tensor in the frame of SCAFFOLD's server control: float32[d] in parameter-table order."""
 UNCOMPRESSED: Final = "none"
 """What a report says of its compression where there is none."""
+WITHHELD: Final = "withheld"
+"""What a report says of its loss where the assignment is a private one."""
+MAX_AGGREGATORS: Final = 64
+MAX_KEY_CHARS: Final = 40_000
+"""Of all aggregators' keys together: 16 of the larger suite, so that an assignment stays a small message."""
 
 WaitReason = Literal["round-full", "already-reported", "not-selected"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Id128 = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="128 bits, hex")]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+SealingKeyHex = Annotated[str, Field(pattern="^[0-9a-f]{64,2432}$")]
+Variance = Annotated[
+    str,
+    Field(
+        pattern="^[1-9][0-9]{0,99}(/[1-9][0-9]{0,99})?$",
+        description="a positive rational number in lowest terms, in squared steps of the grid: a double would round it",
+    ),
+]
 
 
 class Message(BaseModel):
@@ -74,6 +92,90 @@ class F32Encoding(Message):
     max_abs: float = Field(gt=0, allow_inf_nan=False)
 
 
+class I64SharesEncoding(Message):
+    """The update is clipped, put on an integer grid, split into shares and sealed, as the assignment's plan says."""
+
+    name: Literal["i64-shares"] = "i64-shares"
+
+
+class SecurePlan(Message):
+    """How an update is made private and split, and for whom. Fixed for a task, but for what follows earlier releases.
+
+    The device shares ``[codes of the update | indicator | mask]`` (``secure.SecureLayout``). With device noise it adds
+    its part of the noise to the codes, and to the indicator, before it shares them.
+    """
+
+    field: Literal["m61", "m127"] = Field("m61", description="prime field of the shares: 2^61 - 1 or 2^127 - 1")
+    threshold: int = Field(3, ge=2, le=MAX_AGGREGATORS, description="t: t - 1 shares say nothing")
+    packing: Literal[1, 2] = Field(1, description="coordinates in one share")
+    fraction_bits: int = Field(ge=0, le=MAX_FRACTION_BITS, description="f; the grid's step is 2^-f")
+    clip_norm: float = Field(gt=0, allow_inf_nan=False, description="C; the codes' norm is at most floor(C 2^f)")
+    noise: Literal["none", "aggregators", "devices"] = Field("none", description="who adds the noise of the sum")
+    noise_variance: Variance | None = Field(None, description="of each code's noise; with device noise only")
+    indicator_norm: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="adaptive clipping: the norm that the update's is compared with"
+    )
+    indicator_variance: Variance | None = Field(None, description="of the indicator's noise, in half units squared")
+    max_participations: int | None = Field(None, ge=1, description="k: the device takes part so often in the task")
+    suite: SealingSuite = SealingSuite.X25519
+    aggregator_keys: tuple[SealingKeyHex, ...] = Field(
+        min_length=2, max_length=MAX_AGGREGATORS, description="public sealing keys, hex; that of aggregator 1 first"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        needed = self.threshold + self.packing - 1
+        if needed > self.num_aggregators:
+            raise ValueError(f"{needed} shares are needed to open a sum of {self.num_aggregators}")
+        if sum(map(len, self.aggregator_keys)) > MAX_KEY_CHARS:
+            raise ValueError(f"{self.num_aggregators} keys of {self.suite} do not fit into a message")
+        if len(set(self.aggregator_keys)) < self.num_aggregators:
+            raise ValueError("two aggregators have one key, so that one party would hold two shares")
+        noisy = self.noise == "devices"
+        if noisy != (self.noise_variance is not None):
+            raise ValueError("noise_variance goes with noise by devices, and that with it")
+        if (noisy and self.indicator_norm is not None) != (self.indicator_variance is not None):
+            raise ValueError("indicator_variance goes with an indicator and noise by devices, and they with it")
+        for variance in (self.noise_variance, self.indicator_variance):
+            if variance is not None and str(Fraction(variance)) != variance:
+                raise ValueError("a variance is not in lowest terms")
+        try:
+            _ = self.bounds, self.public_keys
+        except ConfigurationError as e:
+            raise ValueError(str(e)) from e
+        return self
+
+    @property
+    def num_aggregators(self) -> int:
+        """n, the number of shares."""
+        return len(self.aggregator_keys)
+
+    @property
+    def bounds(self) -> EncodedBounds:
+        """The grid and the norm of the update's codes."""
+        return EncodedBounds(clip_norm=self.clip_norm, fraction_bits=self.fraction_bits)
+
+    @property
+    def terms(self) -> SharingTerms:
+        """What each share is bound to."""
+        return SharingTerms(
+            field=self.field,
+            threshold=self.threshold,
+            num_aggregators=self.num_aggregators,
+            packing=self.packing,
+            fraction_bits=self.fraction_bits,
+            clip_norm=self.clip_norm,
+            indicator_norm=self.indicator_norm,
+            noise_variance=self.noise_variance,
+            indicator_variance=self.indicator_variance,
+        )
+
+    @property
+    def public_keys(self) -> tuple[SealingPublicKey, ...]:
+        """Whom the shares are sealed to, in the order of the shares."""
+        return tuple(SealingPublicKey.from_hex(self.suite, key) for key in self.aggregator_keys)
+
+
 class Assignment(Message):
     """Work for one device: what to train on, how, and until when. The report repeats the facts it names."""
 
@@ -87,7 +189,7 @@ class Assignment(Message):
     manifest_sha256: Sha256
     parameter_table_sha256: Sha256
     kind: UpdateKind
-    encoding: F32Encoding
+    encoding: Annotated[F32Encoding | I64SharesEncoding, Field(discriminator="name")]
     weight: int = Field(ge=1, description="public integer weight: the declared sample count, capped")
     plan: TrainingPlan
     shuffle_seed: int = Field(ge=0, lt=2**53)
@@ -98,6 +200,8 @@ class Assignment(Message):
     )
     compression_seed: int = Field(0, ge=0, lt=2**53, description="public randomness of the compression")
     control_sha256: Sha256 | None = Field(None, description="blob of the server's control variate; with scaffold only")
+    secure: SecurePlan | None = Field(None, description="how the update is split; with the encoding i64-shares only")
+    withhold_metrics: bool = Field(default=False, description="the report says nothing of the device's loss")
 
     @model_validator(mode="after")
     def _compatible(self) -> Self:
@@ -106,11 +210,20 @@ class Assignment(Message):
             raise ValueError("control_sha256 goes with the algorithm scaffold, and scaffold with it")
         if scaffold and self.compression is not None:
             raise ValueError("scaffold's update is not compressed")
+        if (self.secure is not None) != isinstance(self.encoding, I64SharesEncoding):
+            raise ValueError("a secure plan goes with the encoding i64-shares, and that with it")
+        if scaffold and self.secure is not None:
+            raise ValueError("scaffold sends two vectors, which are not clipped jointly: it is not shared")
         return self
 
     def update_size(self, num_parameters: int) -> int:
         """Length of the flat update before compression."""
         return update_size(self.plan, num_parameters)
+
+    @property
+    def withholds_loss(self) -> bool:
+        """Whether the report keeps the device's loss to itself: a sum may be private, single losses are not."""
+        return self.withhold_metrics or self.secure is not None
 
 
 class Assigned(Message):
@@ -175,18 +288,20 @@ class ReportFacts(Message):
     model_version: str = Field(pattern="^[0-9]{1,18}$")
     parameter_table_sha256: Sha256
     kind: UpdateKind
-    encoding: Literal["f32"]
+    encoding: Literal["f32", "i64-shares"]
     algorithm: Algorithm
     compression: str = Field(pattern="^[ -~]{1,128}$", description="canonical specification, or ``none``")
     compression_seed: str = Field(pattern="^(0|[1-9][0-9]{0,15})$")
     steps: str = Field(pattern="^[1-9][0-9]{0,11}$", description="local optimizer steps taken")
-    train_loss: str = Field(pattern=r"^[0-9.eE+\-]{1,32}$", description="mean loss over the last local epoch")
+    train_loss: str = Field(
+        pattern=r"^(withheld|[0-9.eE+\-]{1,32})$", description="mean loss over the last local epoch, or ``withheld``"
+    )
 
 
 class AbandonRequest(Message):
     """A device gives its assignment back, so that the slot is free before the lease ends."""
 
-    reason: Literal["interrupted", "no-memory", "training-failed", "user"] = "interrupted"
+    reason: Literal["interrupted", "no-memory", "training-failed", "privacy", "user"] = "interrupted"
 
 
 class Problem(Message):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Visibility,
     )
     from server_ref.aggregation.compressed import CompressedGradientAggregator
+    from server_ref.aggregation.detectors import IntegratedAttackDetector
     from server_ref.aggregation.exact import ExactAccumulator
     from server_ref.aggregation.fixed import Int64Accumulator
     from server_ref.aggregation.pipeline import Pipeline
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from server_ref.aggregation.robust import RuleOptions
     from server_ref.aggregation.robust_reduce import RobustRule
     from server_ref.aggregation.scaffold import Scaffold
+    from server_ref.aggregation.sensitivity_calibrator import SensitivityCalibrator
     from server_ref.aggregation.server_optim import Adagrad, Adam, Sgd, Yogi
     from server_ref.aggregation.server_state import ServerState
     from server_ref.aggregation.stages import Slot
@@ -68,6 +70,7 @@ __all__ = [
     "Facts",
     "GradientAggregator",
     "Int64Accumulator",
+    "IntegratedAttackDetector",
     "NoClip",
     "NoNoise",
     "Pipeline",
@@ -75,6 +78,7 @@ __all__ = [
     "RobustRule",
     "RuleOptions",
     "Scaffold",
+    "SensitivityCalibrator",
     "ServerState",
     "Sgd",
     "Slot",
@@ -97,6 +101,7 @@ _MODULES = {
     "asynchronous": ("AsyncGradientAggregator",),
     "batch": ("Adjacency", "Aggregate", "EncodedUpdate", "Facts", "PrivateAggregate", "Update", "Visibility"),
     "compressed": ("CompressedGradientAggregator",),
+    "detectors": ("IntegratedAttackDetector",),
     "exact": ("ExactAccumulator",),
     "fixed": ("Int64Accumulator",),
     "pipeline": ("Pipeline",),
@@ -107,6 +112,7 @@ _MODULES = {
     "robust": ("RuleOptions",),
     "robust_reduce": ("RobustRule",),
     "scaffold": ("Scaffold",),
+    "sensitivity_calibrator": ("SensitivityCalibrator",),
     "server_optim": ("Adagrad", "Adam", "Sgd", "Yogi"),
     "server_state": ("ServerState",),
     "staleness": ("BufferedSchedule", "StalenessPolicy", "SynchronousSchedule"),

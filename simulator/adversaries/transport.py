@@ -13,6 +13,7 @@ import numpy as np
 
 from client_sdk.errors import IllegalTransition
 from client_sdk.protocol.compression import Codec, CompressionSpec
+from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import (
     REPORT_TENSOR,
@@ -22,6 +23,7 @@ from client_sdk.protocol.messages import (
     CheckInRequest,
     EnrolReply,
     EnrolRequest,
+    F32Encoding,
     Finished,
     ReportReply,
     Wait,
@@ -106,6 +108,8 @@ class AdversarialTransport:
         assignment = self._assignment
         if assignment is None or frame.metadata["assignment_id"] != assignment.assignment_id:
             raise IllegalTransition("an attacker's report answers an assignment that it was not told of")
+        if not isinstance(assignment.encoding, F32Encoding):
+            raise ConfigurationError("an attacker on the wire cannot change what is split and sealed: attack the data")
         max_abs = assignment.encoding.max_abs
         if assignment.compression is None:
             own = np.frombuffer(frame.payload, np.float32)

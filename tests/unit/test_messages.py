@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from pydantic import BaseModel, ValidationError
 from client_sdk.protocol import messages as m
 from client_sdk.protocol.errors import PROBLEM_PREFIX, ProtocolError, ServerBusy, StaleReport, from_problem
 from client_sdk.protocol.profile import DeviceTier
+from client_sdk.protocol.sealing import SealingKey, SealingSuite
 from client_sdk.protocol.updates import UpdateKind
 from tests.devices import WAIT, make_assignment
+from tests.vectors.generate import PLAN
 
 ID, HASH = "0123456789abcdef" * 2, "0123456789abcdef" * 4
 ASSIGNMENT = make_assignment(1).model_dump(mode="json")
@@ -42,7 +45,9 @@ GOOD: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (m.CheckInReply, {"reply": {"status": "finished", "model_version": 0}}),
     (m.ReportReply, {"report_id": ID, "assignment_id": ID}),
     (m.ReportFacts, FACTS),
+    (m.ReportFacts, FACTS | {"encoding": "i64-shares", "train_loss": "withheld"}),
     (m.AbandonRequest, {"reason": "no-memory"}),
+    (m.AbandonRequest, {"reason": "privacy"}),
     (m.AbandonRequest, {}),
     (m.Problem, {"type": "about:blank", "title": "x", "status": 400, "anything": "else"}),
 ]
@@ -141,6 +146,8 @@ BAD: list[tuple[type[BaseModel], object]] = [
     (m.ReportFacts, FACTS | {"model_version": 3}),
     (m.ReportFacts, FACTS | {"train_loss": "nan"}),
     (m.ReportFacts, FACTS | {"train_loss": "inf"}),
+    (m.ReportFacts, FACTS | {"train_loss": "withheld\n"}),
+    (m.ReportFacts, FACTS | {"train_loss": "withheld1"}),
     (m.ReportFacts, FACTS | {"train_loss": "0" * 33}),
     (m.ReportFacts, FACTS | {"steps": "1.5"}),
     (m.ReportFacts, FACTS | {"steps": "3\n"}),
@@ -214,6 +221,48 @@ def test_facts_travel_as_strings_only():
     facts = m.ReportFacts.model_validate(FACTS)
     assert all(isinstance(v, str) for v in facts.model_dump(mode="json").values())
     assert facts.kind is UpdateKind.DELTA
+
+
+# --- secure plans ---
+
+
+def secure_plan(suite: SealingSuite, count: int, **changes: Any) -> m.SecurePlan:
+    keys = tuple(SealingKey.generate(suite).public.hex for _ in range(count))
+    return m.SecurePlan(fraction_bits=24, clip_norm=1.0, suite=suite, aggregator_keys=keys, **changes)
+
+
+@pytest.mark.parametrize(("suite", "count"), [(SealingSuite.X25519, 64), (SealingSuite.MLKEM768_X25519, 16)])
+def test_an_assignment_with_the_most_keys_is_still_a_small_message(suite: SealingSuite, count: int):
+    assignment = make_assignment(1, encoding=m.I64SharesEncoding(), secure=secure_plan(suite, count))
+    text = m.CheckInReply(reply=m.Assigned(assignment=assignment)).model_dump_json()
+    assert len(text) < m.MAX_JSON_BYTES
+    with pytest.raises(ValidationError, match=r"fit into a message|at most 64"):
+        secure_plan(suite, count + 1)
+
+
+def test_a_plan_says_its_bounds_and_keys():
+    plan = secure_plan(SealingSuite.X25519, 5)
+    assert plan.num_aggregators == 5
+    assert plan.bounds.norm_bound == 1 << 24
+    assert [key.hex for key in plan.public_keys] == list(plan.aggregator_keys)
+
+
+VARIANCES = st.builds(Fraction, st.integers(1, 10**99), st.integers(1, 10**99))
+
+
+@given(variance=VARIANCES, indicator=VARIANCES)
+def test_every_variance_travels_exactly(variance: Fraction, indicator: Fraction):
+    fields = PLAN.model_dump() | {"noise": "devices", "indicator_norm": 1.0}
+    plan = m.SecurePlan(**fields | {"noise_variance": str(variance), "indicator_variance": str(indicator)})
+    back = m.SecurePlan.model_validate_json(plan.model_dump_json())
+    assert (Fraction(back.noise_variance), Fraction(back.indicator_variance)) == (variance, indicator)
+
+
+def test_who_shares_an_update_or_is_told_to_keeps_the_loss_to_itself():
+    plain = make_assignment(1)
+    assert not plain.withholds_loss
+    assert plain.model_copy(update={"withhold_metrics": True}).withholds_loss
+    assert make_assignment(1, encoding=m.I64SharesEncoding(), secure=PLAN).withholds_loss
 
 
 # --- problems ---

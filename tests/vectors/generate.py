@@ -30,15 +30,18 @@ from client_sdk.protocol.messages import (
     EnrolRequest,
     F32Encoding,
     Finished,
+    I64SharesEncoding,
     Message,
     Problem,
     ReportFacts,
     ReportReply,
     RetryWindow,
+    SecurePlan,
     VirtualTiming,
     Wait,
 )
 from client_sdk.protocol.profile import DeviceTier
+from client_sdk.protocol.sealing import SealingKey, SealingSuite
 from client_sdk.protocol.signing import device_id_of, sign_request
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
@@ -94,6 +97,37 @@ COMPRESSED = ASSIGNMENT.model_copy(
 COMPRESSED_FACTS = FACTS.model_copy(
     update={"algorithm": "fednova", "compression": "topk:0.5", "compression_seed": "9007199254740991"}
 )
+
+SEALING_KEYS = tuple(SealingKey(SealingSuite.X25519, bytes([index] * 32)) for index in range(1, 6))
+HYBRID_KEYS = tuple(SealingKey(SealingSuite.MLKEM768_X25519, bytes([index] * 96)) for index in range(1, 4))
+PLAN = SecurePlan(
+    fraction_bits=24,
+    clip_norm=1.5,
+    noise="aggregators",
+    max_participations=3,
+    aggregator_keys=tuple(key.public.hex for key in SEALING_KEYS),
+)
+SECURE = ASSIGNMENT.model_copy(update={"encoding": I64SharesEncoding(), "secure": PLAN, "withhold_metrics": True})
+DEVICE_NOISE = SECURE.model_copy(
+    update={
+        "secure": SecurePlan(
+            field="m127",
+            threshold=2,
+            packing=2,
+            fraction_bits=20,
+            clip_norm=0.3,
+            noise="devices",
+            noise_variance="123456789012345678901234567890/11",
+            indicator_norm=0.25,
+            indicator_variance="5/2",
+            suite=SealingSuite.MLKEM768_X25519,
+            aggregator_keys=tuple(key.public.hex for key in HYBRID_KEYS),
+        ),
+        "compression": "randomk:0.1",
+        "compression_seed": 5,
+    }
+)
+SECURE_FACTS = FACTS.model_copy(update={"encoding": "i64-shares", "train_loss": "withheld"})
 
 
 def _changed(message: BaseModel, **changes: Any) -> dict[str, Any]:
@@ -254,12 +288,17 @@ def messages() -> dict[str, Any]:
         CheckInReply(reply=Assigned(assignment=ASSIGNMENT)),
         CheckInReply(reply=Assigned(assignment=SCAFFOLD)),
         CheckInReply(reply=Assigned(assignment=COMPRESSED)),
+        CheckInReply(reply=Assigned(assignment=ASSIGNMENT.model_copy(update={"withhold_metrics": True}))),
+        CheckInReply(reply=Assigned(assignment=SECURE)),
+        CheckInReply(reply=Assigned(assignment=DEVICE_NOISE)),
         CheckInReply(reply=Wait(reason="round-full", retry=RetryWindow(min_s=1.0, max_s=5.0))),
         CheckInReply(reply=Finished(model_version=40)),
         ReportReply(report_id=ID, assignment_id=OTHER_ID),
         FACTS,
         COMPRESSED_FACTS,
+        SECURE_FACTS,
         AbandonRequest(reason="no-memory"),
+        AbandonRequest(reason="privacy"),
         Problem(
             type="urn:pocketfed:problem:server-busy",
             title="The server is busy.",
@@ -288,6 +327,45 @@ def messages() -> dict[str, Any]:
         ("Assignment", _changed(SCAFFOLD, compression="topk:0.5"), "scaffold's update is not compressed"),
         ("Assignment", _changed(ASSIGNMENT, plan=_changed(COMPRESSED.plan, learning_rate=2.0)), "a proximal step of 1"),
         ("Assignment", _changed(ASSIGNMENT, compression_seed=2**53), "more than a double can hold"),
+        ("Assignment", _changed(SECURE, secure=None), "shares without a plan"),
+        ("Assignment", _changed(SECURE, encoding={"name": "f32", "max_abs": 1.0}), "a plan without shares"),
+        ("Assignment", _changed(SECURE, encoding={"name": "i64-shares", "max_abs": 1.0}), "a bound that shares lack"),
+        (
+            "Assignment",
+            _changed(SCAFFOLD, encoding={"name": "i64-shares"}, secure=PLAN.model_dump(mode="json")),
+            "scaffold's two vectors are not shared",
+        ),
+        ("SecurePlan", _changed(PLAN, field="m31"), "unknown field"),
+        ("SecurePlan", _changed(PLAN, threshold=1), "one share would be the update"),
+        ("SecurePlan", _changed(PLAN, threshold=6), "more than there are shares"),
+        ("SecurePlan", _changed(PLAN, threshold=5, packing=2), "packed shares need one more"),
+        ("SecurePlan", _changed(PLAN, clip_norm=0), "nothing is left of an update"),
+        ("SecurePlan", _changed(PLAN, clip_norm=1e-9), "below the grid's step"),
+        ("SecurePlan", _changed(PLAN, fraction_bits=41), "finer than float32"),
+        ("SecurePlan", _changed(PLAN, noise="devices"), "noise without its variance"),
+        ("SecurePlan", _changed(PLAN, noise_variance="9"), "a variance that no device needs"),
+        ("SecurePlan", _changed(PLAN, noise="devices", noise_variance="18/4"), "not in lowest terms"),
+        ("SecurePlan", _changed(PLAN, noise="devices", noise_variance="4/1"), "a whole number has no denominator"),
+        ("SecurePlan", _changed(PLAN, noise="devices", noise_variance="0"), "no noise at all"),
+        ("SecurePlan", _changed(PLAN, noise="devices", noise_variance=4), "a variance is a string"),
+        ("SecurePlan", _changed(PLAN, noise="devices", noise_variance="4", indicator_norm=1), "a bare indicator"),
+        ("SecurePlan", _changed(PLAN, indicator_norm=1, indicator_variance="4"), "the aggregators' noise, not ours"),
+        ("SecurePlan", _changed(PLAN, max_participations=0), "nobody would take part"),
+        ("SecurePlan", _changed(PLAN, suite="mlkem768-x25519"), "keys of another suite"),
+        ("SecurePlan", _changed(PLAN, suite="rsa"), "unknown suite"),
+        ("SecurePlan", _changed(PLAN, aggregator_keys=[*PLAN.aggregator_keys[:4], "00"]), "a key cut short"),
+        (
+            "SecurePlan",
+            _changed(PLAN, aggregator_keys=[*PLAN.aggregator_keys[:4], PLAN.aggregator_keys[0]]),
+            "one party with two shares",
+        ),
+        (
+            "SecurePlan",
+            _changed(PLAN, aggregator_keys=[*PLAN.aggregator_keys[:4], PLAN.aggregator_keys[4].upper()]),
+            "a key's other spelling",
+        ),
+        ("ReportFacts", _changed(SECURE_FACTS, encoding="i64"), "unknown encoding"),
+        ("ReportFacts", _changed(SECURE_FACTS, train_loss="private"), "neither a number nor withheld"),
         ("RetryWindow", {"min_s": 2, "max_s": 1}, "ends before it begins"),
         ("ReportFacts", _changed(FACTS, model_version=12), "facts are strings"),
         ("ReportFacts", _changed(FACTS, train_loss="nan"), "not a finite number"),

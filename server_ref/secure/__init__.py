@@ -1,0 +1,1 @@
+"""The aggregator role: its core, its service, and the coordinator's client for it."""
