@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -114,3 +115,15 @@ class Closing:
     round_id: int
     counted: tuple[AssignmentRecord, ...]
     closed_at: float
+
+    @property
+    def total_weight(self) -> int:
+        """Of the counted reports."""
+        return sum(r.weight for r in self.counted)
+
+    @property
+    def train_loss(self) -> float | None:
+        """Weighted mean of the losses that the devices stated; None where they withhold them."""
+        losses = [(r.weight, r.report.train_loss) for r in self.counted if r.report is not None]
+        mean = sum(weight * loss for weight, loss in losses) / self.total_weight
+        return None if math.isnan(mean) else mean

@@ -101,11 +101,13 @@ def _watched(task: Task, state: Standing, outcome: RoundOutcome, closing: Closin
     settings = task.settings.divergence
     if not settings.enabled:
         return outcome
-    # A loss that is not finite is read back as NaN, which has no place in an order.
-    losses = [
-        r.report.train_loss if math.isfinite(r.report.train_loss) else math.inf for r in closing.counted if r.report
-    ]
-    loss = statistics.median(losses)
+    loss = None
+    if not task.settings.withholds_loss:
+        # A loss that is not finite is read back as NaN, which has no place in an order.
+        losses = [
+            r.report.train_loss if math.isfinite(r.report.train_loss) else math.inf for r in closing.counted if r.report
+        ]
+        loss = statistics.median(losses)
     detector = DivergenceDetector(factor=settings.factor, patience=settings.patience)
     before = (
         DivergenceState()

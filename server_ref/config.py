@@ -130,6 +130,11 @@ class TaskConfig(_Section):
         uniform = self.aggregation.weighting == "uniform" or self.plan.algorithm == "scaffold" or self.privacy.enabled
         return 1 if uniform else self.weight_cap
 
+    @property
+    def withholds_loss(self) -> bool:
+        """Whether devices keep their losses to themselves: a sum may be private, what each of them says is not."""
+        return self.privacy.enabled or self.secure is not None
+
     def policy(self) -> RoundPolicy:
         """The engine's view of the rounds.
 

@@ -96,6 +96,7 @@ class Coordinator:
             compression=self.task.compression,
             max_payload_bytes=max_payload_bytes(config.task, manifest),
             max_header_bytes=config.max_header_bytes,
+            withholds_loss=config.task.withholds_loss,
         )
         self._state = DurableState(
             config.data_dir,

@@ -341,18 +341,17 @@ def _state_key(sha256: str) -> str:
 def _row(
     closing: Closing, opened_at: float, superseded: int, measurements: Mapping[str, Any]
 ) -> database.CommittedRound:
-    reports = [(r.weight, r.report) for r in closing.counted if r.report is not None]
-    total_weight = sum(weight for weight, _ in reports)
+    reports = [r.report for r in closing.counted if r.report is not None]
     return database.CommittedRound(
         round_id=closing.round_id,
         opened_at=opened_at,
         closed_at=closing.closed_at,
         reports=len(reports),
         superseded=superseded,
-        total_weight=total_weight,
-        bytes_up=sum(report.num_bytes for _, report in reports),
-        train_loss=sum(weight * report.train_loss for weight, report in reports) / total_weight,
-        accepted_set_sha256=_set_hash([report for _, report in reports]),
+        total_weight=closing.total_weight,
+        bytes_up=sum(report.num_bytes for report in reports),
+        train_loss=closing.train_loss,
+        accepted_set_sha256=_set_hash(reports),
         measurements_json=json.dumps(measurements, sort_keys=True, separators=(",", ":")),
     )
 

@@ -5,6 +5,7 @@ Two steps, so that a report that is too late is refused on its facts alone, befo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +20,7 @@ from client_sdk.protocol.errors import (
     ShapeMismatch,
 )
 from client_sdk.protocol.frames import Frame, FrameLimits, decode_frame
-from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, ReportFacts
+from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, WITHHELD, ReportFacts
 from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.batch import EncodedUpdate
@@ -37,6 +38,7 @@ class ReportSchema:
         compression: Canonical specification, or None.
         max_payload_bytes: Largest update on the wire.
         max_header_bytes: Largest frame header.
+        withholds_loss: Whether reports say nothing of the device's loss.
     """
 
     update_size: int
@@ -46,6 +48,7 @@ class ReportSchema:
     compression: str | None
     max_payload_bytes: int
     max_header_bytes: int
+    withholds_loss: bool = False
 
     @property
     def max_bytes(self) -> int:
@@ -55,7 +58,10 @@ class ReportSchema:
 
 @dataclass(frozen=True)
 class ReportEnvelope:
-    """A report whose frame and facts are well formed; its values are not looked at yet."""
+    """A report whose frame and facts are well formed; its values are not looked at yet.
+
+    ``train_loss`` is NaN where it is withheld.
+    """
 
     facts: ReportFacts
     train_loss: float
@@ -70,6 +76,7 @@ def open_report(body: bytes | memoryview, schema: ReportSchema) -> ReportEnvelop
         OversizedBody: More bytes than the task's reports can have.
         MalformedFrame: Not a canonical frame; TruncatedFrame where bytes are missing.
         MalformedMessage: Facts missing or of the wrong form.
+        ReportMismatch: It tells the device's loss where the task wants none, or the other way round.
     """
     if len(body) > schema.max_bytes:
         raise OversizedBody(f"the report has {len(body)} bytes; at most {schema.max_bytes} are accepted")
@@ -77,12 +84,15 @@ def open_report(body: bytes | memoryview, schema: ReportSchema) -> ReportEnvelop
     frame = decode_frame(body, limits)
     try:
         facts = ReportFacts.model_validate(frame.metadata)
-        train_loss = float(facts.train_loss)
+        train_loss = math.nan if facts.train_loss == WITHHELD else float(facts.train_loss)
     except ValidationError as e:
         fields = ", ".join(sorted({".".join(map(str, err["loc"])) for err in e.errors()}))
         raise MalformedMessage(f"the report's metadata does not fit its schema: {fields}") from e
     except ValueError as e:
         raise MalformedMessage("the report's train_loss is not a number") from e
+    if schema.withholds_loss != (facts.train_loss == WITHHELD):
+        told = "must not say" if schema.withholds_loss else "has to say"
+        raise ReportMismatch(f"a report of this task {told} what the device's loss is")
     return ReportEnvelope(facts, train_loss, int(facts.steps), frame)
 
 

@@ -104,6 +104,7 @@ class Task:
             shuffle_seed=self.shuffle_seed(record.number),
             lease_s=max(0.0, record.deadline - now),
             max_report_bytes=max_report_bytes,
+            withhold_metrics=self.settings.withholds_loss,
         )
 
 

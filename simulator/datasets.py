@@ -140,7 +140,8 @@ def _pooled(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     pooled -= pooled.mean(axis=(1, 2, 3), keepdims=True)
     norms = np.sqrt(np.square(pooled).sum(axis=(1, 2, 3), keepdims=True))
     # A blank image stays blank.
-    return (pooled * (_POOLED_NORM / np.maximum(norms, 1e-12))).astype(np.float32)
+    scaled: npt.NDArray[np.float32] = (pooled * (_POOLED_NORM / np.maximum(norms, 1e-12))).astype(np.float32)
+    return scaled
 
 
 def _images_and_labels(folder: Path, prefix: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:

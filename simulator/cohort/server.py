@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -163,7 +164,8 @@ class CohortServer:
         engine = self._engine
         engine.check_fresh(record, now)
         admitted = self.task.pipeline.admit(update, engine.version)
-        engine.report(record, ReportFile(record.assignment_id, "", wire_bytes(update), train_loss), now)
+        stated = math.nan if self.task.settings.withholds_loss else train_loss
+        engine.report(record, ReportFile(record.assignment_id, "", wire_bytes(update), stated), now)
         self._count += 1
         self._pending.append(admitted)
         if len(self._pending) == _FOLDED_AT_ONCE:
@@ -207,19 +209,19 @@ class CohortServer:
     def _record(self, closing: Closing, outcome: RoundOutcome, opened_at: float, discarded: int) -> CommittedRound:
         """What the server's history would say of the round."""
         score = self._score()
-        reports = [(r.weight, r.report) for r in closing.counted if r.report is not None]
+        reports = [r.report for r in closing.counted if r.report is not None]
         return CommittedRound(
             round_id=closing.round_id,
             model_version=self._engine.version,
             model_sha256=self._model.sha256,
             reports=len(reports),
             discarded=discarded,
-            train_loss=sum(w * report.train_loss for w, report in reports) / sum(w for w, _ in reports),
+            train_loss=closing.train_loss,
             opened_at_s=opened_at,
             closed_at_s=closing.closed_at,
             validation_accuracy=None if score is None else score.accuracy,
             validation_loss=None if score is None else score.loss,
-            bytes_up=sum(report.num_bytes for _, report in reports),
+            bytes_up=sum(report.num_bytes for report in reports),
             measurements=Measurements.model_validate(dict(outcome.measurements)),
         )
 

@@ -5,9 +5,7 @@ from server_ref.checkin import AtCheckIn
 from server_ref.config import TaskConfig
 from server_ref.rounds import RoundEngine
 
-POLICY = RoundPolicy(
-    buffer_size=1, concurrency=2, refill_at=1, max_staleness=0, lease_s=10.0, weight_cap=1, rounds=100
-)
+POLICY = RoundPolicy(buffer_size=1, concurrency=2, refill_at=1, max_staleness=0, lease_s=10.0, weight_cap=1, rounds=100)
 
 
 def config(**privacy):
