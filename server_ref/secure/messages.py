@@ -131,6 +131,8 @@ class VerdictReason(StrEnum):
 
     UNSEALABLE = "unsealable"
     """The ciphertext does not open with this aggregator's key for this assignment, model version, task and terms."""
+    TERMS = "terms"
+    """The header states another clip norm than this aggregator pins, or an indicator where it expects none."""
     MALFORMED = "malformed"
     """What was sealed is not the canonical encoding of a share of the right length."""
     HEADER_MISMATCH = "header-mismatch"
