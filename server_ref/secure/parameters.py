@@ -194,7 +194,7 @@ class PinnedParameters(Message):
             return
         if privacy.honest_devices > self.smallest_part:
             raise ValueError(
-                f"{privacy.honest_devices} honest devices are relied on in sums of {self.smallest_part}: raise the latter"
+                f"sums of {self.smallest_part} reports cannot rely on {privacy.honest_devices} honest devices"
             )
         wanted = (Fraction(privacy.noise_multiplier) * self.max_weight * self.bounds.norm_bound) ** 2
         if privacy.honest_devices * Fraction(privacy.device_noise_variance) < wanted:
