@@ -195,6 +195,13 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--name", metavar="NAME", help="what the device calls itself in its progress lines (default: its id)"
     )
+    parser.add_argument(
+        "--aggregator-keys",
+        type=Path,
+        metavar="FILE",
+        help="whom to trust: a JSON list of the aggregators' public sealing keys in hex, in their order. An assignment "
+        "that would send the update to anyone else, or in the clear, is refused (default: the server's word)",
+    )
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--once", action="store_true", help="leave after one accepted report")
     stop.add_argument(
@@ -216,6 +223,7 @@ def _run_device(args: argparse.Namespace) -> int:
         tier=TIERS[args.tier],
         name=args.name,
         max_reports=1 if args.once else args.max_reports,
+        aggregator_keys=args.aggregator_keys,
     )
 
 

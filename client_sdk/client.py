@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,7 @@ class MobileClient:
         conditions: Callable[[], str | None] = lambda: None,
         on_event: OnEvent = lambda _: None,
         max_blob_bytes: int = MAX_BLOB_BYTES,
+        aggregator_keys: Sequence[str] | None = None,
     ) -> None:
         """Put a device together; nothing is sent or loaded yet.
 
@@ -100,6 +101,8 @@ class MobileClient:
             conditions: Why the device may not work now (power, network, ...), or None.
             on_event: Told about everything in ``client_sdk.events``, in the calling thread.
             max_blob_bytes: Largest program or model that is downloaded.
+            aggregator_keys: Public sealing keys (hex, that of aggregator 1 first) of those it trusts: an assignment
+                that would send its update to anyone else, or in the clear, is refused. None trusts the server's word.
         """
         if programs is None and program is not None:
             programs = EmbeddedProgram(program)
@@ -127,6 +130,7 @@ class MobileClient:
                     on_event=on_event,
                     conditions=conditions,
                     max_blob_bytes=max_blob_bytes,
+                    aggregator_keys=None if aggregator_keys is None else tuple(aggregator_keys),
                 ),
                 self._open_session(None),
             )

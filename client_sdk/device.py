@@ -20,6 +20,7 @@ from client_sdk.protocol.errors import PocketfedError
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.store import FileDeviceStore
 from client_sdk.transport import HttpTransport
+from client_sdk.trust import load_aggregator_keys
 
 
 def run_device(
@@ -31,6 +32,7 @@ def run_device(
     tier: DeviceTier = DeviceTier.MID_RANGE,
     name: str | None = None,
     max_reports: int | None = None,
+    aggregator_keys: Path | None = None,
 ) -> int:
     """Run one device until the task is finished, ``max_reports`` are accepted, or SIGINT or SIGTERM comes.
 
@@ -45,6 +47,7 @@ def run_device(
         tier: Class of phone to report.
         name: What the device calls itself in its own messages; by default its id.
         max_reports: How many accepted reports to leave after.
+        aggregator_keys: File with the sealing keys of the aggregators that the device trusts.
 
     Returns:
         0.
@@ -54,6 +57,7 @@ def run_device(
         PocketfedError: What made the device give up.
     """
     examples = load_examples(data)
+    trusted = None if aggregator_keys is None else load_aggregator_keys(aggregator_keys)
     with closing(FileDeviceStore(state_dir)) as store, closing(HttpTransport(server_url, store.identity)) as transport:
         profile = DeviceProfile(
             device_id=name or store.identity.device_id,
@@ -71,6 +75,7 @@ def run_device(
                 store=store,
                 programs=programs,
                 on_event=ProgressLines(profile.device_id, sys.stderr),
+                aggregator_keys=trusted,
             )
             summary = client.run(max_reports, stop)
     if summary.cause in {"gave-up", "refused"}:

@@ -47,6 +47,18 @@ class BundleMismatch(DeviceError):
     """Model, program and manifest are each what they claim to be, but do not belong together."""
 
 
+class PrivacyRefusal(DeviceError):
+    """The device will not send what the assignment asks for, now or later: the assignment is given back."""
+
+
+class UntrustedAggregators(PrivacyRefusal):
+    """The update would go to others than those that the device was told to trust."""
+
+
+class ParticipationsSpent(PrivacyRefusal):
+    """The device has taken part as often as the task's privacy allows."""
+
+
 class IllegalTransition(DeviceError):
     """An event that the session cannot take in its present phase: a bug in whoever drives it."""
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from client_sdk import events
 from client_sdk.blobs import Buffer
 from client_sdk.data import Examples
-from client_sdk.errors import BundleMismatch, DeviceError, IllegalTransition, Interrupted, StateDirUnusable
+from client_sdk.errors import (
+    BundleMismatch,
+    DeviceError,
+    IllegalTransition,
+    Interrupted,
+    PrivacyRefusal,
+    StateDirUnusable,
+)
 from client_sdk.fulfilment import fulfil
 from client_sdk.memory import DeviceMemory
 from client_sdk.programs import ProgramProvider
@@ -55,6 +62,7 @@ from client_sdk.session_state import (
 )
 from client_sdk.store import DeviceStore
 from client_sdk.transport import Transport
+from client_sdk.trust import AggregatorKeys, check_willing, is_trusted
 from client_sdk.watch import WatchedProgram
 
 MAX_MANIFEST_BYTES = 4 * 2**20
@@ -69,7 +77,11 @@ OnEvent = Callable[[events.Event], None]
 
 @dataclass
 class Surroundings:
-    """What a device works with. ``conditions`` says why it may not work now, or None."""
+    """What a device works with.
+
+    ``conditions`` says why it may not work now, or None. ``aggregator_keys`` are those it sends shares to, and nothing
+    to anyone else; None for whomever the server names.
+    """
 
     transport: Transport
     store: DeviceStore
@@ -81,6 +93,7 @@ class Surroundings:
     on_event: OnEvent
     conditions: Callable[[], str | None] = field(default=lambda: None)
     max_blob_bytes: int = MAX_BLOB_BYTES
+    aggregator_keys: AggregatorKeys | None = None
 
 
 class ActionExecutor:
@@ -231,11 +244,14 @@ class ActionExecutor:
             self.cause = e
             reason: AbandonReason = "no-memory" if isinstance(e, MemoryBudgetExceeded) else "training-failed"
             self.session.on_training_failed(reason, str(e))
-        except (ProgramError, ProtocolError, BundleMismatch, ConfigurationError) as e:
+        except (ProgramError, ProtocolError, BundleMismatch, PrivacyRefusal, ConfigurationError) as e:
             self.cause = e
-            self.session.on_training_failed("training-failed", str(e), error=e)
+            reason = "privacy" if isinstance(e, PrivacyRefusal) else "training-failed"
+            self.session.on_training_failed(reason, str(e), error=e)
         else:
-            # In this order: a sealed report whose memory is missing would be no report.
+            # In this order: a sealed report may be sent, so it is counted, and what it leaves is there.
+            if assignment.secure is not None:
+                self._around.store.count_participation(assignment.task_id, assignment.assignment_id)
             if memory is not None:
                 self._around.store.stage_memory(memory)
             self._around.store.seal(report_id, report.frame)
@@ -248,6 +264,7 @@ class ActionExecutor:
     def _make_report(
         self, assignment: Assignment, report_id: str, stop: threading.Event
     ) -> tuple[Report, DeviceMemory | None]:
+        check_willing(assignment, self._around.aggregator_keys, self._around.store)
         program = self._around.programs.open(assignment, self._blob)
         self._fetched.pop(assignment.program_sha256, None)  # loaded: the runtime has its own copy
         data = self._around.data
@@ -261,10 +278,12 @@ class ActionExecutor:
         )
 
     def _usable_report(self, assignment: Assignment, report_id: str) -> Buffer | None:
-        """A sealed report that may be sent: whole, ours, and with the memory that it leaves."""
+        """A sealed report that may be sent: whole, ours, to those we trust, and with the memory that it leaves."""
         store = self._around.store
         frame = store.sealed(report_id)
         if frame is None or not is_report_of(frame, assignment, report_id):
+            return None
+        if not is_trusted(assignment, self._around.aggregator_keys):
             return None
         return frame if not keeps_memory(assignment) or store.has_staged_memory(report_id) else None
 

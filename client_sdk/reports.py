@@ -12,7 +12,7 @@ from client_sdk.errors import BundleMismatch
 from client_sdk.protocol.compression import Codec, CompressionSpec, ErrorFeedback
 from client_sdk.protocol.errors import MalformedFrame, ManifestError, OversizedBody, UpdateOutOfRange
 from client_sdk.protocol.frames import decode_frame, encode_frame
-from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, Assignment, ReportFacts
+from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, WITHHELD, Assignment, F32Encoding, ReportFacts
 from client_sdk.protocol.program import Float32Array, Manifest
 from client_sdk.protocol.updates import UpdateKind
 
@@ -99,6 +99,8 @@ def build_report(
         OversizedBody: Larger than the assignment allows.
         ConfigurationError, BundleMismatch: See ``compression_of``.
     """
+    if not isinstance(assignment.encoding, F32Encoding):
+        raise BundleMismatch(f"this device cannot send an update encoded as {assignment.encoding.name}")
     max_abs = assignment.encoding.max_abs
     _check_reach(update, max_abs)
     spec = compression_of(assignment)
@@ -125,7 +127,7 @@ def build_report(
         compression=assignment.compression or UNCOMPRESSED,
         compression_seed=str(assignment.compression_seed),
         steps=str(steps),
-        train_loss=repr(float(train_loss)),
+        train_loss=WITHHELD if assignment.withholds_loss else repr(float(train_loss)),
     )
     frame = encode_frame({REPORT_TENSOR: tensor}, facts.model_dump(mode="json"))
     if len(frame) > assignment.max_report_bytes:

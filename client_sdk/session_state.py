@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from client_sdk.protocol.errors import PocketfedError
 from client_sdk.protocol.messages import Assignment, Id128, Sha256
 
-AbandonReason = Literal["interrupted", "no-memory", "training-failed", "user"]
+AbandonReason = Literal["interrupted", "no-memory", "training-failed", "privacy", "user"]
 
 
 class Phase(StrEnum):

@@ -15,6 +15,7 @@ from client_sdk.blobs import DEFAULT_CACHE_BYTES, BlobFiles, BlobPool, Buffer
 from client_sdk.errors import StateDirLocked, StateDirUnusable
 from client_sdk.identity import DeviceIdentity
 from client_sdk.memory import DeviceMemory, MemoryFiles
+from client_sdk.participations import ParticipationFile, Participations
 from client_sdk.session_state import SessionState
 
 _SEEN_BLOBS = 16
@@ -79,6 +80,22 @@ class DeviceStore(Protocol):
         """
         ...
 
+    def participations(self, task_id: str, *, besides: str) -> int:
+        """For how many of a task's assignments a secure report was sealed, the assignment ``besides`` not counted.
+
+        Raises:
+            StateDirUnusable: They cannot be read, or are damaged.
+        """
+        ...
+
+    def count_participation(self, task_id: str, assignment_id: str) -> None:
+        """Count an assignment durably, before its report is sealed. Counting it again changes nothing.
+
+        Raises:
+            StateDirUnusable: It could not be written.
+        """
+        ...
+
     def blob(self, sha256: str) -> Buffer | None:
         """A cached blob, checked against its hash; None where it is not (or no longer) there."""
         ...
@@ -95,9 +112,10 @@ class DeviceStore(Protocol):
 class FileDeviceStore:
     """A state directory, for a device that is a process of its own.
 
-    Layout: ``identity.key`` (hex, 0600), ``session.json``, ``reports/ID.frame``, ``memory/current`` and
-    ``memory/ID.staged``, ``blobs/SHA256``, ``lock``. Every write is atomic and synced. What is damaged is set aside
-    beside the original (``*.damaged``) and logged.
+    Layout: ``identity.key`` (hex, 0600), ``session.json``, ``participations.json``, ``reports/ID.frame``,
+    ``memory/current`` and ``memory/ID.staged``, ``blobs/SHA256``, ``lock``. Every write is atomic and synced. What is
+    damaged is set aside beside the original (``*.damaged``) and logged; but damaged participations stay an error, since
+    a device must not begin to count again.
     """
 
     def __init__(self, folder: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
@@ -116,6 +134,7 @@ class FileDeviceStore:
         self._session = self.folder / "session.json"
         memory, blobs = self.folder / "memory", self.folder / "blobs"
         self._memory = MemoryFiles(memory)
+        self._participations = ParticipationFile(self.folder / "participations.json")
         self._blobs = BlobFiles(blobs, cache_bytes)
         with self._usable("open"):
             for each in (self.folder, self._reports, memory, blobs):
@@ -191,6 +210,16 @@ class FileDeviceStore:
         """Let a report's memory count, or throw it away."""
         with self._usable("settle the memory in"):
             self._memory.settle(report_id, accepted=accepted)
+
+    def participations(self, task_id: str, *, besides: str) -> int:
+        """How often the device took part."""
+        with self._usable("read the participations in"):
+            return self._participations.load().without(task_id, besides)
+
+    def count_participation(self, task_id: str, assignment_id: str) -> None:
+        """Count an assignment durably."""
+        with self._usable("save the participations in"):
+            self._participations.save(self._participations.load().counting(task_id, assignment_id))
 
     def blob(self, sha256: str) -> bytes | None:
         """A cached blob; a damaged one is removed, to be downloaded again."""
@@ -268,6 +297,7 @@ class MemoryDeviceStore:
         self._frames: dict[str, Buffer] = {}
         self._memory = memory
         self._staged: DeviceMemory | None = None
+        self._participations = Participations()
 
     @property
     def identity(self) -> DeviceIdentity:
@@ -313,6 +343,14 @@ class MemoryDeviceStore:
         elif accepted and self._memory is not None and self._memory.report_id != report_id:
             self._memory = None
         self._staged = None
+
+    def participations(self, task_id: str, *, besides: str) -> int:
+        """How often the device took part."""
+        return self._participations.without(task_id, besides)
+
+    def count_participation(self, task_id: str, assignment_id: str) -> None:
+        """Count an assignment."""
+        self._participations = self._participations.counting(task_id, assignment_id)
 
     def blob(self, sha256: str) -> Buffer | None:
         """A blob this device has seen, if the pool still has it."""

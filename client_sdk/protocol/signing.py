@@ -97,13 +97,27 @@ def verify_request(
         raise AuthenticationFailed("the request carries no content digest")
     if claimed != digest:
         raise BodyAltered("the content digest is not that of the body")
+    verify_headers(public_key, headers, method, path)
+
+
+def verify_headers(public_key: Ed25519PublicKey, headers: Mapping[str, str], method: str, path: str) -> str:
+    """Check a request's signature over the digest that it claims: before the body is read, or after.
+
+    Returns:
+        The claimed ``content-digest``, which the body must still turn out to have.
+
+    Raises:
+        AuthenticationFailed: There is no digest, or the signature is not the key's.
+    """
+    claimed = headers.get("content-digest", "")
     raw = headers.get("signature", "")
     if not (raw.startswith("sig1=:") and raw.endswith(":")):
         raise AuthenticationFailed("the signature header is malformed")
     try:
         public_key.verify(
             base64.b64decode(raw[6:-1], validate=True),
-            _signature_base(method, path, digest, signing_device(headers)),
+            _signature_base(method, path, claimed, signing_device(headers)),
         )
     except (InvalidSignature, ValueError) as e:  # ValueError: not base64, or a path that is not ASCII
         raise AuthenticationFailed("the signature does not verify") from e
+    return claimed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ValidationError
@@ -19,7 +19,10 @@ from client_sdk.protocol.errors import (
     TruncatedFrame,
 )
 from client_sdk.protocol.signing import signing_device, verify_request
-from server_ref.coordinator import Coordinator
+
+if TYPE_CHECKING:
+    # An aggregator reads requests too, and has no coordinator to load.
+    from server_ref.coordinator import Coordinator
 
 M = TypeVar("M", bound=BaseModel)
 _RANGE = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})$")

@@ -18,12 +18,14 @@ from typing import Annotated, Final, Self
 
 from pydantic import Field, model_validator
 
-from client_sdk.protocol.messages import Id128, Message, Sha256
+from client_sdk.protocol.messages import MAX_AGGREGATORS, Id128, Message, Sha256
+from client_sdk.protocol.sealing import SealingSuite
 from server_ref.secure.canonical import digest, encode
 from server_ref.secure.parameters import PinnedParameters, RoundParameters
 
 SECURE_PROTOCOL_VERSION: Final = 1
-MAX_AGGREGATORS: Final = 64
+TAG_BYTES: Final = 16
+"""Of the authenticated encryption, at the end of every ciphertext."""
 MAX_SET_ENTRIES: Final = 100_000
 MAX_PARTS: Final = 1024
 MAX_DELIVERY: Final = 1024
@@ -88,8 +90,9 @@ class AggregatorInfo(Message):
 class ShareHeader(Message):
     """What is said of one device's report to every aggregator.
 
-    ``ciphertext_sha256`` has the hash of the report's sealed share for each aggregator, in order of their indices: the
-    ``digest`` names one upload as a whole, so that aggregators which agree on a digest hold shares of the same update.
+    ``ciphertext_ids`` has the ``ciphertext_id`` of the report's sealed share for each aggregator, in order of their
+    indices: the ``digest`` names one upload as a whole, so that aggregators which agree on a digest hold shares of the
+    same update.
     ``clip_norm`` and ``indicator_norm`` are those of the device's assignment. The share opens only under what the
     device was really told, so the coordinator cannot misstate them.
     """
@@ -100,7 +103,7 @@ class ShareHeader(Message):
     model_version: int = Field(ge=0, lt=2**62)
     clip_norm: float = Field(gt=0, allow_inf_nan=False)
     indicator_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
-    ciphertext_sha256: tuple[Sha256, ...] = Field(min_length=1, max_length=MAX_AGGREGATORS)
+    ciphertext_ids: tuple[Sha256, ...] = Field(min_length=1, max_length=MAX_AGGREGATORS)
 
     def digest(self) -> str:
         """SHA-256 (hex) that names this upload in sets, challenges and statements."""
@@ -113,9 +116,19 @@ class ShareHeader(Message):
                 self.model_version,
                 self.clip_norm,
                 self.indicator_norm,
-                *self.ciphertext_sha256,
+                *self.ciphertext_ids,
             ],
         )
+
+
+def ciphertext_id(ciphertext: bytes | memoryview, suite: SealingSuite) -> str:
+    """Name (hex) of a sealed share: SHA-256 of its length, its encapsulated key and its authentication tag.
+
+    The body between them need not be hashed, which would cost more than opening it. Whoever seals draws a new
+    encapsulated key each time, and nobody else can change the body so that it still opens under that key and tag.
+    """
+    head = bytes(ciphertext[: suite.overhead - TAG_BYTES])
+    return digest("ciphertext", [len(ciphertext), head, bytes(ciphertext[-TAG_BYTES:])])
 
 
 @dataclass(frozen=True)
@@ -131,14 +144,14 @@ class VerdictReason(StrEnum):
 
     UNSEALABLE = "unsealable"
     """The ciphertext does not open with this aggregator's key for this assignment, model version, task and terms."""
+    TERMS = "terms"
+    """The header states another clip norm than this aggregator pins, or an indicator where it expects none."""
     MALFORMED = "malformed"
     """What was sealed is not the canonical encoding of a share of the right length."""
     HEADER_MISMATCH = "header-mismatch"
     """The header has not one hash per aggregator, or this aggregator's is not that of the ciphertext."""
     CONFLICT = "conflict"
     """The report id or the assignment came before with another upload."""
-    SPENT = "spent"
-    """The report was in a set that was signed."""
 
 
 class Verdict(Message):

@@ -7,22 +7,21 @@ the privacy of the sum.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from client_sdk.protocol.messages import Message
-from client_sdk.protocol.privacy import EncodedBounds
+from client_sdk.protocol.messages import Message, Variance
+from client_sdk.protocol.privacy import NOISE_TAIL, EncodedBounds
 from server_ref.aggregation.batch import Adjacency
 from server_ref.secure.canonical import digest
 from server_ref.secure.errors import ParametersBelowPinned, SumOutOfRange
 
-SUM_LIMIT = 2**60 - 1
+SUM_LIMIT: Final = 2**60 - 1
 """Largest magnitude of a sum with its noise: half of the smallest field, less one bit."""
-TAIL = 12
-"""Standard deviations of noise that the range provides for; a Gaussian exceeds them with probability below 2**-100."""
 
 
 class CheckingMode(StrEnum):
@@ -33,7 +32,7 @@ class CheckingMode(StrEnum):
     BUCKETS = "buckets"
 
 
-PRICES: dict[CheckingMode, str] = {
+PRICES: Final[dict[CheckingMode, str]] = {
     CheckingMode.TRUST_DEVICES: (
         "Nothing but the sum is opened. A device that does not clip can shift the sum by any amount."
     ),
@@ -58,6 +57,9 @@ class PinnedPrivacy(Message):
         epsilon, delta: The budget; a release that would exceed it is refused.
         adjacency: What the budget is stated for.
         indicator_noise_multiplier: The same ratio for the adaptive-clipping indicator, where it is shared.
+        noise: Who adds it.
+        device_noise_variance: With noise by devices: the variance of each device's, in squared steps of the grid.
+        honest_devices: With noise by devices: of the devices in any sum, how many are relied on to have added it.
     """
 
     noise_multiplier: float = Field(gt=0, le=1e6, allow_inf_nan=False)
@@ -67,6 +69,30 @@ class PinnedPrivacy(Message):
     delta: float = Field(gt=0, lt=1)
     adjacency: Adjacency = Adjacency.ZERO_OUT
     indicator_noise_multiplier: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)
+    noise: Literal["aggregators", "devices"] = "aggregators"
+    device_noise_variance: Variance | None = None
+    honest_devices: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _noise_is_described(self) -> Self:
+        by_devices = self.noise == "devices"
+        if by_devices != (self.device_noise_variance is not None) or by_devices != (self.honest_devices is not None):
+            raise ValueError("device_noise_variance and honest_devices go with noise by devices, and that with them")
+        if by_devices and self.indicator_noise_multiplier is not None:
+            raise ValueError("the noise of devices has one variance for the whole task, so the clip norm is fixed too")
+        return self
+
+    @property
+    def combined_noise_multiplier(self) -> float:
+        """That of one release: update and indicator are released together."""
+        if self.indicator_noise_multiplier is None:
+            return self.noise_multiplier
+        return combined(self.noise_multiplier, self.indicator_noise_multiplier)
+
+
+def combined(noise_multiplier: float, indicator_noise_multiplier: float) -> float:
+    """The noise multiplier of one Gaussian release that is as private as two at once."""
+    return 1 / math.hypot(1 / noise_multiplier, 1 / indicator_noise_multiplier)
 
 
 class RoundParameters(Message):
@@ -100,7 +126,7 @@ class RoundParameters(Message):
         Raises:
             SumOutOfRange: ``total_weight B + 12 sqrt(t) sigma W B`` exceeds ``2**60 - 1``.
         """
-        tail = TAIL**2 * threshold * (Fraction(self.noise_multiplier) * self.max_weight * self.bound) ** 2
+        tail = NOISE_TAIL**2 * threshold * (Fraction(self.noise_multiplier) * self.max_weight * self.bound) ** 2
         left = SUM_LIMIT - total_weight * self.bound
         if left < 0 or tail > left * left:
             raise SumOutOfRange(
@@ -127,8 +153,8 @@ class PinnedParameters(Message):
         privacy: None for a task without noise.
     """
 
-    num_aggregators: int = Field(5, ge=1, le=64)
-    threshold: int = Field(3, ge=1, le=64)
+    num_aggregators: int = Field(5, ge=2, le=64)
+    threshold: int = Field(3, ge=2, le=64)
     field: Literal["m61", "m127"] = "m61"
     packing: Literal[1, 2] = 1
     quorum: int | None = Field(None, ge=1, le=64)
@@ -159,7 +185,20 @@ class PinnedParameters(Message):
             raise ValueError("min_bucket belongs to the checking mode buckets")
         if self.privacy is not None and self.indicator != (self.privacy.indicator_noise_multiplier is not None):
             raise ValueError("an indicator is shared exactly where it has a noise multiplier of its own")
+        self._check_device_noise()
         return self
+
+    def _check_device_noise(self) -> None:
+        privacy = self.privacy
+        if privacy is None or privacy.device_noise_variance is None or privacy.honest_devices is None:
+            return
+        if privacy.honest_devices > self.smallest_part:
+            raise ValueError(
+                f"sums of {self.smallest_part} reports cannot rely on {privacy.honest_devices} honest devices"
+            )
+        wanted = (Fraction(privacy.noise_multiplier) * self.max_weight * self.bounds.norm_bound) ** 2
+        if privacy.honest_devices * Fraction(privacy.device_noise_variance) < wanted:
+            raise ValueError("the noise of honest_devices together is below noise_multiplier")
 
     @property
     def needed(self) -> int:
@@ -186,9 +225,14 @@ class PinnedParameters(Message):
         """The grid and the norm that updates are clipped to where no indicator moves it."""
         return EncodedBounds(clip_norm=self.clip_norm, fraction_bits=self.fraction_bits)
 
+    @property
+    def aggregators_add_noise(self) -> bool:
+        """Whether a sum holds noise that the aggregators drew."""
+        return self.privacy is not None and self.privacy.noise == "aggregators"
+
     def round_parameters(self) -> RoundParameters:
-        """What a statement says at least; in a task with privacy, what a coordinator normally states."""
-        privacy = self.privacy
+        """What a statement says at least, and what a coordinator normally states."""
+        privacy = self.privacy if self.aggregators_add_noise else None
         return RoundParameters(
             noise_multiplier=0.0 if privacy is None else privacy.noise_multiplier,
             bound=self.bounds.norm_bound,
@@ -203,30 +247,25 @@ class PinnedParameters(Message):
         Raises:
             ParametersBelowPinned: The message names the parameter.
         """
-        privacy = self.privacy
-        floors: list[tuple[str, float, float]] = [
-            ("max_weight", stated.max_weight, self.max_weight),
-        ]
-        if stated.fraction_bits != self.fraction_bits:
-            raise ParametersBelowPinned(f"fraction_bits {stated.fraction_bits} is not the pinned {self.fraction_bits}")
-        if not self.indicator:
-            floors.append(("bound", stated.bound, self.bounds.norm_bound))
-        if privacy is None:
-            if stated.noise_multiplier or stated.indicator_noise_multiplier is not None:
-                raise ParametersBelowPinned("this aggregator is configured for a task without noise")
-        else:
-            floors.append(("noise_multiplier", stated.noise_multiplier, privacy.noise_multiplier))
-            if (stated.indicator_noise_multiplier is None) != (privacy.indicator_noise_multiplier is None):
+        own = self.round_parameters()
+        if stated.fraction_bits != own.fraction_bits:
+            raise ParametersBelowPinned(f"fraction_bits {stated.fraction_bits} is not the pinned {own.fraction_bits}")
+        if self.aggregators_add_noise:
+            if (stated.indicator_noise_multiplier is None) != (own.indicator_noise_multiplier is None):
                 raise ParametersBelowPinned("the indicator's noise multiplier is stated exactly where it is pinned")
-            if stated.indicator_noise_multiplier is not None and privacy.indicator_noise_multiplier is not None:
-                floors.append(
-                    (
-                        "indicator_noise_multiplier",
-                        stated.indicator_noise_multiplier,
-                        privacy.indicator_noise_multiplier,
-                    )
-                )
-        for name, value, floor in floors:
+        elif stated.noise_multiplier or stated.indicator_noise_multiplier is not None:
+            raise ParametersBelowPinned("this aggregator is configured for a task whose noise is not the aggregators'")
+        floors = {
+            "max_weight": (stated.max_weight, own.max_weight),
+            "noise_multiplier": (stated.noise_multiplier, own.noise_multiplier),
+            "indicator_noise_multiplier": (
+                stated.indicator_noise_multiplier or 0.0,
+                own.indicator_noise_multiplier or 0.0,
+            ),
+            # With an indicator, the bound is compared with the reports' own.
+            "bound": (stated.bound, 1 if self.indicator else own.bound),
+        }
+        for name, (value, floor) in floors.items():
             if value < floor:
                 raise ParametersBelowPinned(f"{name} {value:g} is below the pinned {floor:g}")
 
