@@ -144,6 +144,7 @@ class PinnedParameters(Message):
         quorum: Commit signatures that an answer needs. Anything below ``safe_quorum`` assumes that the coordinator
             shows all aggregators the same sets, so it is accepted only with ``assume_consistent_coordinator``.
         min_cohort: Reports that a sum has at least.
+        max_parts: Sums that are opened in a round at most: more than one in the mode ``buckets`` only.
         min_bucket: Reports that each part has at least, in the mode ``buckets``; None for ``min_cohort``.
         clip_norm, fraction_bits: C and f, to which devices clip and encode. With an indicator, C follows the releases,
             and is taken from each report, where the device vouches for it.
@@ -160,6 +161,7 @@ class PinnedParameters(Message):
     quorum: int | None = Field(None, ge=1, le=64)
     assume_consistent_coordinator: bool = False
     min_cohort: int = Field(ge=2)
+    max_parts: int = Field(1, ge=1, le=1024)
     min_bucket: int | None = Field(None, ge=2)
     clip_norm: float = Field(gt=0, allow_inf_nan=False)
     fraction_bits: int = Field(ge=0, le=40)
@@ -181,8 +183,8 @@ class PinnedParameters(Message):
                 f"with a quorum below {self.safe_quorum}, a coordinator that shows aggregators different sets opens "
                 "both: raise quorum, or set assume_consistent_coordinator"
             )
-        if self.min_bucket is not None and self.checking is not CheckingMode.BUCKETS:
-            raise ValueError("min_bucket belongs to the checking mode buckets")
+        if (self.min_bucket is not None or self.max_parts > 1) and self.checking is not CheckingMode.BUCKETS:
+            raise ValueError("min_bucket and max_parts belong to the checking mode buckets")
         if self.privacy is not None and self.indicator != (self.privacy.indicator_noise_multiplier is not None):
             raise ValueError("an indicator is shared exactly where it has a noise multiplier of its own")
         self._check_device_noise()
