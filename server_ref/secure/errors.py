@@ -62,10 +62,10 @@ class CohortTooSmall(AggregatorRefusal):
 
 
 class PartitionRefused(AggregatorRefusal):
-    """The statement has several parts, and the aggregator's mode opens one sum per round."""
+    """The statement has more parts than the aggregator opens sums in a round."""
 
     slug = "partition-refused"
-    title = "The aggregator opens one sum per round."
+    title = "The set has too many parts."
 
 
 class DuplicateEntry(AggregatorRefusal):
@@ -200,3 +200,19 @@ class NotEnoughAggregators(SecureRoundError):
 
 class RoundAbandoned(SecureRoundError):
     """The round is over without a sum; reports and budget that were committed are spent."""
+
+
+class AnswersInconsistent(SecureRoundError):
+    """The answers are not shares of one sum, and which of them are wrong cannot be known. Nothing is released.
+
+    Attributes:
+        answered: Indices of the aggregators whose authentic answers contradict one another.
+    """
+
+    def __init__(self, detail: str, *, answered: tuple[int, ...]) -> None:
+        super().__init__(detail)
+        self.answered = answered
+
+
+class AggregatorUnavailable(PocketfedError):
+    """An aggregator does not answer, or what answers does not speak the protocol. The request may be repeated."""
