@@ -167,6 +167,20 @@ class ChallengeMismatch(AggregatorRefusal):
     title = "The challenge's commitments and nonces do not fit together."
 
 
+class DistancesRefused(AggregatorRefusal):
+    """The aggregator does not compare these reports: it is not set up to, or one was compared before."""
+
+    slug = "distances-refused"
+    title = "The aggregator does not compare these reports."
+
+
+class ZeroKeyRejected(AggregatorRefusal):
+    """A key for hiding distances is missing, replaced, or made for another comparison."""
+
+    slug = "zero-key-rejected"
+    title = "A key for hiding distances does not belong to this comparison."
+
+
 class AnswerRejected(ProtocolError):
     """An aggregator's message is not signed by its pinned key, or is about something else."""
 
@@ -196,6 +210,10 @@ class NotEnoughAggregators(SecureRoundError):
         self.stage = stage
         self.needed = needed
         self.live = live
+
+
+class DistancesInconsistent(SecureRoundError):
+    """The aggregators' answers are no distances: somebody answered wrongly, or dealt different keys."""
 
 
 class RoundAbandoned(SecureRoundError):
