@@ -12,12 +12,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from client_sdk.protocol.secure import SecureLayout
-from client_sdk.protocol.shamir import Scheme
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.field import Field, FieldVector
+from client_sdk.protocol.secure import SecureLayout
+from client_sdk.protocol.shamir import Scheme
+from server_ref.aggregation.accounting import DistributedRelease
 from server_ref.secure import queries, tables
 from server_ref.secure.challenges import Challenges
 from server_ref.secure.errors import (
@@ -36,7 +37,7 @@ from server_ref.secure.errors import (
 )
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.intake import Intake
-from server_ref.secure.ledger import charge, check_budget
+from server_ref.secure.ledger import charge, check_budget, release_of
 from server_ref.secure.messages import (
     UNSIGNED,
     AggregateShare,
@@ -191,7 +192,7 @@ class Aggregator:
         with self._store.transaction() as connection:
             stored = self._current_run(connection, statement)
             if stored is None:
-                self._examine(connection, statement)
+                self._examine(connection, statement, layout.size)
         if stored is None or stored.contribution is None:
             drawn = make_contribution(statement, self._config, self._keys, layout, self._random)
             kept = self._store.put(pack_contribution(drawn))
@@ -218,8 +219,9 @@ class Aggregator:
         with self._store.transaction() as connection:
             stored = self._current_run(connection, statement) or _begun(statement)
             if stored.signature is None:
-                self._examine(connection, statement)
-                charge(connection, statement, self._pinned)
+                release = self._examine(connection, statement, layout.size)
+                if release is not None:
+                    charge(connection, release)
                 queries.mark_reports(
                     connection, [e.report_id for e in statement.accepted.entries], signed_in=statement.round_id
                 )
@@ -267,8 +269,8 @@ class Aggregator:
             raise StaleRun(f"round {statement.round_id} is in run {stored.run}, for another statement")
         return None
 
-    def _examine(self, connection: Connection, statement: RoundStatement) -> None:
-        """Refuse a set that cannot be summed here (any more)."""
+    def _examine(self, connection: Connection, statement: RoundStatement, size: int) -> DistributedRelease | None:
+        """Refuse a set that cannot be summed here (any more); what summing it costs, in a task with noise."""
         entries = statement.accepted.entries
         known = queries.load_reports(connection, [entry.report_id for entry in entries])
         for entry in entries:
@@ -284,13 +286,15 @@ class Aggregator:
             raise ParametersBelowPinned(f"bound {statement.parameters.bound} is below a report's own, {largest}")
         privacy = self._pinned.privacy
         if privacy is None:
-            return
+            return None
         if privacy.max_participations is not None:
             counts = queries.load_participations(connection, [entry.device_id for entry in entries])
             for device_id, count in counts.items():
                 if count >= privacy.max_participations:
                     raise ParticipationsExhausted(f"device {device_id} was counted {count} times")
-        check_budget(connection, statement, self._pinned)
+        release = release_of(statement, self._pinned, privacy, size)
+        check_budget(connection, release, privacy)
+        return release
 
     def _require_quorum(self, stored: StoredRound, signatures: Sequence[CommitSignature]) -> None:
         valid = {

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from client_sdk.protocol.secure import SecureLayout, decode_share, terms_sha256
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol import sealing
 from client_sdk.protocol.errors import ConfigurationError, MalformedShare, OversizedBody, SealingFailed
-from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.privacy import EncodedBounds
+from client_sdk.protocol.sealing import SharingTerms
+from client_sdk.protocol.secure import SecureLayout, decode_share
 from server_ref.secure import queries
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.messages import (
@@ -28,22 +28,18 @@ from server_ref.secure.queries import StoredReport
 from server_ref.secure.store import AggregatorStore
 
 
-def secure_plan(config: AggregatorConfig, clip_norm: float, indicator_norm: float | None) -> SecurePlan:
-    """The only terms, for these norms, under which this aggregator accepts a device's share."""
+def accepted_terms(config: AggregatorConfig, clip_norm: float, indicator_norm: float | None) -> SharingTerms:
+    """The only terms, for these norms, under which this aggregator opens a device's share."""
     pinned = config.parameters
-    privacy = pinned.privacy
-    return SecurePlan(
+    return SharingTerms(
         field=pinned.field,
         threshold=pinned.threshold,
+        num_aggregators=pinned.num_aggregators,
         packing=pinned.packing,
         fraction_bits=pinned.fraction_bits,
         clip_norm=clip_norm,
-        noise="none" if privacy is None else privacy.noise,
-        noise_variance=None if privacy is None else privacy.device_noise_variance,
         indicator_norm=indicator_norm,
-        max_participations=None if privacy is None else privacy.max_participations,
-        suite=config.suite,
-        aggregator_keys=tuple(peer.sealing_key for peer in config.peers),
+        noise_variance=None if pinned.privacy is None else pinned.privacy.device_noise_variance,
     )
 
 
@@ -78,7 +74,7 @@ def open_share(
         aggregator_index=config.index,
         model_version=header.model_version,
         parameter_table_sha256=task.parameter_table_sha256,
-        terms_sha256=terms_sha256(secure_plan(config, header.clip_norm, header.indicator_norm)),
+        terms=accepted_terms(config, header.clip_norm, header.indicator_norm),
     )
     try:
         plaintext = sealing.open(report.ciphertext, keys.sealing, info)

@@ -7,7 +7,6 @@ the privacy of the sum.
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from fractions import Fraction
 from typing import Final, Literal, Self
@@ -81,18 +80,6 @@ class PinnedPrivacy(Message):
         if by_devices and self.indicator_noise_multiplier is not None:
             raise ValueError("the noise of devices has one variance for the whole task, so the clip norm is fixed too")
         return self
-
-    @property
-    def combined_noise_multiplier(self) -> float:
-        """That of one release: update and indicator are released together."""
-        if self.indicator_noise_multiplier is None:
-            return self.noise_multiplier
-        return combined(self.noise_multiplier, self.indicator_noise_multiplier)
-
-
-def combined(noise_multiplier: float, indicator_noise_multiplier: float) -> float:
-    """The noise multiplier of one Gaussian release that is as private as two at once."""
-    return 1 / math.hypot(1 / noise_multiplier, 1 / indicator_noise_multiplier)
 
 
 class RoundParameters(Message):
@@ -194,11 +181,13 @@ class PinnedParameters(Message):
         privacy = self.privacy
         if privacy is None or privacy.device_noise_variance is None or privacy.honest_devices is None:
             return
+        if self.max_weight > 1:
+            raise ValueError("the noise of devices is weighted with their updates, so max_weight must be 1")
         if privacy.honest_devices > self.smallest_part:
             raise ValueError(
                 f"sums of {self.smallest_part} reports cannot rely on {privacy.honest_devices} honest devices"
             )
-        wanted = (Fraction(privacy.noise_multiplier) * self.max_weight * self.bounds.norm_bound) ** 2
+        wanted = (Fraction(privacy.noise_multiplier) * self.bounds.norm_bound) ** 2
         if privacy.honest_devices * Fraction(privacy.device_noise_variance) < wanted:
             raise ValueError("the noise of honest_devices together is below noise_multiplier")
 
