@@ -25,7 +25,8 @@ def fulfil(
 ) -> tuple[Report, DeviceMemory | None]:
     """Train and build the report.
 
-    Guarantees: the same bits for the same arguments, so that a process that was killed can do it again.
+    Guarantees: the same bits for the same arguments, so that a process that was killed can do it again. But the shares
+    of a secure report are drawn anew each time: it is the stored one that is sent.
 
     Args:
         assignment: What to do.

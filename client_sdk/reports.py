@@ -1,7 +1,12 @@
-"""The report of an assignment: a frame with the update, compressed where asked for, and what it repeats."""
+"""The report of an assignment: a frame with the update, as the assignment wants it, and what it repeats.
+
+In the clear it is one tensor, compressed where asked for. Of a secure assignment it is the sealed shares of the update.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +16,20 @@ from client_sdk.blobs import Buffer
 from client_sdk.errors import BundleMismatch
 from client_sdk.protocol.compression import Codec, CompressionSpec, ErrorFeedback
 from client_sdk.protocol.errors import MalformedFrame, ManifestError, OversizedBody, UpdateOutOfRange
+from client_sdk.protocol.field import RandomBytes
 from client_sdk.protocol.frames import decode_frame, encode_frame
-from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, WITHHELD, Assignment, F32Encoding, ReportFacts
+from client_sdk.protocol.messages import (
+    REPORT_TENSOR,
+    UNCOMPRESSED,
+    WITHHELD,
+    Assignment,
+    F32Encoding,
+    ReportFacts,
+)
 from client_sdk.protocol.program import Float32Array, Manifest
+from client_sdk.protocol.secure import SecureLayout, share_tensors, shared_size
 from client_sdk.protocol.updates import UpdateKind
+from client_sdk.secure_reports import sealed_shares
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,10 @@ def check_reportable(assignment: Assignment, num_parameters: int) -> None:
         raise BundleMismatch(f"the assignment asks for an update of kind {assignment.kind}; this device sends deltas")
     size = assignment.update_size(num_parameters)
     spec = compression_of(assignment)
-    needed = 4 * size if spec is None else Codec(spec, size).max_bytes
+    if assignment.secure is not None:
+        needed = SecureLayout.of(assignment.secure, shared_size(assignment.compression, size)).max_frame_bytes
+    else:
+        needed = 4 * size if spec is None else Codec(spec, size).max_bytes
     if needed > assignment.max_report_bytes:
         raise BundleMismatch(
             f"an update of {num_parameters} parameters takes up to {needed} bytes; it does not fit into the "
@@ -80,6 +98,7 @@ def build_report(
     steps: int,
     train_loss: float,
     residual: Float32Array | None = None,
+    random: RandomBytes = os.urandom,
 ) -> Report:
     """The report to send.
 
@@ -91,31 +110,23 @@ def build_report(
         report_id: Its id.
         update: float32 ``[n]``, finite; n is the assignment's ``update_size``.
         steps: Local optimizer steps taken.
-        train_loss: Mean loss over the last local epoch.
+        train_loss: Mean loss over the last local epoch; withheld where the assignment says so, or is secure.
         residual: float32 ``[n]``, what the last accepted report left out; needed with error feedback only.
+        random: Source of random bytes: what a secure report's secrecy rests on.
 
     Raises:
         UpdateOutOfRange: A value beyond the assignment's bound: the server would refuse it.
+        NonFiniteUpdate: Likewise NaN or infinities.
         OversizedBody: Larger than the assignment allows.
-        ConfigurationError, BundleMismatch: See ``compression_of``.
+        ConfigurationError, BundleMismatch: See ``compression_of`` and ``sealed_shares``.
     """
-    if not isinstance(assignment.encoding, F32Encoding):
-        raise BundleMismatch(f"this device cannot send an update encoded as {assignment.encoding.name}")
-    max_abs = assignment.encoding.max_abs
-    _check_reach(update, max_abs)
-    spec = compression_of(assignment)
-    tensor: npt.NDArray[np.generic] = update
     left_out = None
-    if spec is not None:
-        payload, left_out = compress_update(
-            Codec(spec, len(update)),
-            update,
-            residual,
-            seed=assignment.compression_seed,
-            rounding_seed=assignment.shuffle_seed,
-            max_abs=max_abs,
-        )
-        tensor = np.frombuffer(payload, np.uint8)
+    tensors: Mapping[str, npt.NDArray[np.generic]]
+    if assignment.secure is not None:
+        tensors = share_tensors(sealed_shares(assignment, assignment.secure, update, random=random))
+    else:
+        tensor, left_out = _clear_tensor(assignment, update, residual)
+        tensors = {REPORT_TENSOR: tensor}
     facts = ReportFacts(
         report_id=report_id,
         assignment_id=assignment.assignment_id,
@@ -129,10 +140,32 @@ def build_report(
         steps=str(steps),
         train_loss=WITHHELD if assignment.withholds_loss else repr(float(train_loss)),
     )
-    frame = encode_frame({REPORT_TENSOR: tensor}, facts.model_dump(mode="json"))
+    frame = encode_frame(tensors, facts.model_dump(mode="json"))
     if len(frame) > assignment.max_report_bytes:
         raise OversizedBody(f"the report has {len(frame)} bytes; the assignment allows {assignment.max_report_bytes}")
     return Report(frame, update.nbytes, left_out)
+
+
+def _clear_tensor(
+    assignment: Assignment, update: Float32Array, residual: Float32Array | None
+) -> tuple[npt.NDArray[np.generic], Float32Array | None]:
+    """The tensor of a report in the clear, and what it leaves out."""
+    if not isinstance(assignment.encoding, F32Encoding):
+        raise BundleMismatch(f"the encoding {assignment.encoding.name} needs a plan of how the update is shared")
+    max_abs = assignment.encoding.max_abs
+    _check_reach(update, max_abs)
+    spec = compression_of(assignment)
+    if spec is None:
+        return update, None
+    payload, left_out = compress_update(
+        Codec(spec, len(update)),
+        update,
+        residual,
+        seed=assignment.compression_seed,
+        rounding_seed=assignment.shuffle_seed,
+        max_abs=max_abs,
+    )
+    return np.frombuffer(payload, np.uint8), left_out
 
 
 def is_report_of(frame: Buffer, assignment: Assignment, report_id: str) -> bool:
@@ -146,6 +179,7 @@ def is_report_of(frame: Buffer, assignment: Assignment, report_id: str) -> bool:
         and facts.assignment_id == assignment.assignment_id
         and facts.model_version == str(assignment.model_version)
         and facts.parameter_table_sha256 == assignment.parameter_table_sha256
+        and facts.encoding == assignment.encoding.name
         and facts.algorithm == assignment.plan.algorithm
         and facts.compression == (assignment.compression or UNCOMPRESSED)
         and facts.compression_seed == str(assignment.compression_seed)
@@ -154,7 +188,7 @@ def is_report_of(frame: Buffer, assignment: Assignment, report_id: str) -> bool:
 
 def dense_bytes(frame: Buffer, assignment: Assignment, manifest: Buffer | None) -> int | None:
     """What the update of a sealed report takes as plain float32; None where the manifest does not say it."""
-    if assignment.compression is None:
+    if assignment.compression is None and assignment.secure is None:
         return decode_frame(frame).payload.nbytes
     try:
         return None if manifest is None else 4 * assignment.update_size(_num_parameters(manifest))

@@ -6,12 +6,11 @@ file, then the defaults below. Unknown keys are refused, so that a typo is an er
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.training import TrainingPlan
@@ -19,6 +18,7 @@ from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy
 from server_ref.assignments import RoundPolicy
 from server_ref.protection import PrivacyConfig, SecureConfig
+from server_ref.settings import explain, layered, read_toml
 
 
 class _Section(BaseModel):
@@ -182,57 +182,17 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
     Raises:
         ConfigurationError: Unreadable file, unknown key, or a value that cannot be.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise ConfigurationError(f"cannot read {path}: {e.strerror or e}") from e
-        except tomllib.TOMLDecodeError as e:
-            raise ConfigurationError(f"{path} is not valid TOML: {e}") from e
-        _anchor(values, path.parent)
-
-    class Loaded(ServerConfig):
-        """Flags over environment over file."""
-
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            del dotenv_settings, file_secret_settings
-            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=values)
-
+    values = {} if path is None else read_toml(path, ("data_dir", "task.bundle", "task.validation_data"))
     try:
-        config = Loaded(**(overrides or {}))
+        config = layered(ServerConfig, values, overrides or {})
         config.task.policy()
     except ValidationError as e:
-        raise ConfigurationError(_explain(e, path)) from e
+        raise ConfigurationError(explain(e, path, _FLAGS)) from e
     return config
 
 
-_FLAGS = {"data_dir": "--data-dir", "task": "--bundle", "task.bundle": "--bundle"}
-
-
-def _explain(error: ValidationError, path: Path | None) -> str:
-    """One line: every setting that is wrong, and how to give the ones that are missing."""
-    problems = []
-    for problem in error.errors():
-        name = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "missing" and name in _FLAGS:
-            setting = "task.bundle" if name == "task" else name
-            problems.append(f"{setting} is missing (give {_FLAGS[name]}, or set it in the --config file)")
-        else:
-            problems.append(f"{name}: {problem['msg']}")
-    return f"configuration{f' {path}' if path else ''}: {'; '.join(problems)}"
-
-
-def _anchor(values: dict[str, Any], base: Path) -> None:
-    task = values.get("task", {})
-    for table, key in ((values, "data_dir"), (task, "bundle"), (task, "validation_data")):
-        if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = base / table[key]
+_FLAGS = {
+    "data_dir": ("data_dir", "--data-dir"),
+    "task": ("task.bundle", "--bundle"),
+    "task.bundle": ("task.bundle", "--bundle"),
+}

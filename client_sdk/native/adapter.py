@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from client_sdk.native.build import ensure_built
+from client_sdk.native.build import RUNTIME
 from client_sdk.protocol.errors import (
     ConfigurationError,
     ManifestError,
@@ -170,7 +170,7 @@ def load_shim() -> Shim:
     Raises:
         RuntimeUnavailable: It can neither be found nor built, or not be loaded.
     """
-    return Shim(ensure_built())
+    return Shim(RUNTIME.ensure_built())
 
 
 class NativeProgram:

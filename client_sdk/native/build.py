@@ -1,9 +1,12 @@
-"""Compile the native shim once, against the installed ExecuTorch wheel; torch-free, and a no-op when current.
+"""Compile each native library once; torch-free, and a no-op when current.
 
-The library lies in a per-user cache under a name that is the hash of what it depends on (source, header, ExecuTorch
-release and place, flags), so an upgrade of any of them builds a new one and never loads an old one.
+There are two: ``RUNTIME``, the shim over the installed ExecuTorch wheel, and ``SHARING``, the kernels that split an
+update into shares, which need a compiler and nothing else.
 
-Run ``python -m client_sdk.native.build`` to build it ahead of time and to learn where it is.
+A library lies in a per-user cache under a name that is the hash of what it depends on (source, header, flags; for the
+shim also ExecuTorch's release and place), so an upgrade of any of them builds a new one and never loads an old one.
+
+Run ``python -m client_sdk.native.build`` to build them ahead of time and to learn where they are.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,24 +30,15 @@ from typing import Final
 from client_sdk.protocol.errors import PocketfedError, RuntimeUnavailable
 from client_sdk.protocol.folders import cache_folder
 
-SOURCE: Final = Path(__file__).with_name("pocketfed_shim.cpp")
-HEADER: Final = Path(__file__).with_name("pocketfed_shim.h")
+FOLDER: Final = Path(__file__).parent
 COMPILERS: Final = ("g++", "clang++", "c++")
 COMPILE_TIMEOUT_S: Final = 600.0
 
+_FLAGS = ("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 # The two C10/ET macros must be those that the wheel's libraries were built with: they change class layouts.
-_FLAGS = (
-    "-std=c++17",
-    "-O2",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-DC10_USING_CUSTOM_GENERATED_MACROS",
-    "-DET_EVENT_TRACER_ENABLED",
-)
+_RUNTIME_FLAGS = ("-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_EVENT_TRACER_ENABLED")
+# -O3 vectorises; a product and a sum that were fused would round once instead of twice, and give other bits.
+_SHARING_FLAGS = ("-O3", "-ffp-contract=off")
 # Kernels and delegates register themselves when they are loaded; nothing refers to them by symbol.
 _LIBRARIES = ("executorch", "executorch_kernels_optimized", "executorch_backend_xnnpack", "executorch_threadpool")
 
@@ -93,82 +87,118 @@ def find_compiler() -> list[str]:
         if found := shutil.which(name):
             return [found]
     raise RuntimeUnavailable(
-        "no C++17 compiler was found, and the native runtime is compiled once per machine; "
+        "no C++17 compiler was found, and the native libraries are compiled once per machine; "
         "install one (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`) or set $CXX"
     )
 
 
-def _arguments(wheel: ExecutorchWheel) -> list[str]:
-    """Everything on the compiler's command line but the compiler and the output."""
+@dataclass(frozen=True)
+class Library:
+    """A native library that is compiled from one source and one header.
+
+    Attributes:
+        name: Of the file, and of its source and header without their endings.
+        purpose: What errors call it.
+        arguments: Everything on the compiler's command line but the compiler, the source and the output: before the
+            source, and after it.
+        source: C++ source.
+        header: Its C ABI.
+    """
+
+    name: str
+    purpose: str
+    arguments: Callable[[], tuple[list[str], list[str]]]
+    source: Path
+    header: Path
+
+    @property
+    def path(self) -> Path:
+        """Where the library for these sources and flags lies, whether or not it exists.
+
+        The compiler is not part of the name: a device whose library was built by a set-up step needs none to find it.
+
+        Raises:
+            RuntimeUnavailable: Something that it is compiled against is not installed.
+        """
+        digest = hashlib.sha256()
+        for part in (self.source.read_bytes(), self.header.read_bytes(), "\0".join(self._command_line()).encode()):
+            digest.update(hashlib.sha256(part).digest())
+        return cache_folder("native") / f"{self.name}-{digest.hexdigest()[:24]}.so"
+
+    def ensure_built(self) -> Path:
+        """Path of the current library; compiles it if it is not there yet.
+
+        Concurrent callers, in this or another process, wait for one build. The file appears whole or not at all.
+
+        Raises:
+            RuntimeUnavailable: Something that it is compiled against is not installed, no compiler, a failed
+                compilation, or no writable cache.
+        """
+        target = self.path
+        if target.exists():
+            return target
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _locked(target.with_suffix(".lock")):
+                if not target.exists():
+                    self._compile(target)
+        except OSError as e:
+            raise RuntimeUnavailable(
+                f"{self.purpose} cannot be stored in {target.parent}: {e}; point $POCKETFED_CACHE at a writable folder"
+            ) from e
+        return target
+
+    def _command_line(self) -> list[str]:
+        before, after = self.arguments()
+        return [*_FLAGS, *before, str(self.source), *after]
+
+    def _compile(self, target: Path) -> None:
+        compiler = find_compiler()
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
+            output = Path(scratch) / target.name
+            command = [*compiler, *self._command_line(), "-o", str(output)]
+            try:
+                done = subprocess.run(  # noqa: S603 - the compiler is the user's own, the arguments are ours
+                    command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
+                )
+            except subprocess.TimeoutExpired as e:
+                raise RuntimeUnavailable(f"{compiler[0]} did not finish within {COMPILE_TIMEOUT_S:.0f} s") from e
+            if done.returncode != 0:
+                raise RuntimeUnavailable(
+                    f"{compiler[0]} could not compile {self.purpose} (exit status {done.returncode}):\n"
+                    + "\n".join(done.stderr.splitlines()[:20])
+                )
+            output.replace(target)
+
+
+def _runtime_arguments() -> tuple[list[str], list[str]]:
+    wheel = ExecutorchWheel.find()
     lib = wheel.root / "lib"
-    return [
-        *_FLAGS,
+    before = [
+        *_RUNTIME_FLAGS,
         f'-DPOCKETFED_EXECUTORCH_VERSION="{wheel.version}"',
         f"-isystem{wheel.root / 'include'}",
         f"-isystem{wheel.root / 'include/executorch/runtime/core/portable_type/c10'}",
-        str(SOURCE),
-        f"-L{lib}",
-        "-Wl,--no-as-needed",
-        *(f"-l{name}" for name in _LIBRARIES),
-        f"-Wl,-rpath,{lib}",
     ]
+    after = [f"-L{lib}", "-Wl,--no-as-needed", *(f"-l{name}" for name in _LIBRARIES), f"-Wl,-rpath,{lib}"]
+    return before, after
 
 
-def library_path() -> Path:
-    """Where the library for the installed wheel, these sources and these flags lies, whether or not it exists.
+RUNTIME: Final = Library(
+    "pocketfed_shim",
+    "the native runtime",
+    _runtime_arguments,
+    FOLDER / "pocketfed_shim.cpp",
+    FOLDER / "pocketfed_shim.h",
+)
 
-    The compiler is not part of the name: a device whose library was built by a set-up step needs none to find it.
-
-    Raises:
-        RuntimeUnavailable: ExecuTorch is not installed.
-    """
-    wheel = ExecutorchWheel.find()
-    digest = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), HEADER.read_bytes(), "\0".join(_arguments(wheel)).encode()):
-        digest.update(hashlib.sha256(part).digest())
-    return cache_folder("native") / f"pocketfed_shim-{digest.hexdigest()[:24]}.so"
-
-
-def ensure_built() -> Path:
-    """Path of the current library; compiles it if it is not there yet.
-
-    Concurrent callers, in this or another process, wait for one build. The file appears whole or not at all.
-
-    Raises:
-        RuntimeUnavailable: No ExecuTorch wheel, no compiler, a failed compilation, or no writable cache.
-    """
-    target = library_path()
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _locked(target.with_suffix(".lock")):
-            if not target.exists():
-                _compile(target)
-    except OSError as e:
-        raise RuntimeUnavailable(
-            f"the native runtime cannot be stored in {target.parent}: {e}; point $POCKETFED_CACHE at a writable folder"
-        ) from e
-    return target
-
-
-def _compile(target: Path) -> None:
-    compiler = find_compiler()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
-        output = Path(scratch) / target.name
-        command = [*compiler, *_arguments(ExecutorchWheel.find()), "-o", str(output)]
-        try:
-            done = subprocess.run(  # noqa: S603 - the compiler is the user's own, the arguments are ours
-                command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
-            )
-        except subprocess.TimeoutExpired as e:
-            raise RuntimeUnavailable(f"{compiler[0]} did not finish within {COMPILE_TIMEOUT_S:.0f} s") from e
-        if done.returncode != 0:
-            raise RuntimeUnavailable(
-                f"{compiler[0]} could not compile the native runtime (exit status {done.returncode}):\n"
-                + "\n".join(done.stderr.splitlines()[:20])
-            )
-        output.replace(target)
+SHARING: Final = Library(
+    "pocketfed_sharing",
+    "the native sharing kernels",
+    lambda: ([*_SHARING_FLAGS], []),
+    FOLDER / "sharing.cpp",
+    FOLDER / "sharing.h",
+)
 
 
 @contextmanager
@@ -179,13 +209,15 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main() -> int:
-    """Build the library (or find it current) and print its path."""
-    try:
-        print(ensure_built())  # noqa: T201 - the command's result
-    except PocketfedError as e:
-        print(f"error: {e}", file=sys.stderr)  # noqa: T201 - the command's diagnosis
-        return 2
-    return 0
+    """Build the libraries (or find them current) and print their paths; one that fails does not stop the other."""
+    status = 0
+    for library in (RUNTIME, SHARING):
+        try:
+            print(library.ensure_built())  # noqa: T201 - the command's result
+        except PocketfedError as e:
+            print(f"error: {e}", file=sys.stderr)  # noqa: T201 - the command's diagnosis
+            status = 2
+    return status
 
 
 if __name__ == "__main__":

@@ -261,6 +261,10 @@ class BudgetExceeded(PocketfedError):
     """An exact sum or encoding would leave its declared budget; the answer would no longer be exact."""
 
 
+class NotEnoughShares(PocketfedError):
+    """Fewer shares than reconstruct a secret, or than can be checked against each other; the message says which."""
+
+
 class EmptyAggregate(PocketfedError):
     """A mean over no updates was asked for."""
 

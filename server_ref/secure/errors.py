@@ -62,10 +62,10 @@ class CohortTooSmall(AggregatorRefusal):
 
 
 class PartitionRefused(AggregatorRefusal):
-    """The statement has several parts, and the aggregator's mode opens one sum per round."""
+    """The statement has more parts than the aggregator opens sums in a round."""
 
     slug = "partition-refused"
-    title = "The aggregator opens one sum per round."
+    title = "The set has too many parts."
 
 
 class DuplicateEntry(AggregatorRefusal):
@@ -167,6 +167,20 @@ class ChallengeMismatch(AggregatorRefusal):
     title = "The challenge's commitments and nonces do not fit together."
 
 
+class DistancesRefused(AggregatorRefusal):
+    """The aggregator does not compare these reports: it is not set up to, or one was compared before."""
+
+    slug = "distances-refused"
+    title = "The aggregator does not compare these reports."
+
+
+class ZeroKeyRejected(AggregatorRefusal):
+    """A key for hiding distances is missing, replaced, or made for another comparison."""
+
+    slug = "zero-key-rejected"
+    title = "A key for hiding distances does not belong to this comparison."
+
+
 class AnswerRejected(ProtocolError):
     """An aggregator's message is not signed by its pinned key, or is about something else."""
 
@@ -198,5 +212,25 @@ class NotEnoughAggregators(SecureRoundError):
         self.live = live
 
 
+class DistancesInconsistent(SecureRoundError):
+    """The aggregators' answers are no distances: somebody answered wrongly, or dealt different keys."""
+
+
 class RoundAbandoned(SecureRoundError):
     """The round is over without a sum; reports and budget that were committed are spent."""
+
+
+class AnswersInconsistent(SecureRoundError):
+    """The answers are not shares of one sum, and which of them are wrong cannot be known. Nothing is released.
+
+    Attributes:
+        answered: Indices of the aggregators whose authentic answers contradict one another.
+    """
+
+    def __init__(self, detail: str, *, answered: tuple[int, ...]) -> None:
+        super().__init__(detail)
+        self.answered = answered
+
+
+class AggregatorUnavailable(PocketfedError):
+    """An aggregator does not answer, or what answers does not speak the protocol. The request may be repeated."""

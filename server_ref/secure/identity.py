@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Protocol, Self, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -14,6 +14,21 @@ from client_sdk.protocol.messages import Message
 from client_sdk.protocol.sealing import SealingKey, SealingPublicKey, SealingSuite
 from server_ref.secure.messages import Index, SealingKeyHex, SigningKeyHex, TaskBinding
 from server_ref.secure.parameters import PinnedParameters
+
+
+class Signable(Protocol):
+    """A message that carries a signature over the rest of it."""
+
+    def signed_bytes(self) -> bytes:
+        """What the signature is taken over."""
+        ...
+
+    def model_copy(self, *, update: dict[str, Any]) -> Self:
+        """As pydantic's."""
+        ...
+
+
+S = TypeVar("S", bound=Signable)
 
 
 class SigningKey:
@@ -64,6 +79,10 @@ class AggregatorKeys:
     def generate(cls, suite: SealingSuite = SealingSuite.X25519) -> Self:
         """New keys from the operating system's randomness."""
         return cls(SigningKey.generate(), SealingKey.generate(suite))
+
+    def sign(self, message: S) -> S:
+        """The message with this aggregator's signature in its place."""
+        return message.model_copy(update={"signature": self.signing.sign(message.signed_bytes())})
 
     @property
     def public(self) -> PeerKeys:

@@ -27,13 +27,15 @@ SECURE_PROTOCOL_VERSION: Final = 1
 TAG_BYTES: Final = 16
 """Of the authenticated encryption, at the end of every ciphertext."""
 MAX_SET_ENTRIES: Final = 100_000
-MAX_PARTS: Final = 1024
 MAX_DELIVERY: Final = 1024
 """Reports in one ``deliver``."""
 MAX_CHALLENGED: Final = 16_384
 """Reports in one challenge."""
 MAX_CONTROL_BYTES: Final = 32 * 1024 * 1024
 """Largest JSON of a control message: a statement with ``MAX_SET_ENTRIES`` entries fits."""
+
+UNSIGNED: Final = "0" * 128
+"""Stands where a signature goes until it is made."""
 
 Index = Annotated[int, Field(ge=1, le=MAX_AGGREGATORS, description="an aggregator's index, from 1: its point x")]
 RoundId = Annotated[int, Field(ge=0, lt=2**62)]
@@ -273,7 +275,7 @@ class SetEntry(Message):
 class AcceptedSet(Message):
     """What one round sums: one part, or (in the mode ``buckets``) a partition. Each part's sum is opened."""
 
-    parts: tuple[tuple[SetEntry, ...], ...] = Field(min_length=1, max_length=MAX_PARTS)
+    parts: tuple[tuple[SetEntry, ...], ...] = Field(min_length=1, max_length=1024)
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:

@@ -7,7 +7,6 @@ the privacy of the sum.
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from fractions import Fraction
 from typing import Final, Literal, Self
@@ -82,18 +81,6 @@ class PinnedPrivacy(Message):
             raise ValueError("the noise of devices has one variance for the whole task, so the clip norm is fixed too")
         return self
 
-    @property
-    def combined_noise_multiplier(self) -> float:
-        """That of one release: update and indicator are released together."""
-        if self.indicator_noise_multiplier is None:
-            return self.noise_multiplier
-        return combined(self.noise_multiplier, self.indicator_noise_multiplier)
-
-
-def combined(noise_multiplier: float, indicator_noise_multiplier: float) -> float:
-    """The noise multiplier of one Gaussian release that is as private as two at once."""
-    return 1 / math.hypot(1 / noise_multiplier, 1 / indicator_noise_multiplier)
-
 
 class RoundParameters(Message):
     """The parameters of one round's noise and weights, as a statement repeats them.
@@ -144,6 +131,7 @@ class PinnedParameters(Message):
         quorum: Commit signatures that an answer needs. Anything below ``safe_quorum`` assumes that the coordinator
             shows all aggregators the same sets, so it is accepted only with ``assume_consistent_coordinator``.
         min_cohort: Reports that a sum has at least.
+        max_parts: Sums that are opened in a round at most: more than one in the mode ``buckets`` only.
         min_bucket: Reports that each part has at least, in the mode ``buckets``; None for ``min_cohort``.
         clip_norm, fraction_bits: C and f, to which devices clip and encode. With an indicator, C follows the releases,
             and is taken from each report, where the device vouches for it.
@@ -160,6 +148,7 @@ class PinnedParameters(Message):
     quorum: int | None = Field(None, ge=1, le=64)
     assume_consistent_coordinator: bool = False
     min_cohort: int = Field(ge=2)
+    max_parts: int = Field(1, ge=1, le=1024)
     min_bucket: int | None = Field(None, ge=2)
     clip_norm: float = Field(gt=0, allow_inf_nan=False)
     fraction_bits: int = Field(ge=0, le=40)
@@ -181,8 +170,8 @@ class PinnedParameters(Message):
                 f"with a quorum below {self.safe_quorum}, a coordinator that shows aggregators different sets opens "
                 "both: raise quorum, or set assume_consistent_coordinator"
             )
-        if self.min_bucket is not None and self.checking is not CheckingMode.BUCKETS:
-            raise ValueError("min_bucket belongs to the checking mode buckets")
+        if (self.min_bucket is not None or self.max_parts > 1) and self.checking is not CheckingMode.BUCKETS:
+            raise ValueError("min_bucket and max_parts belong to the checking mode buckets")
         if self.privacy is not None and self.indicator != (self.privacy.indicator_noise_multiplier is not None):
             raise ValueError("an indicator is shared exactly where it has a noise multiplier of its own")
         self._check_device_noise()
@@ -192,11 +181,13 @@ class PinnedParameters(Message):
         privacy = self.privacy
         if privacy is None or privacy.device_noise_variance is None or privacy.honest_devices is None:
             return
+        if self.max_weight > 1:
+            raise ValueError("the noise of devices is weighted with their updates, so max_weight must be 1")
         if privacy.honest_devices > self.smallest_part:
             raise ValueError(
                 f"sums of {self.smallest_part} reports cannot rely on {privacy.honest_devices} honest devices"
             )
-        wanted = (Fraction(privacy.noise_multiplier) * self.max_weight * self.bounds.norm_bound) ** 2
+        wanted = (Fraction(privacy.noise_multiplier) * self.bounds.norm_bound) ** 2
         if privacy.honest_devices * Fraction(privacy.device_noise_variance) < wanted:
             raise ValueError("the noise of honest_devices together is below noise_multiplier")
 

@@ -14,7 +14,7 @@ from server_ref.secure.errors import (
     WeightTooLarge,
 )
 from server_ref.secure.messages import RoundStatement
-from server_ref.secure.parameters import CheckingMode, PinnedParameters
+from server_ref.secure.parameters import PinnedParameters
 
 SMALLEST_DEVIATION = 3
 """Grid steps of one contributor's noise at least: from there on a sum of discrete Gaussians is as private as one."""
@@ -31,7 +31,7 @@ def check_statement(statement: RoundStatement, pinned: PinnedParameters, task_id
     Raises:
         TaskMismatch: Another task.
         ParametersBelowPinned: Parameters weaker than the pinned ones, or noise too coarse for its proof.
-        PartitionRefused: More than one part, where the mode opens one sum.
+        PartitionRefused: More parts than the mode opens sums.
         CohortTooSmall: The set, or a part of it, has too few reports.
         DuplicateEntry: A report or a device stands in it twice, in the same part or in two.
         WeightTooLarge: A weight beyond what the noise covers.
@@ -50,8 +50,8 @@ def check_statement(statement: RoundStatement, pinned: PinnedParameters, task_id
 
 def _check_set(statement: RoundStatement, pinned: PinnedParameters) -> None:
     accepted = statement.accepted
-    if len(accepted.parts) > 1 and pinned.checking is not CheckingMode.BUCKETS:
-        raise PartitionRefused(f"{len(accepted.parts)} parts: this aggregator opens one sum per round")
+    if len(accepted.parts) > pinned.max_parts:
+        raise PartitionRefused(f"{len(accepted.parts)} parts: this aggregator opens {pinned.max_parts} sums per round")
     if len(accepted.entries) < pinned.min_cohort:
         raise CohortTooSmall(f"{len(accepted.entries)} reports are fewer than the minimum of {pinned.min_cohort}")
     smallest = min(map(len, accepted.parts))

@@ -1,4 +1,4 @@
-"""Building the shim: found without an import, compiled once, whole or absent, and refused with a remedy.
+"""Building the native libraries: found without an import, compiled once, whole or absent, and refused with a remedy.
 
 A stub stands in for the compiler where a test is about the build and not about the library: it records its calls and
 writes what it is told to.
@@ -6,6 +6,7 @@ writes what it is told to.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from client_sdk.native import adapter, build
+from client_sdk.native import adapter
+from client_sdk.native import build as building
+from client_sdk.native.build import RUNTIME, SHARING, ExecutorchWheel, Library
 from client_sdk.protocol.errors import RuntimeUnavailable
 
 STUB = """#!/bin/sh
@@ -60,16 +63,16 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubCompiler:
 
 
 def test_the_library_is_compiled_once(cache: Path, compiler: StubCompiler):
-    first = build.ensure_built()
+    first = RUNTIME.ensure_built()
     assert first.read_bytes() == b"library"
     assert first.is_relative_to(cache)
-    assert build.ensure_built() == first
+    assert RUNTIME.ensure_built() == first
     assert len(compiler.calls) == 1
 
 
 def test_concurrent_builds_compile_once(cache: Path, compiler: StubCompiler):
     with ThreadPoolExecutor(4) as pool:
-        paths = {f.result() for f in [pool.submit(build.ensure_built) for _ in range(8)]}
+        paths = {f.result() for f in [pool.submit(RUNTIME.ensure_built) for _ in range(8)]}
     assert len(paths) == len(compiler.calls) == 1
 
 
@@ -80,42 +83,42 @@ def test_concurrent_processes_compile_once(cache: Path, compiler: StubCompiler):
     ]
     printed = {p.communicate()[0] for p in processes}
     assert [p.returncode for p in processes] == [0, 0, 0]
-    assert printed == {f"{build.library_path()}\n"}
-    assert len(compiler.calls) == 1
+    assert printed == {f"{RUNTIME.path}\n{SHARING.path}\n"}
+    assert len(compiler.calls) == 2
 
 
 def test_a_failed_compilation_leaves_nothing_and_shows_the_compiler(cache: Path, compiler: StubCompiler):
     compiler.write("echo 'error: no such header' >&2; exit 3")
     with pytest.raises(RuntimeUnavailable, match=r"exit status 3(.|\n)*no such header"):
-        build.ensure_built()
+        RUNTIME.ensure_built()
     assert [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
     compiler.write("exit 0")
-    assert build.ensure_built().exists()
+    assert RUNTIME.ensure_built().exists()
 
 
-@pytest.mark.parametrize("changed", ["SOURCE", "HEADER"])
+@pytest.mark.parametrize("library", [RUNTIME, SHARING], ids=lambda library: library.name)
+@pytest.mark.parametrize("changed", ["source", "header"])
 def test_a_changed_source_is_another_library(
-    cache: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+    cache: Path, compiler: StubCompiler, tmp_path: Path, changed: str, library: Library
 ):
-    old = build.ensure_built()
+    old = library.ensure_built()
     edited = tmp_path / "edited"
-    edited.write_bytes(getattr(build, changed).read_bytes() + b"\n")
-    monkeypatch.setattr(build, changed, edited)
-    assert build.ensure_built() != old
+    edited.write_bytes(getattr(library, changed).read_bytes() + b"\n")
+    assert dataclasses.replace(library, **{changed: edited}).ensure_built() != old
     assert len(compiler.calls) == 2
 
 
 def test_another_executorch_is_another_library(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    before = build.library_path()
-    wheel = build.ExecutorchWheel.find()
-    other = build.ExecutorchWheel(wheel.root, "1.5.2")
-    monkeypatch.setattr(build.ExecutorchWheel, "find", lambda: other)
-    assert build.library_path() != before
+    before = RUNTIME.path
+    wheel = ExecutorchWheel.find()
+    other = ExecutorchWheel(wheel.root, "1.5.2")
+    monkeypatch.setattr(ExecutorchWheel, "find", lambda: other)
+    assert RUNTIME.path != before
 
 
 def test_the_compiler_may_carry_arguments(cache: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", f"{compiler.path} --from-the-environment")
-    build.ensure_built()
+    RUNTIME.ensure_built()
     assert compiler.calls[0].startswith("--from-the-environment -std=c++17")
 
 
@@ -123,23 +126,23 @@ def test_the_compiler_may_carry_arguments(cache: Path, compiler: StubCompiler, m
 def test_a_cxx_that_is_no_executable_is_refused_by_name(cache: Path, monkeypatch: pytest.MonkeyPatch, named: str):
     monkeypatch.setenv("CXX", named)
     with pytest.raises(RuntimeUnavailable, match=re.escape(f"$CXX names {named!r}")):
-        build.ensure_built()
+        RUNTIME.ensure_built()
 
 
 def test_no_compiler_says_what_to_install(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeUnavailable, match=r"apt install g\+\+.*\$CXX"):
-        build.ensure_built()
+        RUNTIME.ensure_built()
 
 
 def test_a_library_that_was_built_needs_no_compiler(
     cache: Path, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    built = build.ensure_built()
+    built = RUNTIME.ensure_built()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert build.ensure_built() == built
+    assert RUNTIME.ensure_built() == built
 
 
 def test_a_cache_that_cannot_be_written_says_where_to_point_it(
@@ -148,13 +151,24 @@ def test_a_cache_that_cannot_be_written_says_where_to_point_it(
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("POCKETFED_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(RuntimeUnavailable, match=r"\$POCKETFED_CACHE"):
-        build.ensure_built()
+        RUNTIME.ensure_built()
 
 
 def test_no_executorch_says_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(RuntimeUnavailable, match="pip install executorch"):
-        build.library_path()
+        _ = RUNTIME.path
+
+
+def test_the_sharing_kernels_need_no_executorch(
+    cache: Path, compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert building.main() == 2
+    printed = capsys.readouterr()
+    assert printed.out == f"{SHARING.path}\n"
+    assert printed.err.startswith("error: ExecuTorch is not installed")
+    assert SHARING.path.exists()
 
 
 def test_an_executorch_without_headers_is_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -165,7 +179,7 @@ def test_an_executorch_without_headers_is_not_enough(tmp_path: Path, monkeypatch
         "importlib.util.find_spec", lambda _name: type("Spec", (), {"submodule_search_locations": [str(hollow)]})
     )
     with pytest.raises(RuntimeUnavailable, match="no C\\+\\+ headers"):
-        build.ExecutorchWheel.find()
+        ExecutorchWheel.find()
 
 
 def test_the_command_prints_an_error_and_no_traceback(cache: Path, tmp_path: Path):
@@ -186,10 +200,12 @@ def test_a_file_that_is_no_library_is_refused_with_a_remedy(tmp_path: Path):
         adapter.Shim(broken)
 
 
-def test_the_header_is_plain_c(tmp_path: Path):
+@pytest.mark.parametrize(("library", "prefix"), [(RUNTIME, "pf"), (SHARING, "pfs")])
+def test_the_header_is_plain_c(tmp_path: Path, library: Library, prefix: str):
     source = tmp_path / "host.c"
-    source.write_text('#include "pocketfed_shim.h"\nint main(void) { return pf_abi_version() != PF_ABI_VERSION; }\n')
+    version = f"{prefix}_abi_version() != {prefix.upper()}_ABI_VERSION"
+    source.write_text(f'#include "{library.header.name}"\nint main(void) {{ return {version}; }}\n')
     compiler = shutil.which("gcc") or shutil.which("cc")
     assert compiler is not None
     flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]
-    subprocess.run([compiler, *flags, f"-I{build.HEADER.parent}", str(source)], check=True)
+    subprocess.run([compiler, *flags, f"-I{library.header.parent}", str(source)], check=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_sdk.native import adapter, build
+from client_sdk.native import adapter
+from client_sdk.native.build import RUNTIME, ExecutorchWheel
 from client_sdk.protocol.program import Manifest, Role
 from client_sdk.runtime import read_manifest
 
@@ -192,11 +193,11 @@ def test_the_operators_are_listed_into_the_callers_buffer(lib: ctypes.CDLL):
 
 def test_the_library_says_what_it_was_built_for(lib: ctypes.CDLL):
     assert lib.pf_abi_version() == adapter.ABI_VERSION
-    assert lib.pf_executorch_version().decode() == build.ExecutorchWheel.find().version
+    assert lib.pf_executorch_version().decode() == ExecutorchWheel.find().version
 
 
 def test_python_and_the_header_agree_on_every_code():
-    header = build.HEADER.read_text()
+    header = RUNTIME.header.read_text()
     codes = {name: int(value) for name, value in re.findall(r"PF_([A-Z0-9_]+) = (\d+)", header)}
     for dtype, code in adapter._DTYPE_CODES.items():
         assert codes[dtype.upper()] == code

@@ -41,14 +41,14 @@ from client_sdk.protocol.messages import (
     Wait,
 )
 from client_sdk.protocol.profile import DeviceTier
-from client_sdk.protocol.sealing import SealingKey, SealingSuite
+from client_sdk.protocol.sealing import SealingSuite
 from client_sdk.protocol.signing import device_id_of, sign_request
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
 from tests.vectors.compression import compression
+from tests.vectors.sealing import HASH, HYBRID_KEYS, ID, OTHER_ID, SEALING_KEYS, sealing
 
 FOLDER = Path(__file__).parent
-ID, OTHER_ID, HASH = "00112233445566778899aabbccddeeff", "f" * 32, "0123456789abcdef" * 4
 
 FACTS = ReportFacts(
     report_id=ID,
@@ -98,8 +98,6 @@ COMPRESSED_FACTS = FACTS.model_copy(
     update={"algorithm": "fednova", "compression": "topk:0.5", "compression_seed": "9007199254740991"}
 )
 
-SEALING_KEYS = tuple(SealingKey(SealingSuite.X25519, bytes([index] * 32)) for index in range(1, 6))
-HYBRID_KEYS = tuple(SealingKey(SealingSuite.MLKEM768_X25519, bytes([index] * 96)) for index in range(1, 4))
 PLAN = SecurePlan(
     fraction_bits=24,
     clip_norm=1.5,
@@ -387,6 +385,7 @@ GENERATORS = {
     "signatures.json": signatures,
     "messages.json": messages,
     "compression.json": compression,
+    "sealing.json": sealing,
 }
 
 

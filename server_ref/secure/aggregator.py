@@ -1,0 +1,373 @@
+"""The aggregator: the rules of one round, over a durable store.
+
+Every operation reads, decides and writes in one transaction, and what it answers is durable before it is sent. So an
+aggregator that was killed at any point repeats the answers it gave, and never gives a second one: no second noise for
+one sum, no second signature for one round, no second charge. No decision depends on a clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from sqlalchemy.engine import Connection
+
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.field import Field, FieldVector
+from client_sdk.protocol.secure import SecureLayout
+from client_sdk.protocol.shamir import Scheme
+from server_ref.aggregation.accounting import DistributedRelease
+from server_ref.secure import queries, tables
+from server_ref.secure.challenges import Challenges
+from server_ref.secure.errors import (
+    AnswerDiscarded,
+    ContributorsRefused,
+    NotCommitted,
+    ParametersBelowPinned,
+    ParticipationsExhausted,
+    QuorumMissing,
+    ReportSpent,
+    RoundCommitted,
+    StaleRun,
+    TaskMismatch,
+    TaskNotBound,
+    UnknownReport,
+)
+from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
+from server_ref.secure.intake import Intake
+from server_ref.secure.ledger import charge, check_budget, release_of
+from server_ref.secure.messages import (
+    UNSIGNED,
+    AggregateShare,
+    AggregatorInfo,
+    AnswerHeader,
+    ChallengeCommitment,
+    ChallengeNonce,
+    ChallengeRequest,
+    CheckAnswer,
+    CheckRequest,
+    CommitSignature,
+    DeliveredShare,
+    NoiseContribution,
+    NoiseShare,
+    RevealRequest,
+    RoundStatement,
+    SetEntry,
+    TaskBinding,
+    Verdict,
+)
+from server_ref.secure.noise_shares import make_contribution, sum_received
+from server_ref.secure.queries import StoredRound
+from server_ref.secure.rules import check_statement
+from server_ref.secure.store import AggregatorStore
+from server_ref.secure.sums import weighted_sum
+from server_ref.secure.wire import pack_answer, pack_contribution, unpack_answer, unpack_contribution
+
+_AT_ONCE = 32
+"""Shares whose rows are read together; the small ones lie in them."""
+
+
+class Aggregator:
+    """One aggregator of n. Satisfies ``AggregatorPort``; safe for concurrent calls.
+
+    Args:
+        config: What it pins. Nothing of it is ever taken from the coordinator.
+        keys: Its private keys.
+        store: Its own, used by no other aggregator. Closed by the caller.
+        random: Where noise, seeds and nonces come from: for anything but tests, the operating system's source.
+
+    Raises:
+        ConfigurationError: The keys are not those that the others pin for this index, or the store belongs to another
+            aggregator, task or set of parameters.
+    """
+
+    def __init__(
+        self,
+        config: AggregatorConfig,
+        keys: AggregatorKeys,
+        store: AggregatorStore,
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        if config.peers[config.index - 1] != keys.public:
+            raise ConfigurationError(f"the keys are not those that are pinned for aggregator {config.index}")
+        self._config = config
+        self._pinned = config.parameters
+        self._keys = keys
+        self._store = store
+        self._random = random
+        self._intake = Intake(config, keys, store)
+        self._challenges = Challenges(config, keys, store, random)
+        self._claim_store()
+        store.sweep()
+        if config.task is not None:
+            self.bind(config.task)
+
+    def __repr__(self) -> str:
+        return f"Aggregator({self._config.index} of {self._pinned.num_aggregators})"
+
+    # --- who and for what --------------------------------------------------------------------------------------
+
+    def describe(self) -> AggregatorInfo:
+        """See ``AggregatorPort``."""
+        with self._store.transaction() as connection:
+            task = self._load_task(connection)
+        public = self._keys.public
+        return self._keys.sign(
+            AggregatorInfo(
+                index=self._config.index,
+                signing_key=public.signing_key,
+                sealing_key=public.sealing_key,
+                parameters=self._pinned,
+                task=task,
+                signature=UNSIGNED,
+            )
+        )
+
+    def bind(self, task: TaskBinding) -> AggregatorInfo:
+        """See ``AggregatorPort``."""
+        with self._store.transaction() as connection:
+            bound = self._load_task(connection) or self._config.task
+            if bound is not None and bound != task:
+                raise TaskMismatch(f"the aggregator serves task {bound.task_id}, not {task.task_id} or another layout")
+            queries.save_task(connection, task.model_dump_json())
+        return self.describe()
+
+    def _claim_store(self) -> None:
+        index, parameters = self._config.index, self._pinned.model_dump_json()
+        with self._store.transaction() as connection:
+            found = queries.load_identity(connection)
+            if found is None:
+                queries.save_identity(connection, index, parameters)
+            elif found["schema_version"] != tables.SCHEMA_VERSION:
+                raise ConfigurationError("the aggregator's store was written by another release")
+            elif (found["aggregator_index"], found["parameters_json"]) != (index, parameters):
+                raise ConfigurationError(
+                    "the aggregator's store belongs to another index, or was begun with other parameters"
+                )
+
+    @staticmethod
+    def _load_task(connection: Connection) -> TaskBinding | None:
+        found = queries.load_identity(connection)
+        json = None if found is None else found["task_json"]
+        return None if json is None else TaskBinding.model_validate_json(json)
+
+    def _task(self) -> tuple[TaskBinding, SecureLayout]:
+        with self._store.transaction() as connection:
+            task = self._load_task(connection)
+        if task is None:
+            raise TaskNotBound
+        pinned = self._pinned
+        scheme = Scheme(pinned.threshold, pinned.num_aggregators, Field.by_name(pinned.field), pinned.packing)
+        return task, SecureLayout(scheme, task.size, pinned.indicator, self._config.suite)
+
+    # --- reports -----------------------------------------------------------------------------------------------
+
+    def deliver(self, round_id: int, reports: Sequence[DeliveredShare]) -> tuple[Verdict, ...]:
+        """See ``AggregatorPort``."""
+        return self._intake.deliver(round_id, reports, *self._task())
+
+    def challenge_commit(self, request: ChallengeRequest) -> ChallengeCommitment:
+        """See ``AggregatorPort``."""
+        return self._challenges.commit(request)
+
+    def challenge_reveal(self, request: RevealRequest) -> ChallengeNonce:
+        """See ``AggregatorPort``."""
+        return self._challenges.reveal(request)
+
+    def check(self, request: CheckRequest) -> CheckAnswer:
+        """See ``AggregatorPort``."""
+        _task, layout = self._task()
+        return self._challenges.check(request, layout)
+
+    # --- the sum -----------------------------------------------------------------------------------------------
+
+    def contribute(self, statement: RoundStatement) -> NoiseContribution:
+        """See ``AggregatorPort``."""
+        task, layout = self._task()
+        check_statement(statement, self._pinned, task.task_id)
+        if self._config.index not in statement.contributors:
+            raise ContributorsRefused(f"aggregator {self._config.index} is not among the contributors")
+        with self._store.transaction() as connection:
+            stored = self._current_run(connection, statement)
+            if stored is None:
+                self._examine(connection, statement, layout.size)
+        if stored is None or stored.contribution is None:
+            drawn = make_contribution(statement, self._config, self._keys, layout, self._random)
+            kept = self._store.put(pack_contribution(drawn))
+            with self._store.transaction() as connection:
+                # Nobody has seen what was just drawn: if another call was faster, its noise is the one that counts.
+                stored = self._current_run(connection, statement)
+                if stored is None or stored.contribution is None:
+                    stored = replace(stored or _begun(statement), contribution=kept)
+                    queries.save_round(connection, stored)
+        return unpack_contribution(self._store.get(stored.contribution or ""))
+
+    def commit(self, statement: RoundStatement, noise: Sequence[NoiseShare]) -> CommitSignature:
+        """See ``AggregatorPort``."""
+        task, layout = self._task()
+        with self._store.transaction() as connection:
+            stored = self._current_run(connection, statement)
+        if stored is not None and stored.signature is not None:
+            return self._commit_signature(stored)
+        check_statement(statement, self._pinned, task.task_id)
+        received = sum_received(statement, noise, self._config, self._keys, layout)
+        to_bytes = layout.scheme.field.to_bytes
+        noise_blob = self._store.put(b"".join(map(to_bytes, received))) if received else None
+        accepted_blob = self._store.put(statement.model_dump_json().encode())
+        with self._store.transaction() as connection:
+            stored = self._current_run(connection, statement) or _begun(statement)
+            if stored.signature is None:
+                release = self._examine(connection, statement, layout.size)
+                if release is not None:
+                    charge(connection, release)
+                queries.mark_reports(
+                    connection, [e.report_id for e in statement.accepted.entries], signed_in=statement.round_id
+                )
+                queries.count_participations(connection, [e.device_id for e in statement.accepted.entries])
+                stored = replace(
+                    stored, accepted=accepted_blob, noise=noise_blob, signature=self._sign_commit(statement)
+                )
+                queries.save_round(connection, stored)
+        return self._commit_signature(stored)
+
+    def answer(self, round_id: int, signatures: Sequence[CommitSignature]) -> AggregateShare:
+        """See ``AggregatorPort``."""
+        _task, layout = self._task()
+        with self._store.transaction() as connection:
+            stored = queries.load_round(connection, round_id)
+        if stored is None or stored.signature is None:
+            raise NotCommitted(f"aggregator {self._config.index} has signed nothing for round {round_id}")
+        self._require_quorum(stored, signatures)
+        if stored.answer is None:
+            if stored.accepted is None:
+                raise AnswerDiscarded(f"round {round_id} is too long ago")
+            share = self._compute_answer(stored, layout)
+            stored = replace(stored, answer=self._store.put(pack_answer(share)))
+            with self._store.transaction() as connection:
+                queries.save_round(connection, stored)
+            self._discard_needless(round_id)
+        return unpack_answer(self._store.get(stored.answer or ""))
+
+    # --- rules that need the records -------------------------------------------------------------------------------
+
+    @staticmethod
+    def _current_run(connection: Connection, statement: RoundStatement) -> StoredRound | None:
+        """What is stored of this very statement; None if it would begin a new run.
+
+        Raises:
+            RoundCommitted: Another statement was signed for the round.
+            StaleRun: A run as new, or newer, was begun with another statement.
+        """
+        stored = queries.load_round(connection, statement.round_id)
+        if stored is None or stored.statement == statement.sha256:
+            return stored
+        if stored.signature is not None:
+            raise RoundCommitted(f"another statement was signed for round {statement.round_id}")
+        if statement.run <= stored.run:
+            raise StaleRun(f"round {statement.round_id} is in run {stored.run}, for another statement")
+        return None
+
+    def _examine(self, connection: Connection, statement: RoundStatement, size: int) -> DistributedRelease | None:
+        """Refuse a set that cannot be summed here (any more); what summing it costs, in a task with noise."""
+        entries = statement.accepted.entries
+        known = queries.load_reports(connection, [entry.report_id for entry in entries])
+        for entry in entries:
+            report = known.get(entry.report_id)
+            if report is None or (report.digest, report.device_id) != (entry.digest, entry.device_id):
+                raise UnknownReport(f"this aggregator accepted no such report {entry.report_id}")
+            if report.signed_in is not None:
+                raise ReportSpent(f"report {entry.report_id} was in the set of round {report.signed_in}")
+            if not report.kept:
+                raise UnknownReport(f"report {entry.report_id} was not used in time and is no longer kept")
+        largest = max(report.norm_bound for report in known.values())
+        if statement.parameters.bound < largest:
+            raise ParametersBelowPinned(f"bound {statement.parameters.bound} is below a report's own, {largest}")
+        privacy = self._pinned.privacy
+        if privacy is None:
+            return None
+        if privacy.max_participations is not None:
+            counts = queries.load_participations(connection, [entry.device_id for entry in entries])
+            for device_id, count in counts.items():
+                if count >= privacy.max_participations:
+                    raise ParticipationsExhausted(f"device {device_id} was counted {count} times")
+        release = release_of(statement, self._pinned, privacy, size)
+        check_budget(connection, release, privacy)
+        return release
+
+    def _require_quorum(self, stored: StoredRound, signatures: Sequence[CommitSignature]) -> None:
+        valid = {
+            signature.index
+            for signature in signatures
+            if (signature.round_id, signature.statement_sha256) == (stored.round_id, stored.statement)
+            and self._config.signed(signature.index, signature.signed_bytes(), signature.signature)
+        }
+        if len(valid) < self._pinned.effective_quorum:
+            raise QuorumMissing(
+                f"{len(valid)} aggregators have signed the statement of round {stored.round_id}; "
+                f"{self._pinned.effective_quorum} are needed"
+            )
+
+    # --- what is made ----------------------------------------------------------------------------------------------
+
+    def _sign_commit(self, statement: RoundStatement) -> str:
+        unsigned = CommitSignature(
+            index=self._config.index,
+            round_id=statement.round_id,
+            statement_sha256=statement.sha256,
+            signature=UNSIGNED,
+        )
+        return self._keys.sign(unsigned).signature
+
+    def _commit_signature(self, stored: StoredRound) -> CommitSignature:
+        return CommitSignature(
+            index=self._config.index,
+            round_id=stored.round_id,
+            statement_sha256=stored.statement,
+            signature=stored.signature or UNSIGNED,
+        )
+
+    def _compute_answer(self, stored: StoredRound, layout: SecureLayout) -> AggregateShare:
+        statement = RoundStatement.model_validate_json(self._store.get(stored.accepted or ""))
+        field = layout.scheme.field
+        parts = statement.accepted.parts
+        noise: list[FieldVector | None] = [None] * len(parts)
+        if stored.noise is not None:
+            flat = field.from_bytes(self._store.get(stored.noise))
+            noise = [flat[at : at + layout.share_length] for at in range(0, len(flat), layout.share_length)]
+        payload = b"".join(
+            field.to_bytes(weighted_sum(self._shares(part), layout, self._config.index, part_noise))
+            for part, part_noise in zip(parts, noise, strict=True)
+        )
+        header = AnswerHeader(
+            index=self._config.index,
+            round_id=stored.round_id,
+            statement_sha256=stored.statement,
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            signature=UNSIGNED,
+        )
+        return AggregateShare(self._keys.sign(header), payload)
+
+    def _shares(self, part: Sequence[SetEntry]) -> Iterator[tuple[int, bytes]]:
+        """Weight and plaintext of each report's share, a few at a time."""
+        for at in range(0, len(part), _AT_ONCE):
+            entries = part[at : at + _AT_ONCE]
+            with self._store.transaction() as connection:
+                reports = queries.load_reports(connection, [entry.report_id for entry in entries], shares=True)
+            for entry in entries:
+                yield entry.weight, self._store.get_share(reports[entry.report_id])
+
+    def _discard_needless(self, round_id: int) -> None:
+        """Let go of shares that were summed, and of all that is too old. Rows go first: a blob without one is swept."""
+        before = round_id - self._config.keep_rounds
+        with self._store.transaction() as connection:
+            digests = queries.discardable(connection, before)
+            queries.discard(connection, digests)
+            for old in queries.finished_rounds(connection, before):
+                queries.save_round(connection, replace(old, contribution=None, accepted=None, noise=None, answer=None))
+        self._store.drop_shares(digests)
+
+
+def _begun(statement: RoundStatement) -> StoredRound:
+    return StoredRound(statement.round_id, statement.run, statement.sha256)

@@ -1,0 +1,34 @@
+"""One aggregator's share of a sum of updates: linear in the shares, so it is computed on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from client_sdk.protocol.secure import SecureLayout, decode_share
+
+from client_sdk.protocol.field import FieldVector
+
+
+def weighted_sum(
+    shares: Iterable[tuple[int, bytes]], layout: SecureLayout, index: int, noise: FieldVector | None
+) -> FieldVector:
+    """The sum of weighted shares and noise, without the mask.
+
+    The masks must stay out: with the parity values, which are public, their sum would reveal a combination of the exact
+    sum, noise or not.
+
+    Args:
+        shares: Weight and plaintext of each share. Taken one at a time: memory does not grow with their number.
+        layout: Of what is shared.
+        index: The aggregator's, from 1.
+        noise: Share of the noise, ``share_length`` elements; None for none.
+
+    Returns:
+        ``share_length - 1`` elements.
+    """
+    field = layout.scheme.field
+    total = field.zeros(layout.share_length) if noise is None else noise
+    for weight, plaintext in shares:
+        share = decode_share(plaintext, layout, index)
+        total = field.add(total, share if weight == 1 else field.scale(share, weight))
+    return total[:-1]
