@@ -131,6 +131,11 @@ class TaskConfig(_Section):
         return 1 if uniform else self.weight_cap
 
     @property
+    def capacity(self) -> int:
+        """Reports that can be folded at once: a full buffer, and in virtual time those that turn out not to count."""
+        return self.buffer_size + (self.concurrency or self.buffer_size)
+
+    @property
     def withholds_loss(self) -> bool:
         """Whether devices keep their losses to themselves: a sum may be private, what each of them says is not."""
         return self.privacy.enabled or self.secure is not None

@@ -76,6 +76,8 @@ class SecureConfig(_Section):
     def _possible(self) -> Self:
         if self.threshold > self.num_aggregators:
             raise ValueError(f"threshold {self.threshold} of {self.num_aggregators} aggregators can never be reached")
+        if self.threshold + self.packing - 1 > self.num_aggregators:
+            raise ValueError(f"packing {self.packing} needs {self.threshold + 1} of {self.num_aggregators} aggregators")
         if (self.checks == "buckets") != (self.buckets is not None):
             raise ValueError("buckets goes with checks = buckets, and that with it")
         return self

@@ -41,12 +41,10 @@ def build_pipeline(config: TaskConfig, manifest: Manifest) -> Pipeline:
         PipelineError: Settings that do not go together; the message says what to change.
         ConfigurationError: A setting that cannot be.
     """
-    concurrency = config.concurrency or config.buffer_size
     facts = Facts(
         size=update_size(config.plan, manifest.num_parameters),
         kind=UpdateKind.DELTA,
-        # What can be folded at once: a full buffer, and in virtual time reports that turn out not to count.
-        capacity=config.buffer_size + concurrency,
+        capacity=config.capacity,
         count=config.buffer_size,
         max_weight=config.max_weight,
         max_abs=config.max_abs,

@@ -1,0 +1,136 @@
+"""What a task's secrecy settings come to: what aggregators pin, and what devices are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.messages import SecurePlan
+from client_sdk.protocol.privacy import EncodedBounds, choose_private_grid
+from client_sdk.protocol.sealing import SealingSuite
+from client_sdk.protocol.secure import SecureLayout, shared_size
+from server_ref.config import TaskConfig
+from server_ref.privacy_plan import PrivacyPlan
+from server_ref.protection import SecureConfig
+from server_ref.secure.parameters import CheckingMode, PinnedParameters, PinnedPrivacy
+
+
+def grid_of(config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None) -> EncodedBounds:
+    """The grid of a task's sums, shared or not: both give the same bits.
+
+    Args:
+        config: Its settings, with a clip norm.
+        max_scale: Of the schedule.
+        privacy: Its noise, for whose tails the sum leaves room.
+
+    Raises:
+        BudgetExceeded: No grid is fine enough for the numbers.
+        ConfigurationError: No clip norm.
+    """
+    clip_norm = config.aggregation.clip_norm
+    if clip_norm is None:
+        raise ConfigurationError("a sum on the grid needs a bound on each update: set task.aggregation.clip_norm")
+    return choose_private_grid(
+        clip_norm=clip_norm,
+        max_count=config.capacity,
+        max_weight=config.max_weight * max_scale,
+        noise_multiplier=0.0 if privacy is None else privacy.noise_per_clip_norm,
+        threshold=1 if config.secure is None else config.secure.threshold,
+    )
+
+
+@dataclass(frozen=True)
+class SharingPlan:
+    """How the updates of a task are shared.
+
+    Attributes:
+        settings: Of the task.
+        pinned: What every aggregator insists on, if it is configured for this task.
+        size: Coordinates of an update that are shared.
+    """
+
+    settings: SecureConfig
+    pinned: PinnedParameters
+    size: int
+
+    @classmethod
+    def of(cls, config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan | None) -> Self | None:
+        """A task's plan; None where updates are not shared.
+
+        Args:
+            config: Its settings.
+            size: Coordinates of an update.
+            max_scale: Of the schedule.
+            privacy: The noise that the aggregators add.
+
+        Raises:
+            ConfigurationError: Settings that do not go together.
+            BudgetExceeded: No grid is fine enough.
+        """
+        settings = config.secure
+        if settings is None:
+            return None
+        if config.compression is not None and config.staleness.max_staleness > 0:
+            raise ConfigurationError(
+                "shares of one sum are at the same coordinates, which change with the round: compression of shared "
+                "updates needs synchronous rounds (max_staleness = 0)"
+            )
+        bounds = grid_of(config, max_scale, privacy)
+        pinned = PinnedParameters(
+            num_aggregators=settings.num_aggregators,
+            threshold=settings.threshold,
+            field=settings.field,
+            packing=settings.packing,
+            min_cohort=min(settings.minimum_cohort, config.buffer_size),
+            min_bucket=2 if settings.buckets is not None else None,
+            max_parts=settings.buckets or 1,
+            clip_norm=bounds.clip_norm,
+            fraction_bits=bounds.fraction_bits,
+            max_weight=config.max_weight * max_scale,
+            checking=CheckingMode(settings.checks),
+            privacy=_pinned_privacy(config, privacy),
+        )
+        return cls(settings, pinned, shared_size(config.compression, size))
+
+    def announce(self, sealing_keys: Sequence[str], max_participations: int | None) -> SecurePlan:
+        """What devices are told.
+
+        Args:
+            sealing_keys: Of the aggregators, hex, in order.
+            max_participations: Rounds that count a device, which it counts for itself too.
+
+        Raises:
+            ConfigurationError: Keys that do not fit the suite.
+        """
+        pinned = self.pinned
+        return SecurePlan(
+            field=pinned.field,
+            threshold=pinned.threshold,
+            packing=pinned.packing,
+            fraction_bits=pinned.fraction_bits,
+            clip_norm=pinned.clip_norm,
+            noise="none" if pinned.privacy is None else "aggregators",
+            max_participations=max_participations,
+            suite=SealingSuite(self.settings.suite),
+            aggregator_keys=tuple(sealing_keys),
+        )
+
+    def layout(self, plan: SecurePlan) -> SecureLayout:
+        """What a device's shares hold."""
+        return SecureLayout.of(plan, self.size)
+
+
+def _pinned_privacy(config: TaskConfig, privacy: PrivacyPlan | None) -> PinnedPrivacy | None:
+    if privacy is None:
+        return None
+    budget = privacy.budget
+    return PinnedPrivacy(
+        noise_multiplier=privacy.noise_per_clip_norm,
+        max_rounds=config.rounds,
+        max_participations=budget.participations,
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        adjacency=budget.adjacency,
+    )
