@@ -40,6 +40,7 @@ from server_ref.secure.messages import (
     ciphertext_id,
 )
 from server_ref.secure.parameters import PinnedParameters, PinnedPrivacy, RoundParameters
+from server_ref.secure.port import AggregatorPort
 from server_ref.secure.store import AggregatorStore
 
 SIZE = 6
@@ -96,6 +97,8 @@ class Parties:
         own: What one of them pins instead: parameters by index.
         open_store: Makes a store of a folder.
         random: The aggregators' randomness.
+        wrap: How the coordinator reaches an aggregator.
+        size: Coordinates of an update.
     """
 
     def __init__(
@@ -107,8 +110,12 @@ class Parties:
         own: dict[int, PinnedParameters] | None = None,
         open_store: Callable[[Path], AggregatorStore] = AggregatorStore,
         random: Callable[[int], bytes] = os.urandom,
+        wrap: Callable[[Aggregator], AggregatorPort] = lambda aggregator: aggregator,
+        size: int = SIZE,
     ) -> None:
         self.parameters = parameters = parameters or pinned()
+        self.task = TASK.model_copy(update={"size": size})
+        self.wrap = wrap
         self.folder = folder
         self.open_store = open_store
         self.random = random
@@ -116,18 +123,23 @@ class Parties:
         peers = tuple(key.public for key in self.keys)
         self.configs = [
             AggregatorConfig(
-                index=i, parameters=(own or {}).get(i, parameters), suite=suite, peers=peers, task=TASK, keep_rounds=4
+                index=i,
+                parameters=(own or {}).get(i, parameters),
+                suite=suite,
+                peers=peers,
+                task=self.task,
+                keep_rounds=4,
             )
             for i in range(1, len(peers) + 1)
         ]
         self.stores: list[AggregatorStore] = []
-        self.aggregators: list[Aggregator] = []
+        self.ports: list[AggregatorPort] = []
         for i in self.indices:
             self.stores.append(self.open_store(self._folder(i)))
-            self.aggregators.append(Aggregator(self.configs[i - 1], self.keys[i - 1], self.stores[i - 1], random))
+            self.ports.append(self._port(i))
         self.layout = SecureLayout(
             Scheme(parameters.threshold, parameters.num_aggregators, _field(parameters), parameters.packing),
-            SIZE,
+            size,
             parameters.indicator,
             suite,
         )
@@ -137,8 +149,12 @@ class Parties:
         """Of the aggregators, from 1."""
         return range(1, self.parameters.num_aggregators + 1)
 
-    def __getitem__(self, index: int) -> Aggregator:
-        return self.aggregators[index - 1]
+    def __getitem__(self, index: int) -> AggregatorPort:
+        return self.ports[index - 1]
+
+    def _port(self, index: int) -> AggregatorPort:
+        i = index - 1
+        return self.wrap(Aggregator(self.configs[i], self.keys[i], self.stores[i], self.random))
 
     def _folder(self, index: int) -> Path:
         return self.folder / f"aggregator-{index}"
@@ -148,13 +164,11 @@ class Parties:
         for store in self.stores:
             store.close()
 
-    def restart(self, index: int, open_store: Callable[[Path], AggregatorStore] | None = None) -> Aggregator:
+    def restart(self, index: int, open_store: Callable[[Path], AggregatorStore] | None = None) -> AggregatorPort:
         """Let go of all that an aggregator has in memory, and open what it has on disk."""
         self.stores[index - 1].close()
         self.stores[index - 1] = (open_store or self.open_store)(self._folder(index))
-        self.aggregators[index - 1] = Aggregator(
-            self.configs[index - 1], self.keys[index - 1], self.stores[index - 1], self.random
-        )
+        self.ports[index - 1] = self._port(index)
         return self[index]
 
     # --- a device ------------------------------------------------------------------------------------------------

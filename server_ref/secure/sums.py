@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from client_sdk.protocol.secure import SecureLayout, decode_share
+from client_sdk.protocol.sharing_kernels import SharingKernels
 
 from client_sdk.protocol.field import FieldVector
 
 
 def weighted_sum(
-    shares: Iterable[tuple[int, bytes]], layout: SecureLayout, index: int, noise: FieldVector | None
+    shares: Iterable[tuple[int, bytes]],
+    layout: SecureLayout,
+    index: int,
+    noise: FieldVector | None,
+    kernels: SharingKernels,
 ) -> FieldVector:
     """The sum of weighted shares and noise, without the mask.
 
@@ -21,7 +26,8 @@ def weighted_sum(
         shares: Weight and plaintext of each share. Taken one at a time: memory does not grow with their number.
         layout: Of what is shared.
         index: The aggregator's, from 1.
-        noise: Share of the noise, ``share_length`` elements; None for none.
+        noise: Share of the noise, ``share_length`` elements, which are overwritten; None for none.
+        kernels: What computes.
 
     Returns:
         ``share_length - 1`` elements.
@@ -29,6 +35,5 @@ def weighted_sum(
     field = layout.scheme.field
     total = field.zeros(layout.share_length) if noise is None else noise
     for weight, plaintext in shares:
-        share = decode_share(plaintext, layout, index)
-        total = field.add(total, share if weight == 1 else field.scale(share, weight))
+        kernels.weighted_accumulate(total, decode_share(plaintext, layout, index), weight, field)
     return total[:-1]
