@@ -21,6 +21,7 @@ from client_sdk.protocol.errors import (
 )
 from client_sdk.protocol.frames import Frame, FrameLimits, decode_frame
 from client_sdk.protocol.messages import REPORT_TENSOR, UNCOMPRESSED, WITHHELD, ReportFacts
+from client_sdk.protocol.secure import SecureLayout, split_secure_report
 from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.batch import EncodedUpdate
@@ -39,6 +40,7 @@ class ReportSchema:
         max_payload_bytes: Largest update on the wire.
         max_header_bytes: Largest frame header.
         withholds_loss: Whether reports say nothing of the device's loss.
+        layout: What shares of updates hold; None where updates are not shared.
     """
 
     update_size: int
@@ -49,6 +51,7 @@ class ReportSchema:
     max_payload_bytes: int
     max_header_bytes: int
     withholds_loss: bool = False
+    layout: SecureLayout | None = None
 
     @property
     def max_bytes(self) -> int:
@@ -80,7 +83,8 @@ def open_report(body: bytes | memoryview, schema: ReportSchema) -> ReportEnvelop
     """
     if len(body) > schema.max_bytes:
         raise OversizedBody(f"the report has {len(body)} bytes; at most {schema.max_bytes} are accepted")
-    limits = FrameLimits(max_bytes=schema.max_bytes, max_header_bytes=schema.max_header_bytes, max_tensors=1)
+    tensors = 1 if schema.layout is None else schema.layout.scheme.num_shares
+    limits = FrameLimits(max_bytes=schema.max_bytes, max_header_bytes=schema.max_header_bytes, max_tensors=tensors)
     frame = decode_frame(body, limits)
     try:
         facts = ReportFacts.model_validate(frame.metadata)
@@ -94,6 +98,43 @@ def open_report(body: bytes | memoryview, schema: ReportSchema) -> ReportEnvelop
         told = "must not say" if schema.withholds_loss else "has to say"
         raise ReportMismatch(f"a report of this task {told} what the device's loss is")
     return ReportEnvelope(facts, train_loss, int(facts.steps), frame)
+
+
+def _check_facts(facts: ReportFacts, schema: ReportSchema, seed: int) -> None:
+    """Whether a report repeats what its assignment says."""
+    if facts.parameter_table_sha256 != schema.parameter_table_sha256:
+        raise ReportMismatch("the report is for another parameter table")
+    if facts.kind is not schema.kind:
+        raise ReportMismatch(f"the report is a {facts.kind.value}; this task takes {schema.kind.value} updates")
+    encoding = "f32" if schema.layout is None else "i64-shares"
+    if facts.encoding != encoding:
+        raise ReportMismatch(f"the report's encoding is {facts.encoding}; this task takes {encoding}")
+    if facts.algorithm != schema.plan.algorithm:
+        raise ReportMismatch(f"the report is of {facts.algorithm}; this task trains by {schema.plan.algorithm}")
+    if facts.compression != (schema.compression or UNCOMPRESSED):
+        raise ReportMismatch(
+            f"the report's compression is {facts.compression}; this task takes {schema.compression or UNCOMPRESSED}"
+        )
+    if int(facts.compression_seed) != seed:
+        raise ReportMismatch("the report was compressed with another seed than its assignment's")
+
+
+def sealed_shares(envelope: ReportEnvelope, schema: ReportSchema, *, seed: int) -> list[memoryview]:
+    """The sealed shares of a report, in order of the aggregators; nothing here can open them.
+
+    Args:
+        envelope: An open report.
+        schema: What the task's reports look like; with a layout.
+        seed: Of the assignment's compression.
+
+    Raises:
+        ReportMismatch: Facts that contradict the task or the assignment.
+        MalformedShare: Not one share of the right length for each aggregator.
+    """
+    if schema.layout is None:
+        raise ReportMismatch("the updates of this task are not shared")
+    _check_facts(envelope.facts, schema, seed)
+    return split_secure_report(envelope.frame, schema.layout)
 
 
 def encoded_update(
@@ -115,19 +156,8 @@ def encoded_update(
         ReportMismatch: Facts that contradict the task or the assignment.
         ShapeMismatch: Not one tensor of the expected name, type and size.
     """
-    facts, tensors = envelope.facts, envelope.frame.tensors
-    if facts.parameter_table_sha256 != schema.parameter_table_sha256:
-        raise ReportMismatch("the report is for another parameter table")
-    if facts.kind is not schema.kind:
-        raise ReportMismatch(f"the report is a {facts.kind.value}; this task takes {schema.kind.value} updates")
-    if facts.algorithm != schema.plan.algorithm:
-        raise ReportMismatch(f"the report is of {facts.algorithm}; this task trains by {schema.plan.algorithm}")
-    if facts.compression != (schema.compression or UNCOMPRESSED):
-        raise ReportMismatch(
-            f"the report's compression is {facts.compression}; this task takes {schema.compression or UNCOMPRESSED}"
-        )
-    if int(facts.compression_seed) != seed:
-        raise ReportMismatch("the report was compressed with another seed than its assignment's")
+    _check_facts(envelope.facts, schema, seed)
+    tensors = envelope.frame.tensors
     if list(tensors) != [REPORT_TENSOR]:
         raise ShapeMismatch(f"the report must hold one tensor named {REPORT_TENSOR!r}")
     tensor = tensors[REPORT_TENSOR]

@@ -69,7 +69,11 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     add("--out", type=Path, required=True, metavar="DIR", help="folder for results and report; new or empty")
     what = parser.add_argument_group("what is trained")
     add = what.add_argument
-    add("--dataset", choices=("digits", "fashion-mnist"), help="training data (default: digits)")
+    add(
+        "--dataset",
+        choices=("digits", "fashion-mnist", "fashion-mnist-14"),
+        help="training data; fashion-mnist-14: pooled and of one length, for linear private models (default: digits)",
+    )
     add("--model", choices=("softmax", "mlp", "cnn"), help="reference model (default: mlp)")
     add("--devices", type=int, metavar="N", help="size of the fleet (default: 100)")
     add("--partition", metavar="HOW", help="iid, dirichlet:ALPHA or shards:K (default: dirichlet:0.5)")
