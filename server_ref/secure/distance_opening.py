@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from client_sdk.protocol.mersenne import FieldVector
-from client_sdk.protocol.shamir import Scheme, reconstruct
+from client_sdk.protocol.shamir import NUMPY_KERNELS, Scheme, lagrange_weights, reconstruct
 from server_ref.secure.distance_messages import DistanceRequest, DistanceShare
 from server_ref.secure.distance_rules import DistanceSettings
 from server_ref.secure.errors import AnswerRejected, DistancesInconsistent, NotEnoughAggregators
