@@ -222,10 +222,10 @@ def sealing() -> dict[str, Any]:
         "hybrid: the curve's half of a key": (curve, key, noise, HYBRID_CIPHERTEXT),
     }
     return {
-        "description": "Sealing (client_sdk.protocol.sealing): HPKE, RFC 9180, base mode, HKDF-SHA256, AES-256-GCM; x25519 "
-        "is KEM 0x0020, mlkem768-x25519 is X-Wing, KEM 0x647a. infos: a context and its encoding. good: opens"
-        " to the plaintext. bad: is refused with sealing-failed, whatever is wrong. sender_key: the private "
-        "key of the moment that the good ciphertexts of x25519 were made with.",
+        "description": "Sealing (client_sdk.protocol.sealing): HPKE, RFC 9180, base mode, HKDF-SHA256, AES-256-GCM; "
+        "x25519 is KEM 0x0020, mlkem768-x25519 is X-Wing, KEM 0x647a. infos: a context and its encoding. good: opens "
+        "to the plaintext. bad: is refused with sealing-failed, whatever is wrong. sender_key: the private key of the "
+        "moment that the good ciphertexts of x25519 were made with.",
         "sender_key": EPHEMERAL.hex(),
         "infos": infos,
         "good": good,
@@ -308,10 +308,10 @@ def sealing_shares() -> dict[str, Any]:
         "an index beyond the last": (6, whole[4]),
     }
     return {
-        "description": "Shares of a secure report before they are sealed (client_sdk.protocol.secure). good: codes, then "
-        "zeros up to a whole share, then a mask expanded from mask_seed are the secret; shares 1 to t - 1 are"
-        " the kind 0 and a seed, the others the kind 1 and the elements of that share of the secret. bad: of "
-        "the first good layout; refused by the aggregator of that index.",
+        "description": "Shares of a secure report before they are sealed (client_sdk.protocol.secure). good: the "
+        "secret is the codes, then zeros up to a whole share, then a mask expanded from mask_seed; shares 1 to t - 1 "
+        "are the kind 0 and a seed, the others the kind 1 and the elements of that share of the secret. bad: of the "
+        "first good layout; refused by the aggregator of that index.",
         "good": good,
         "bad": [
             {"name": name, "index": index, "share": data.hex(), "error": "malformed-share"}
