@@ -388,7 +388,7 @@ def test_a_device_takes_part_as_often_as_the_plan_says_then_gives_back_and_says_
     summary = phone.client().run()
     assert (summary.cause, summary.reports) == ("refused", 2)
     assert isinstance(summary.error, ParticipationsSpent)
-    assert "taken part 2 times" in summary.detail
+    assert "allows a device 2 reports" in summary.detail
     assert [reason for _, reason in phone.server.abandoned] == ["privacy"]
     runs = phone.program.runs
     again = phone.client().run()
