@@ -58,6 +58,6 @@ def check_willing(assignment: Assignment, trusted: AggregatorKeys | None, store:
     taken = store.participations(assignment.task_id, besides=assignment.assignment_id)
     if taken >= plan.max_participations:
         raise ParticipationsSpent(
-            f"this device has taken part {taken} times in task {assignment.task_id}, whose privacy allows "
-            f"{plan.max_participations}"
+            f"the privacy of task {assignment.task_id} allows a device {plan.max_participations} reports; this one has "
+            f"sealed {taken}"
         )

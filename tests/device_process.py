@@ -49,6 +49,7 @@ def after(owner, name, label, when=lambda *_: True):
 
 after(device.ProgressLines, "__call__", "training", lambda _, event: isinstance(event, events.TrainingProgress))
 after(store.FileDeviceStore, "stage_memory", "staged")
+after(store.FileDeviceStore, "count_participation", "counted")
 after(store.FileDeviceStore, "seal", "sealed")
 after(store.FileDeviceStore, "settle_memory", "settled")
 after(store.FileDeviceStore, "discard", "discarded")

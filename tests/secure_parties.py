@@ -63,6 +63,11 @@ def pinned_privacy(**changes: Any) -> PinnedPrivacy:
     return PinnedPrivacy(**({"noise_multiplier": 4.0, "max_rounds": 8, "epsilon": 2.2, "delta": 1e-5} | changes))
 
 
+def default_codes(number: int, size: int = SIZE) -> list[int]:
+    """Small, different for each number, of both signs."""
+    return [(number * 7 + i * 3) % 11 - 5 for i in range(size)]
+
+
 @dataclass(frozen=True)
 class Upload:
     """One device's report, sealed for all aggregators."""
@@ -181,7 +186,7 @@ class Parties:
             codes: The update's, and the indicator's.
             header: Changes of the header's fields; they are sealed as they are stated.
         """
-        vector = np.array(codes if codes is not None else self.default_codes(number), np.int64)
+        vector = np.array(codes if codes is not None else default_codes(number, self.layout.num_values), np.int64)
         facts = {
             "report_id": hex_id(number, "report"),
             "assignment_id": hex_id(number, "assign"),
@@ -193,10 +198,6 @@ class Parties:
         secret = self.layout.secret(vector, os.urandom(32))
         plaintexts = encode_shares(share_seeded(secret, self.layout.scheme), self.layout)
         return self.seal(facts, plaintexts, vector)
-
-    def default_codes(self, number: int) -> list[int]:
-        """Small, different for each number, of both signs."""
-        return [(number * 7 + i * 3) % 11 - 5 for i in range(self.layout.num_values)]
 
     def seal(self, facts: dict[str, Any], plaintexts: Sequence[bytes], codes: npt.NDArray[np.int64]) -> Upload:
         """Seal plaintexts as shares, whatever they are."""

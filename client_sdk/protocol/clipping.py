@@ -58,6 +58,26 @@ F = TypeVar("F", bound=np.floating[Any])
 
 
 @dataclass(frozen=True)
+class ClipPlan:
+    """What clipping a vector takes, for a kernel that clips in one pass with what it does next.
+
+    Attributes:
+        norm: L2 norm before clipping, divided by ``2**exponent``.
+        exponent: 0 unless squares could leave float64's range, as they cannot for float16 and float32.
+        clipped: Whether the norm exceeds the bound.
+        factor: What ``vector / 2**exponent`` is multiplied by, in float64, and rounded to the vector's dtype; 1.0 where
+            nothing is clipped.
+        towards_zero: Whether that rounding is towards zero; to nearest otherwise.
+    """
+
+    norm: float
+    exponent: int
+    clipped: bool = False
+    factor: float = 1.0
+    towards_zero: bool = False
+
+
+@dataclass(frozen=True)
 class ClipResult(Generic[F]):
     """A vector inside its bound, and what it took.
 
@@ -158,18 +178,27 @@ def clip_global(vector: npt.NDArray[F], clip_norm: float) -> ClipResult[F]:
         >>> clip_global(np.array([0.0, 1e30], np.float32), 1.0).factor
         9.99999...e-31
     """
+    plan = plan_clip(vector, clip_norm)
+    norm = _float(plan.norm, plan.exponent)
+    if not plan.clipped:
+        return ClipResult(vector, norm, 1.0, clipped=False)
+    clipped = _scaled(vector, plan.factor, plan.exponent, towards_zero=plan.towards_zero)
+    return ClipResult(clipped, norm, math.ldexp(plan.factor, -plan.exponent), clipped=True)
+
+
+def plan_clip(vector: npt.NDArray[F], clip_norm: float) -> ClipPlan:
+    """What ``clip_global`` does to a vector, without doing it; it raises the same errors."""
     bound = _checked(clip_norm)
     norm, exponent = _scaled_norm(vector)
     scaled_bound = _float(bound, -exponent)
     if norm * (1 + _MARGIN) <= scaled_bound or (norm * (1 - _MARGIN) <= scaled_bound and not _exceeds(vector, bound)):
-        return ClipResult(vector, _float(norm, exponent), 1.0, clipped=False)
+        return ClipPlan(norm, exponent)
     factor = bound / norm * (1 - 2 * _MARGIN)
     dtype = np.finfo(vector.dtype)
     towards_zero = math.sqrt(vector.size) * float(dtype.smallest_subnormal) > bound * _MARGIN / 4
     if not towards_zero:
         factor *= 1 - float(dtype.eps) / 2
-    clipped = _scaled(vector, factor, exponent, towards_zero=towards_zero)
-    return ClipResult(clipped, _float(norm, exponent), math.ldexp(factor, -exponent), clipped=True)
+    return ClipPlan(norm, exponent, clipped=True, factor=factor, towards_zero=towards_zero)
 
 
 def clip_layers(vector: npt.NDArray[F], slices: Sequence[slice], clip_norms: Sequence[float]) -> LayerClipResult[F]:

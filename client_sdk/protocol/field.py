@@ -10,14 +10,12 @@ from outside goes through ``from_bytes`` or ``require``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from client_sdk.protocol.errors import ConfigurationError, MalformedShare, ShapeMismatch, UpdateOutOfRange
 from client_sdk.protocol.mersenne import (
@@ -29,6 +27,8 @@ from client_sdk.protocol.mersenne import (
     Blocks127,
     FieldVector,
 )
+from client_sdk.protocol.mersenne.signed import decode_61, decode_127, encode_61, encode_127
+from client_sdk.protocol.mersenne.words import SEED_BYTES, draw, is_canonical, key_stream
 
 __all__ = [
     "FIELDS",
@@ -44,12 +44,6 @@ __all__ = [
 RandomBytes = Callable[[int], bytes]
 """So many random bytes, as ``os.urandom`` gives them."""
 
-SEED_BYTES: Final = 32
-"""Of a vector that is expanded from a seed."""
-
-_FillBytes = Callable[[memoryview], None]
-_COUNTER: Final = bytes(16)
-_ZEROS: Final = bytes(16 * BLOCK)
 _SIGNED_LIMIT: Final = 1 << 62
 
 
@@ -141,7 +135,7 @@ class Field:
             raise ShapeMismatch(f"a vector of {self.name} is not {vector.dtype} {list(shape)}")
         if size is not None and shape[0] != size:
             raise ShapeMismatch(f"the vector has {shape[0]} elements instead of {size}")
-        if not self._canonical(vector):
+        if not is_canonical(vector, self._top_word):
             raise MalformedShare(f"an element is not below the modulus of {self.name}")
 
     def from_ints(self, values: Iterable[int]) -> FieldVector:
@@ -178,16 +172,9 @@ class Field:
         self.require(vector, size)
         return vector
 
+    @property
     def _top_word(self) -> int:
         return (1 << (self.bits - 64 * (self.limbs - 1))) - 1
-
-    def _canonical(self, vector: FieldVector) -> bool:
-        if not len(vector):
-            return True
-        if self.limbs == 1:
-            return int(vector.max()) < self.modulus
-        high = int(vector[:, 1].max())
-        return high < self._top_word() or (high == self._top_word() and not self._rejected(vector).any())
 
     # --- arithmetic ----------------------------------------------------------------------------------------------
 
@@ -220,8 +207,8 @@ class Field:
         multiply = self.scaling(blocks, factor)
         out = self.empty(len(vector))
         for part in slices(len(vector)):
-            block = np.array(blocks.load(vector[part]))
-            multiply(block, block)
+            block = blocks.place(out[part])
+            multiply(blocks.load(vector[part]), block)
             blocks.store(block, out[part])
         return out
 
@@ -267,11 +254,10 @@ class Field:
         if left.shape != right.shape:
             raise ShapeMismatch(f"{len(left)} elements do not pair with {len(right)}")
         out = self.empty(len(left))
-        result = np.empty((self.limbs, min(BLOCK, len(left))), np.uint64)
         for part in slices(len(left)):
-            a, b = blocks.load(left[part]), blocks.load(right[part])
-            operation(a, b, result[:, : a.shape[1]])
-            blocks.store(result[:, : a.shape[1]], out[part])
+            block = blocks.place(out[part])
+            operation(blocks.load(left[part]), blocks.load(right[part]), block)
+            blocks.store(block, out[part])
         return out
 
     @staticmethod
@@ -295,15 +281,12 @@ class Field:
         """
         if codes.dtype != np.int64 or codes.ndim != 1:
             raise ShapeMismatch(f"integers to be shared are an int64 vector, not {codes.dtype} {list(codes.shape)}")
-        if max(int(codes.max(initial=0)), -int(codes.min(initial=0))) > self.signed_limit:
+        if _largest(codes) > self.signed_limit:
             raise UpdateOutOfRange(f"an integer to be shared lies beyond {self.signed_limit}")
-        # -1 where negative, else 0: p - |c| has the low word c - 1 and ones above, or c + p in a single one.
-        sign = codes >> np.int64(63)
-        if self.limbs == 1:
-            return (codes + (sign & np.int64(self.modulus))).view(np.uint64)
         out = self.empty(len(codes))
-        out[:, 0] = (codes + sign).view(np.uint64)
-        out[:, 1] = sign.view(np.uint64) & np.uint64(self._top_word())
+        encode = encode_61 if self.limbs == 1 else encode_127
+        for part in slices(len(codes)):
+            encode(codes[part], out[part])
         return out
 
     def to_signed(self, vector: FieldVector) -> npt.NDArray[np.int64]:
@@ -312,17 +295,12 @@ class Field:
         Raises:
             UpdateOutOfRange: A magnitude beyond ``signed_limit`` (``m127`` only: half of ``m61`` fits).
         """
-        if self.limbs == 1:
-            codes = vector.view(np.int64)
-            negative = (np.int64(self.signed_limit) - codes) >> np.int64(63)
-            return codes - (negative & np.int64(self.modulus))
-        low, high = vector[:, 0], vector[:, 1]
-        negative_bit = high >> np.uint64(self.bits - 65)
-        codes = (low + negative_bit).view(np.int64)
-        outside = high != negative_bit * np.uint64(self._top_word())
-        outside |= (codes < 0) != negative_bit.astype(np.bool_)
-        if outside.any() or max(int(codes.max(initial=0)), -int(codes.min(initial=0))) > self.signed_limit:
-            raise UpdateOutOfRange(f"an integer lies beyond {self.signed_limit}")
+        codes = np.empty(len(vector), np.int64)
+        for part in slices(len(vector)):
+            if self.limbs == 1:
+                decode_61(vector[part], codes[part])
+            elif not decode_127(vector[part], codes[part]) or _largest(codes[part]) > self.signed_limit:
+                raise UpdateOutOfRange(f"an integer lies beyond {self.signed_limit}")
         return codes
 
     # --- random vectors ------------------------------------------------------------------------------------------
@@ -341,7 +319,7 @@ class Field:
             buffer[:] = data
 
         out = self.empty(size)
-        self._draw(out, fill)
+        draw(out, self._top_word, fill)
         return out
 
     def expand(self, seed: bytes, size: int) -> FieldVector:
@@ -359,38 +337,12 @@ class Field:
 
     def expand_into(self, seed: bytes, out: FieldVector) -> None:
         """As ``expand``, into a contiguous vector."""
-        self._draw(out, key_stream(seed))
+        draw(out, self._top_word, key_stream(seed))
 
     def expander(self, seed: bytes) -> Callable[[FieldVector], None]:
         """As ``expand``, piece by piece: each call fills a contiguous vector with what comes next."""
         fill = key_stream(seed)
-        return lambda out: self._draw(out, fill)
-
-    def _draw(self, out: FieldVector, fill: _FillBytes) -> None:
-        done = 0
-        while done < len(out):
-            piece = out[done : done + BLOCK]
-            fill(piece.reshape(-1).view(np.uint8).data)
-            if sys.byteorder == "big":
-                piece.byteswap(inplace=True)
-            top = piece if self.limbs == 1 else piece[:, -1]
-            top &= np.uint64(self._top_word())
-            # Once in 2^61 words. What is left out was nobody's share.
-            if not self._canonical(piece):
-                kept = piece[~self._rejected(piece)]
-                piece[: len(kept)] = kept
-                done += len(kept)
-            else:
-                done += len(piece)
-
-    def _rejected(self, masked: FieldVector) -> npt.NDArray[np.bool_]:
-        """Which elements of at most ``bits`` bits are the modulus itself: all ones."""
-        if self.limbs == 1:
-            return np.equal(masked, np.uint64(self.modulus))
-        rejected: npt.NDArray[np.bool_] = (masked[:, 0] == np.uint64(2**64 - 1)) & (
-            masked[:, 1] == np.uint64(self._top_word())
-        )
-        return rejected
+        return lambda out: draw(out, self._top_word, fill)
 
 
 def slices(size: int, step: int = BLOCK) -> Iterator[slice]:
@@ -399,21 +351,8 @@ def slices(size: int, step: int = BLOCK) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def key_stream(seed: bytes) -> _FillBytes:
-    """Fills buffers with the key stream of AES-256-CTR under a seed, one after the other.
-
-    Raises:
-        ShapeMismatch: The seed has not 32 bytes.
-    """
-    if len(seed) != SEED_BYTES:
-        raise ShapeMismatch(f"a seed has {SEED_BYTES} bytes, not {len(seed)}")
-    encryptor = Cipher(algorithms.AES256(seed), modes.CTR(_COUNTER)).encryptor()
-    zeros = memoryview(_ZEROS)
-
-    def fill(buffer: memoryview) -> None:
-        encryptor.update_into(zeros[: buffer.nbytes], buffer)
-
-    return fill
+def _largest(codes: npt.NDArray[np.int64]) -> int:
+    return max(int(codes.max(initial=0)), -int(codes.min(initial=0)))
 
 
 MERSENNE_61: Final = Field("m61", 61, 1)

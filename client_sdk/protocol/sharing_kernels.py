@@ -79,37 +79,38 @@ class NumpyKernels:
         """See ``SharingKernels``."""
         blocks = field.arithmetic()
         multiply = field.scaling(blocks, weight)
-        term = np.empty((field.limbs, min(BLOCK, len(total))), np.uint64)
+        scaled = np.empty((field.limbs, min(BLOCK, len(total))), np.uint64)
         for part in slices(len(total)):
-            sums, ours = blocks.load(total[part]), blocks.load(share[part])
-            out = term[:, : sums.shape[1]]
+            term = blocks.load(share[part])
             if weight != 1:
-                multiply(ours, out)
-                ours = out
-            blocks.add(sums, ours, out)
-            blocks.store(out, total[part])
+                out = scaled[:, : term.shape[1]]
+                multiply(term, out)
+                term = out
+            sums = blocks.place(total[part])
+            blocks.add(blocks.load(total[part]), term, sums)
+            blocks.store(sums, total[part])
 
     def interpolate(self, shares: Sequence[FieldVector], weights: Weights, field: Field) -> FieldVector:
         """See ``SharingKernels``."""
-        size = len(shares[0])
         blocks = field.arithmetic()
-        result, term = np.empty((2, field.limbs, min(BLOCK, size)), np.uint64)
         small = sum(map(abs, weights.numerators)) < SMALL_LIMIT
         divide = field.scaling(blocks, pow(weights.denominator, -1, field.modulus))
-        factors = [] if small else [field.scaling(blocks, residue) for residue in weights.residues(field)]
-        out = field.empty(size)
-        for part in slices(size):
+        multipliers = [] if small else [field.scaling(blocks, residue) for residue in weights.residues(field)]
+        out = field.empty(len(shares[0]))
+        scaled = np.empty((field.limbs, min(BLOCK, len(out))), np.uint64)
+        for part in slices(len(out)):
             values = [blocks.load(share[part]) for share in shares]
-            total = result[:, : part.stop - part.start]
+            total = blocks.place(out[part])
             if small:
                 blocks.combine(weights.numerators, values, total)
                 if weights.denominator != 1:
                     divide(total, total)
             else:
+                term = scaled[:, : total.shape[1]]
                 total.fill(0)
-                for multiply, value in zip(factors, values, strict=True):
-                    multiply(value, term[:, : total.shape[1]])
-                    blocks.add(total, term[:, : total.shape[1]], total)
+                for multiply, value in zip(multipliers, values, strict=True):
+                    multiply(value, term)
+                    blocks.add(total, term, total)
             blocks.store(total, out[part])
         return out
 
@@ -148,19 +149,22 @@ def _continued(
     """
     blocks = field.arithmetic()
     out = [field.empty(size) for _ in range(count)]
-    table = np.empty((known, field.limbs, min(BLOCK, size)), np.uint64)
+    table = np.empty((known - 1, field.limbs, min(BLOCK, size)), np.uint64)
     for part in slices(size):
         values = read(part)
-        rows = table[:, :, : part.stop - part.start]
-        rows[-1] = values[-1]
-        for i in range(known - 1):
-            blocks.subtract(values[i + 1], values[i], rows[i])
         # Row i becomes the difference of order known - 1 - i that ends at the last value.
+        rows = table[:, :, : part.stop - part.start]
+        for i, row in enumerate(rows):
+            blocks.subtract(values[i + 1], values[i], row)
         for order in range(2, known):
             for i in range(known - order):
                 blocks.subtract(rows[i + 1], rows[i], rows[i])
+        last = values[-1]
         for target in out:
-            for i in range(1, known):
+            for i in range(1, known - 1):
                 blocks.add(rows[i], rows[i - 1], rows[i])
-            blocks.store(rows[-1], target[part])
+            following = blocks.place(target[part])
+            blocks.add(last, rows[-1], following)
+            blocks.store(following, target[part])
+            last = following
     return out

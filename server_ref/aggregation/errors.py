@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.errors import ConfigurationError, PocketfedError
 
 
 class PipelineError(ConfigurationError):
@@ -51,3 +51,23 @@ class NoiseUnexpected(PipelineError):
 
 class MixedKinds(ConfigurationError):
     """Workers of one round send deltas and gradients, and nobody declared which of them count."""
+
+
+class PrivacyError(PocketfedError):
+    """Something about the account of what releases have cost. Nothing was released, and nothing was charged."""
+
+
+class PrivacyBudgetExhausted(PrivacyError):
+    """A release would cost more than what is left of the budget."""
+
+
+class UnsupportedPrivacyEvent(PrivacyError):
+    """A release of a kind that this ledger cannot account for."""
+
+
+class AdjacencyMismatch(PrivacyError):
+    """A release whose noise was calibrated for another adjacency than the ledger's: their epsilons do not add up."""
+
+
+class RoundAlreadyCharged(PrivacyError):
+    """A second release of one round: noise drawn twice for the same sum can be averaged away."""

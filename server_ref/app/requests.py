@@ -62,7 +62,12 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limit: int) ->
 
 
 @lru_cache(maxsize=65536)
-def _public_key(hex_key: str) -> Ed25519PublicKey:
+def public_key(hex_key: str) -> Ed25519PublicKey:
+    """The key that these 64 characters stand for.
+
+    Raises:
+        ValueError: They stand for none.
+    """
     return Ed25519PublicKey.from_public_bytes(bytes.fromhex(hex_key))
 
 
@@ -73,7 +78,7 @@ def verify_with(hex_key: str, scope: Scope, headers: Mapping[str, str], body: by
         AuthenticationFailed: Not signed by it.
     """
     try:
-        key = _public_key(hex_key)
+        key = public_key(hex_key)
     except ValueError as e:
         raise AuthenticationFailed("the public key is not an Ed25519 key") from e
     path = scope.get("raw_path") or scope["path"].encode("ascii", "replace")

@@ -95,7 +95,6 @@ class HttpAggregator:
         url: ``http(s)://host[:port][/prefix]``.
         key: The coordinator's private key; the aggregator pins the public one.
         patience: Timeouts and retries.
-        max_parts: Largest partition, in the mode ``buckets``.
         ca_file: Certificates to trust instead of the system's.
         sleep: Waits; replaced in tests.
 
@@ -110,7 +109,6 @@ class HttpAggregator:
         key: SigningKey,
         *,
         patience: Patience | None = None,
-        max_parts: int = wire.DEFAULT_MAX_PARTS,
         ca_file: Path | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -120,7 +118,6 @@ class HttpAggregator:
         self._key = Ed25519PrivateKey.from_private_bytes(key.private_bytes())
         self._key_id = device_id_of(bytes.fromhex(key.public))
         self._patience = patience or Patience()
-        self._max_parts = max_parts
         self._sleep = sleep
         self._limits: wire.Limits | None = None
         self._client = _open(self.url, self._patience, ca_file)
@@ -201,7 +198,7 @@ class HttpAggregator:
 
     def _learn(self, info: AggregatorInfo) -> wire.Limits:
         """How much any honest reply can hold follows from the parameters and the task."""
-        self._limits = wire.Limits.of(info.parameters, info.task, self._max_parts)
+        self._limits = wire.Limits.of(info.parameters, info.task)
         return self._limits
 
     def _bounds(self) -> wire.Limits:

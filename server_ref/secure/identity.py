@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
@@ -138,11 +139,16 @@ class AggregatorConfig(Message):
 
     def signed(self, index: int, message: bytes, signature: str) -> bool:
         """Whether this aggregator's pinned key made the signature (hex); False for an index that does not exist."""
-        if not 1 <= index <= len(self.peers):
-            return False
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.peers[index - 1].signing_key))
-        try:
-            key.verify(bytes.fromhex(signature), message)
-        except InvalidSignature:
-            return False
-        return True
+        return signed_by(self.peers, index, message, signature)
+
+
+def signed_by(peers: Sequence[PeerKeys], index: int, message: bytes, signature: str) -> bool:
+    """Whether the key that is pinned for an aggregator made the signature (hex); False if there is no such index."""
+    if not 1 <= index <= len(peers):
+        return False
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(peers[index - 1].signing_key))
+    try:
+        key.verify(bytes.fromhex(signature), message)
+    except InvalidSignature:
+        return False
+    return True

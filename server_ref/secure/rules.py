@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 
+from client_sdk.protocol.accountant import SMALLEST_STDDEV
+from client_sdk.protocol.discrete_gaussian import LARGEST_VARIANCE
 from server_ref.secure.errors import (
     CohortTooSmall,
     ContributorsRefused,
     DuplicateEntry,
     ParametersBelowPinned,
     PartitionRefused,
+    SumOutOfRange,
     TaskMismatch,
     WeightTooLarge,
 )
 from server_ref.secure.messages import RoundStatement
 from server_ref.secure.parameters import PinnedParameters
-
-SMALLEST_DEVIATION = 3
-"""Grid steps of one contributor's noise at least: from there on a sum of discrete Gaussians is as private as one."""
 
 
 def check_statement(statement: RoundStatement, pinned: PinnedParameters, task_id: str) -> None:
@@ -85,9 +85,11 @@ def _check_contributors(statement: RoundStatement, pinned: PinnedParameters) -> 
     variances = [parameters.noise_variance(honest)]
     if pinned.indicator:
         variances.append(parameters.indicator_variance(honest))
-    if min(variances) < SMALLEST_DEVIATION**2:
+    if max(variances) > LARGEST_VARIANCE:
+        raise SumOutOfRange("each contributor's noise would exceed what can be drawn: lower fraction_bits")
+    if min(variances) < SMALLEST_STDDEV**2:
         raise ParametersBelowPinned(
-            f"each contributor's noise would have a standard deviation below {SMALLEST_DEVIATION} grid steps: "
+            f"each contributor's noise would have a standard deviation below {SMALLEST_STDDEV:g} grid steps: "
             "raise fraction_bits or the noise multipliers"
         )
 

@@ -18,6 +18,7 @@ from client_sdk.protocol.errors import MalformedFrame, MalformedMessage
 from client_sdk.protocol.frames import FrameLimits, decode_frame, encode_frame
 from client_sdk.protocol.messages import Message
 from client_sdk.protocol.sealing import SealingSuite
+from server_ref.secure.layout import secure_layout
 from server_ref.secure.messages import (
     MAX_CONTROL_BYTES,
     MAX_DELIVERY,
@@ -34,9 +35,8 @@ from server_ref.secure.messages import (
     TaskBinding,
     Verdict,
 )
-from server_ref.secure.parameters import CheckingMode, PinnedParameters
+from server_ref.secure.parameters import PinnedParameters
 
-DEFAULT_MAX_PARTS: Final = 64
 DELIVERY_BYTES: Final = 32 * 1024 * 1024
 """Ciphertexts in one delivery: as many reports as fit, and at least one."""
 _CONTROL: Final = "control"
@@ -44,9 +44,8 @@ _SPARE_BYTES: Final = 1024 * 1024
 """Headers of frames, and whatever JSON is not counted."""
 CONTROL_LIMIT: Final = MAX_CONTROL_BYTES + _SPARE_BYTES
 """Largest JSON body."""
-_ELEMENT_BYTES: Final = {"m61": 8, "m127": 16}
-_EXTRA_ELEMENTS: Final = 3
-"""Indicator, mask, and what rounding up to whole shares adds."""
+_HEADER_BYTES: Final = 100
+"""Of each hash or number in the header of a delivered share, as JSON."""
 
 M = TypeVar("M", bound=Message)
 Buffer = bytes | memoryview
@@ -94,24 +93,23 @@ class Limits:
     answer: int
 
     @classmethod
-    def of(cls, parameters: PinnedParameters, task: TaskBinding | None, max_parts: int) -> Self:
+    def of(cls, parameters: PinnedParameters, task: TaskBinding | None) -> Self:
         """The limits for a task; before one is bound, nothing of any size travels.
 
         Args:
-            parameters: Say how many shares there are, and of which field.
+            parameters: Say how many shares there are, of which field, and of how many parts a sum has.
             task: Says how many coordinates are shared.
-            max_parts: Largest partition, in the mode ``buckets``.
         """
         if task is None:
             return cls(delivery=_SPARE_BYTES, noise=_SPARE_BYTES, answer=_SPARE_BYTES)
-        elements = -(-task.size // parameters.packing) + _EXTRA_ELEMENTS
-        share = elements * _ELEMENT_BYTES[parameters.field] + max(suite.overhead for suite in SealingSuite)
-        parts = max_parts if parameters.checking is CheckingMode.BUCKETS else 1
-        headers = MAX_DELIVERY * 100 * (parameters.num_aggregators + 8)
+        layout = secure_layout(parameters, task, SealingSuite.MLKEM768_X25519)  # the longer ciphertexts
+        share = layout.ciphertext_bytes(parameters.num_aggregators)
+        sums = parameters.max_parts * share
+        headers = MAX_DELIVERY * _HEADER_BYTES * (parameters.num_aggregators + 8)
         return cls(
             delivery=max(DELIVERY_BYTES, share) + headers + _SPARE_BYTES,
-            noise=CONTROL_LIMIT + parameters.num_aggregators * parts * share,
-            answer=_SPARE_BYTES + parts * share,
+            noise=CONTROL_LIMIT + parameters.num_aggregators * sums,
+            answer=_SPARE_BYTES + sums,
         )
 
 

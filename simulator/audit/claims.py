@@ -30,6 +30,7 @@ from server_ref.aggregation import (
 from server_ref.aggregation.buckets import assign_buckets
 from server_ref.aggregation.centred import centred_stages
 from server_ref.aggregation.stages import Stage
+from server_ref.aggregation.support_voting import SupportVoting
 from simulator.audit.neighbours import Claim
 
 Float32Array = npt.NDArray[np.float32]
@@ -61,6 +62,7 @@ def all_claims() -> Iterator[Claim]:
         yield from _of_pipeline(f"{method}, clipped after", ExactMean(), clip, DecodeCompressed(spec), codec=spec)
     yield from calibrated("SensitivityCalibrator", lambda c: c.compute_sensitivity(RATIO, CLIP_NORM))
     yield from _of_buckets()
+    yield from _of_votes()
 
 
 def calibrated(name: str, claimed: Callable[[SensitivityCalibrator], float]) -> Iterator[Claim]:
@@ -158,6 +160,18 @@ def _of_buckets() -> Iterator[Claim]:
 
     for adjacency, factor in ((Adjacency.ZERO_OUT, 1), (Adjacency.REPLACE_ONE, 2)):
         yield Claim("sums of all buckets", adjacency, factor * CLIP_NORM, sums, CLIP_NORM, SIZE, CLIENTS, SIZE)
+
+
+def _of_votes() -> Iterator[Claim]:
+    """The count of ballots. Whoever sends nothing casts none."""
+    for adjacency in (Adjacency.ZERO_OUT, Adjacency.REPLACE_ONE):
+        vote = SupportVoting(SIZE, KEPT, KEPT, noise_multiplier=1.0, adjacency=adjacency)
+
+        def count(rows: Float32Array, vote: SupportVoting = vote) -> Float64Array:
+            return vote.count(vote.ballot(row) for row in rows if row.any()).astype(np.float64)
+
+        sensitivity = math.sqrt(vote.squared_sensitivity)
+        yield Claim("votes for a support", adjacency, sensitivity, count, CLIP_NORM, KEPT, CLIENTS, SIZE)
 
 
 def sqrt_ratio(calibrator: SensitivityCalibrator) -> float:

@@ -113,6 +113,8 @@ def _updates(claim: Claim) -> Iterator[Float32Array]:
         update[:support] = claim.clip_norm / math.sqrt(support)
         yield update
         yield update * np.float32(1e6)
+        if support < claim.size:
+            yield update[::-1].copy()
 
 
 def _cohorts(claim: Claim, seed: int) -> Sequence[Float32Array]:

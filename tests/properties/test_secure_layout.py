@@ -75,6 +75,9 @@ def test_the_last_element_of_every_share_belongs_to_the_mask_alone(layout: Secur
     same = np.all((one == other).reshape(layout.length, -1), axis=1)
     in_last_element = np.arange(layout.length) // scheme.packing == layout.share_length - 1
     assert np.array_equal(same, ~in_last_element)
+    # Equal masks of two packed coordinates would cancel in a difference of what is compared.
+    masks = scheme.field.to_ints(np.concatenate([one[-scheme.packing :], other[-scheme.packing :]]))
+    assert len(set(masks)) == 2 * scheme.packing
     assert layout.num_values <= layout.length - scheme.packing < layout.num_values + scheme.packing
 
 

@@ -141,7 +141,7 @@ def test_a_device_takes_part_k_times_and_no_more(tmp_path: Path, durable: bool):
         if durable:
             store.close()
             store = FileDeviceStore(tmp_path / "state")
-    with pytest.raises(ParticipationsSpent, match="taken part 3 times"):
+    with pytest.raises(ParticipationsSpent, match="this one has sealed 3"):
         check_willing(secure_assignment(4, max_participations=3), None, store)
     check_willing(secure_assignment(4, max_participations=4), None, store)
     check_willing(secure_assignment(4).model_copy(update={"task_id": OTHER_TASK}), None, store)

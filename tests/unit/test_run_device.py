@@ -173,3 +173,12 @@ def test_a_closed_terminal_does_not_lose_the_state(server, data, tmp_path, monke
             run(data, tmp_path)
     assert run(data, tmp_path) == 0
     assert len(server.reports) == 2
+
+
+def test_keys_that_cannot_be_read_end_the_device_before_anything_is_sent(server, data, tmp_path):
+    keys = tmp_path / "keys.json"
+    keys.write_text("[]")
+    with pytest.raises(ConfigurationError, match="at least two sealing keys"):
+        run(data, tmp_path, aggregator_keys=keys)
+    assert server.requests == []
+    assert not (tmp_path / "state").exists()

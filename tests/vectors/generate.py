@@ -46,7 +46,7 @@ from client_sdk.protocol.signing import device_id_of, sign_request
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
 from tests.vectors.compression import compression
-from tests.vectors.sealing import HASH, HYBRID_KEYS, ID, OTHER_ID, SEALING_KEYS, sealing
+from tests.vectors.sealing import HASH, HYBRID_KEYS, ID, OTHER_ID, SEALING_KEYS, sealing, sealing_shares
 
 FOLDER = Path(__file__).parent
 
@@ -386,6 +386,7 @@ GENERATORS = {
     "messages.json": messages,
     "compression.json": compression,
     "sealing.json": sealing,
+    "sealing_shares.json": sealing_shares,
 }
 
 

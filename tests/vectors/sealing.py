@@ -11,19 +11,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from client_sdk.protocol.field import MERSENNE_61, MERSENNE_127, SEED_BYTES
 from client_sdk.protocol.sealing import SealingKey, SealingSuite, SharingTerms, noise_info, share_info
+from client_sdk.protocol.secure import SecureLayout, encode_shares
+from client_sdk.protocol.shamir import Scheme, share_seeded
 
 ID, OTHER_ID, HASH = "00112233445566778899aabbccddeeff", "f" * 32, "0123456789abcdef" * 4
 SEALING_KEYS = tuple(SealingKey(SealingSuite.X25519, bytes([index] * 32)) for index in range(1, 6))
 HYBRID_KEYS = tuple(SealingKey(SealingSuite.MLKEM768_X25519, bytes([index] * 96)) for index in range(1, 4))
 EPHEMERAL = bytes(range(32))
+MASK_SEED = b"m" * 32
 
 TERMS = SharingTerms(field="m61", threshold=3, num_aggregators=5, packing=1, fraction_bits=24, clip_norm=1.5)
 SHARE = {
@@ -219,8 +224,8 @@ def sealing() -> dict[str, Any]:
     return {
         "description": "Sealing (client_sdk.protocol.sealing): HPKE, RFC 9180, base mode, HKDF-SHA256, AES-256-GCM; "
         "x25519 is KEM 0x0020, mlkem768-x25519 is X-Wing, KEM 0x647a. infos: a context and its encoding. good: opens "
-        "to the plaintext. bad: is refused with sealing-failed, whatever is wrong. sender_key: the private key of the moment "
-        "that the good ciphertexts of x25519 were made with.",
+        "to the plaintext. bad: is refused with sealing-failed, whatever is wrong. sender_key: the private key of the "
+        "moment that the good ciphertexts of x25519 were made with.",
         "sender_key": EPHEMERAL.hex(),
         "infos": infos,
         "good": good,
@@ -235,4 +240,94 @@ def sealing() -> dict[str, Any]:
             }
             for name, (suite, to, info, ciphertext) in bad.items()
         ],
+    }
+
+
+# --- sealing_shares.json -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Case:
+    layout: SecureLayout
+    codes: list[int]
+
+
+def _cases() -> dict[str, _Case]:
+    three, two = Scheme(2, 3), Scheme(2, 3, MERSENNE_127, 2)
+    return {
+        "an update of three": _Case(SecureLayout(Scheme(), 3), [1, -1, 2**60 - 1]),
+        "with an indicator": _Case(SecureLayout(three, 2, indicator=True), [-(2**60) + 1, 7, -1]),
+        "packed, filled up with a zero": _Case(SecureLayout(Scheme(3, 5, MERSENNE_61, 2), 3), [5, -6, 7]),
+        "packed, two limbs, sealed to hybrid keys": _Case(
+            SecureLayout(two, 3, indicator=True, suite=SealingSuite.MLKEM768_X25519), [2**40, -(2**40), 0, 1]
+        ),
+        "nothing but a mask": _Case(SecureLayout(three, 0), []),
+    }
+
+
+def _seeds(layout: SecureLayout) -> list[bytes]:
+    return [bytes([index] * SEED_BYTES) for index in range(1, layout.scheme.threshold)]
+
+
+def sealing_shares() -> dict[str, Any]:
+    """What is in the shares of an update before they are sealed, and how long all is."""
+    good = []
+    for name, case in _cases().items():
+        layout, scheme = case.layout, case.layout.scheme
+        seeds = iter(_seeds(layout))
+        secret = layout.secret(np.array(case.codes, np.int64), MASK_SEED)
+        encoded = encode_shares(share_seeded(secret, scheme, lambda _, seeds=seeds: next(seeds)), layout)
+        good.append(
+            {
+                "name": name,
+                "layout": _layout(layout),
+                "codes": case.codes,
+                "mask_seed": MASK_SEED.hex(),
+                "seeds": [seed.hex() for seed in _seeds(layout)],
+                "secret": [str(value) for value in scheme.field.to_ints(secret)],
+                "shares": [each.hex() for each in encoded],
+                "ciphertext_bytes": [layout.ciphertext_bytes(index) for index in scheme.indices],
+            }
+        )
+    whole = [bytes.fromhex(share) for share in good[0]["shares"]]
+    p = 2**61 - 1
+    bad = {
+        "no bytes": (1, b""),
+        "only a kind": (5, b"\x01"),
+        "a seed cut short": (1, whole[0][:-1]),
+        "a seed and a byte": (1, whole[0] + b"\x00"),
+        "a seed where elements are expected": (4, whole[0]),
+        "elements where a seed is expected": (2, whole[3]),
+        "an unknown kind": (1, b"\x02" + whole[0][1:]),
+        "an element short": (5, whole[4][:-8]),
+        "an element too many": (5, whole[4] + bytes(8)),
+        "the modulus": (5, whole[4][:-8] + p.to_bytes(8, "little")),
+        "one more than the modulus": (3, b"\x01" + (p + 1).to_bytes(8, "little") + whole[2][9:]),
+        "all ones": (3, b"\x01" + b"\xff" * 32),
+        "index 0": (0, whole[0]),
+        "an index beyond the last": (6, whole[4]),
+    }
+    return {
+        "description": "Shares of a secure report before they are sealed (client_sdk.protocol.secure). good: the "
+        "secret is the codes, then zeros up to a whole share, then a mask expanded from mask_seed; shares 1 to t - 1 "
+        "are the kind 0 and a seed, the others the kind 1 and the elements of that share of the secret. bad: of the "
+        "first good layout; refused by the aggregator of that index.",
+        "good": good,
+        "bad": [
+            {"name": name, "index": index, "share": data.hex(), "error": "malformed-share"}
+            for name, (index, data) in bad.items()
+        ],
+    }
+
+
+def _layout(layout: SecureLayout) -> dict[str, Any]:
+    scheme = layout.scheme
+    return {
+        "field": scheme.field.name,
+        "threshold": scheme.threshold,
+        "num_shares": scheme.num_shares,
+        "packing": scheme.packing,
+        "size": layout.size,
+        "indicator": layout.indicator,
+        "suite": layout.suite.value,
     }

@@ -35,8 +35,12 @@ class BlockArithmetic(Protocol):
         """Elements (any stride) as a block, which may be a view of them: not to be written to."""
         ...
 
+    def place(self, elements: FieldVector) -> Block:
+        """A block to compute these elements in, until the next one is asked for: it may be a view of them."""
+        ...
+
     def store(self, block: Block, elements: FieldVector) -> None:
-        """Copy a block to where its elements belong."""
+        """Bring what was computed in ``place(elements)`` to where it belongs."""
         ...
 
     def add(self, left: Block, right: Block, out: Block) -> None:

@@ -33,10 +33,15 @@ class Blocks127:
 
     def __init__(self) -> None:
         self._scratch = np.empty((14, BLOCK), np.uint64)
+        self._placed = np.empty((2, BLOCK), np.uint64)
 
     def load(self, elements: FieldVector) -> Block:
         """See ``BlockArithmetic``."""
         return np.ascontiguousarray(elements.T)
+
+    def place(self, elements: FieldVector) -> Block:
+        """See ``BlockArithmetic``."""
+        return self._placed[:, : len(elements)]
 
     def store(self, block: Block, elements: FieldVector) -> None:
         """See ``BlockArithmetic``."""

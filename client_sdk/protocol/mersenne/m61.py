@@ -22,6 +22,8 @@ _ABOVE: Final = np.uint64(61 - 32)
 """A number shifted up by half a word passes bit 61 with what it has from this bit on."""
 _BELOW: Final = np.uint64(2**29 - 1)
 _EIGHT: Final = np.uint64(8)
+_FITS_A_WORD: Final = 8
+"""Multiples of p that are below 2^64."""
 _FOUR_P: Final = np.uint64(4 * (2**61 - 1))
 
 
@@ -38,9 +40,12 @@ class Blocks61:
         """See ``BlockArithmetic``."""
         return elements[np.newaxis]
 
-    def store(self, block: Block, elements: FieldVector) -> None:
+    def place(self, elements: FieldVector) -> Block:
         """See ``BlockArithmetic``."""
-        elements[...] = block[0]
+        return elements[np.newaxis]
+
+    def store(self, block: Block, elements: FieldVector) -> None:
+        """See ``BlockArithmetic``. It is there already."""
 
     def add(self, left: Block, right: Block, out: Block) -> None:
         """See ``BlockArithmetic``."""
@@ -76,6 +81,9 @@ class Blocks61:
 
     def combine(self, coefficients: Sequence[int], blocks: Sequence[Block], out: Block) -> None:
         """See ``BlockArithmetic``."""
+        if sum(map(abs, coefficients)) <= _FITS_A_WORD:
+            self._combine_few(coefficients, blocks, out)
+            return
         low, high, t, u, _ = self._temporaries(out.shape[1])
         # Two's complement: magnitudes stay below 2^62 and 2^59, so that adding 4 p, and p, makes them positive.
         low.fill(_FOUR_P)
@@ -90,6 +98,17 @@ class Blocks61:
             high += t
         self._fold(low, high, t, u)
         self._reduce(low, t, out)
+
+    def _combine_few(self, coefficients: Sequence[int], blocks: Sequence[Block], out: Block) -> None:
+        """As ``combine``, where a word holds the sum once it is made positive: that stays below 8 p."""
+        total, t, *_ = self._temporaries(out.shape[1])
+        total.fill(np.uint64(-sum(min(coefficient, 0) for coefficient in coefficients) * (2**61 - 1)))
+        for coefficient, block in zip(coefficients, blocks, strict=True):
+            term = block
+            if abs(coefficient) != 1:
+                term = np.multiply(block, np.uint64(abs(coefficient)), out=t)
+            (np.subtract if coefficient < 0 else np.add)(total, term, out=total)
+        self._reduce(total, t, out)
 
     @staticmethod
     def _fold(low: Block, high: Block, t: Block, u: Block) -> None:
