@@ -10,14 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, ProtocolError, UnknownMethod
-from client_sdk.protocol.messages import Assignment, F32Encoding
+from client_sdk.protocol.messages import Assignment, F32Encoding, I64SharesEncoding, SecurePlan
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.pipeline import Pipeline
 from server_ref.assignments import AssignmentRecord
 from server_ref.config import TaskConfig
 from server_ref.models import decode_model
+from server_ref.privacy_plan import PrivacyPlan
 from server_ref.recipe import build_pipeline, compression_of
+from server_ref.secure_plan import SharingPlan
 
 # Settings that change a bit of the result. Concurrency, leases and retries change who takes part, which the accepted
 # sets record.
@@ -57,6 +59,8 @@ class Task:
     pipeline: Pipeline
     compression: str | None
     settings: TaskConfig
+    privacy: PrivacyPlan | None = None
+    sharing: SharingPlan | None = None
 
     def shuffle_seed(self, assignment_number: int) -> int:
         """Seed of one assignment's shuffles."""
@@ -66,8 +70,15 @@ class Task:
         """Public randomness of one assignment's compression; 0 where nothing is compressed.
 
         One for each assignment: devices that round by the same draws all err to the same side, and the mean with them.
+        Shares of one sum must be at the same coordinates, which one seed for the round decides.
         """
+        if self.sharing is not None:
+            return self.round_seed(record.round_id)
         return 0 if self.compression is None else self._seed("compression", record.number)
+
+    def round_seed(self, round_id: int) -> int:
+        """Seed of the coordinates that the shared updates of a round are at; 0 where they are at all of them."""
+        return 0 if self.compression is None else self._seed("round", round_id)
 
     def _seed(self, purpose: str, number: int) -> int:
         """53 bits, so that every JSON reader keeps them."""
@@ -82,8 +93,9 @@ class Task:
         control_sha256: str | None,
         now: float,
         max_report_bytes: int,
+        secure: SecurePlan | None = None,
     ) -> Assignment:
-        """The message that gives a device its work."""
+        """The message that gives a device its work; ``secure`` where its update is to be shared."""
         return Assignment(
             assignment_id=record.assignment_id,
             assignment_number=record.number,
@@ -95,7 +107,7 @@ class Task:
             manifest_sha256=self.manifest_sha256,
             parameter_table_sha256=self.manifest.parameter_table_sha256,
             kind=self.kind,
-            encoding=F32Encoding(max_abs=self.settings.max_abs),
+            encoding=F32Encoding(max_abs=self.settings.max_abs) if secure is None else I64SharesEncoding(),
             weight=record.weight,
             compression=self.compression,
             compression_seed=self.compression_seed(record),
@@ -104,6 +116,7 @@ class Task:
             shuffle_seed=self.shuffle_seed(record.number),
             lease_s=max(0.0, record.deadline - now),
             max_report_bytes=max_report_bytes,
+            secure=secure,
             withhold_metrics=self.settings.withholds_loss,
         )
 

@@ -1,0 +1,150 @@
+"""The buffer of a task whose updates are shared: what is in it only the aggregators can add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import numpy as np
+
+from client_sdk.protocol.compression import Codec, CompressionMethod
+from client_sdk.protocol.compression.streams import support
+from client_sdk.protocol.errors import StorageUnavailable
+from client_sdk.protocol.messages import SecurePlan
+from client_sdk.protocol.secure import shared_codec
+from server_ref.aggregation.batch import Adjacency, Aggregate, Float64Array, IntegerSum, PrivateAggregate, Update
+from server_ref.aggregation.reduce import sensitivity_of_mean
+from server_ref.assignments import AssignmentRecord
+from server_ref.secure.messages import ShareHeader, ciphertext_id
+from server_ref.secure.round_messages import SealedReport, SecureSum
+from server_ref.task import Task
+
+_ONE_PART: Final = 0
+
+
+class SecureRounds(Protocol):
+    """Whoever asks the aggregators: ``SecureRound``."""
+
+    def run(self, round_id: int, reports: Sequence[SealedReport]) -> SecureSum:
+        """The sum of a round's reports; the same bits whenever it is asked again.
+
+        Raises:
+            PocketfedError: By its class; nothing was released, and the round is tried again.
+        """
+        ...
+
+
+class SharedBuffer:
+    """As ``OpenBuffer``, for sealed shares: they are read when the buffer closes, and nothing is folded before.
+
+    Args:
+        task: Whose updates these are.
+        plan: What devices were told.
+        rounds: Asks the aggregators.
+        load: Reads the sealed shares of a report back, in order of the aggregators.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: SecurePlan,
+        rounds: SecureRounds,
+        load: Callable[[AssignmentRecord], Sequence[memoryview]],
+    ) -> None:
+        self._task = task
+        self._plan = plan
+        self._rounds = rounds
+        self._load = load
+        self._codec = shared_codec(task.compression, task.pipeline.entry.size)
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
+    def fold(self, record: AssignmentRecord, update: Update | None, version: int) -> None:
+        """Nothing is folded before the buffer closes."""
+
+    def reduce(self, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
+        """The aggregate of those of these reports that all aggregators could open.
+
+        Raises:
+            PocketfedError: By its class; nothing was released, and the buffer closes later.
+        """
+        found = self._rounds.run(version, [self._sealed(record, version) for record in counted])
+        return self._task.pipeline.release(self._aggregate(found, counted, version))
+
+    def _sealed(self, record: AssignmentRecord, version: int) -> SealedReport:
+        if record.report is None:
+            raise StorageUnavailable(f"assignment {record.assignment_id} has no report to read back")
+        shares = self._load(record)
+        header = ShareHeader(
+            report_id=record.report.report_id,
+            assignment_id=record.assignment_id,
+            device_id=record.device_id,
+            model_version=record.model_version,
+            clip_norm=self._plan.clip_norm,
+            indicator_norm=self._plan.indicator_norm,
+            ciphertext_ids=tuple(ciphertext_id(share, self._plan.suite) for share in shares),
+        )
+        scale = self._task.pipeline.schedule.scale(version - record.model_version, version)
+
+        def load(index: int) -> bytes:
+            # Read again for each aggregator: a cohort's shares need not fit into memory at once.
+            return bytes(self._load(record)[index - 1])
+
+        return SealedReport(header, load, record.weight * scale)
+
+    def _aggregate(self, found: SecureSum, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
+        facts, parameters = self._task.pipeline.admitted, found.statement.parameters
+        within = set(found.counted[_ONE_PART])
+        records = [r for r in counted if r.report is not None and r.report.report_id in within]
+        total_weight = sum(r.weight for r in records)
+        denominator = (facts.constant_denominator or total_weight) * facts.max_scale
+        integers = IntegerSum(
+            codes=found.sums[_ONE_PART],
+            fraction_bits=parameters.fraction_bits,
+            denominator=denominator,
+            reach=parameters.bound * parameters.max_weight,
+        )
+        ages: dict[str, int] = {}
+        for record in records:
+            age = str(version - record.model_version)
+            ages[age] = ages.get(age, 0) + 1
+        reasons = sorted(found.rejected.values())
+        measured = {
+            "staleness": ages,
+            "shares_rejected": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
+            "aggregators": dict(found.measurements),
+        }
+        factor = 1.0 if self._codec is None else self._codec.unbias_factor
+        plain = Aggregate(
+            values=self._dense(integers.decoded() * factor, version),
+            kind=facts.kind,
+            count=len(records),
+            total_weight=total_weight,
+            sensitivity={a: s * factor for a, s in sensitivity_of_mean(facts, denominator).items()},
+            measurements=measured,
+            integers=integers,
+        )
+        if not parameters.noise_multiplier:
+            return plain
+        # The noise is a multiple of what one update can add to the sum, and is divided with it.
+        stddev = parameters.noise_multiplier * plain.sensitivity[Adjacency.ZERO_OUT]
+        return PrivateAggregate(**vars(plain), noise_stddev=stddev, adjacency=self._adjacency)
+
+    @property
+    def _adjacency(self) -> Adjacency:
+        return Adjacency(self._task.settings.privacy.adjacency)
+
+    def _dense(self, values: Float64Array, version: int) -> Float64Array:
+        """The opened sum at the coordinates of the update."""
+        codec = self._codec
+        return values if codec is None else _expanded(codec, values, self._task.round_seed(version))
+
+
+def _expanded(codec: Codec, values: Float64Array, seed: int) -> Float64Array:
+    if codec.spec.method is CompressionMethod.RANDOMK and not codec.spec.rotation:
+        # Moved, not rounded: the same bits as if the sum had been made of what single devices sent.
+        dense = np.zeros(codec.size, np.float64)
+        dense[support(seed, codec.size, len(values))] = values
+        return dense
+    return codec.expand(values.astype(np.float32), seed).astype(np.float64)
