@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.protocol import sealing
-from client_sdk.protocol.field import Field
 from client_sdk.protocol.sealing import SealingSuite
-from client_sdk.protocol.secure import SecureLayout, encode_shares
-from client_sdk.protocol.shamir import Scheme, reconstruct, share_seeded
+from client_sdk.protocol.secure import encode_shares
+from client_sdk.protocol.shamir import reconstruct, share_seeded
 from server_ref.secure.aggregator import Aggregator
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.intake import accepted_terms
+from server_ref.secure.layout import secure_layout
 from server_ref.secure.messages import (
     AcceptedSet,
     AggregateShare,
@@ -144,12 +144,7 @@ class Parties:
         for i in live or self.indices:
             self.stores[i] = self.open_store(self._folder(i))
             self.ports[i] = self._port(i)
-        self.layout = SecureLayout(
-            Scheme(parameters.threshold, parameters.num_aggregators, _field(parameters), parameters.packing),
-            size,
-            parameters.indicator,
-            suite,
-        )
+        self.layout = secure_layout(parameters, self.task, suite)
 
     @property
     def indices(self) -> range:
@@ -312,7 +307,3 @@ class Parties:
 def reweighted(uploads: Iterable[Upload], weight: int) -> list[SetEntry]:
     """Entries with this weight."""
     return [upload.entry(weight) for upload in uploads]
-
-
-def _field(parameters: PinnedParameters) -> Field:
-    return Field.by_name(parameters.field)
