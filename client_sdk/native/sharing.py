@@ -171,7 +171,7 @@ class NativeKernels:
     def _split_update(
         self, update: Float32Array, bounds: EncodedBounds, tail: FieldVector, seeds: Sequence[bytes], scheme: Scheme
     ) -> list[FieldVector] | None:
-        """None where one pass does not do it: see ``_Encode``, and an expanded word that is no element."""
+        """None where one pass does not do it: codes beyond their bound, or an expanded word that is no element."""
         encode = _Encode.of(update, bounds)
         if encode is None:
             return None
@@ -192,7 +192,8 @@ class NativeKernels:
 class _Encode:
     """How an update is clipped and rounded at the first attempt, and the norm of what came out.
 
-    A code is within 2^62, and so the kernel's: the clip norm is, as ``EncodedBounds`` has it, at most 2^60.
+    ``EncodedBounds`` keeps clip norms from 2**-40, where clipping a float32 vector rounds to nearest, as the kernel
+    does, to 2**60, where codes are within the kernel's range.
     """
 
     def __init__(self, factor: float, scale: float) -> None:
@@ -202,11 +203,10 @@ class _Encode:
 
     @classmethod
     def of(cls, vector: Float32Array, bounds: EncodedBounds) -> _Encode | None:
-        """None where the kernel does not do it: the dtype is refused, or products are rounded towards zero."""
+        """None for another dtype, which is refused elsewhere."""
         if vector.dtype != np.float32:
             return None
-        plan = plan_clip(vector, bounds.clip_norm)
-        return None if plan.towards_zero else cls(plan.factor, 1 / bounds.step)
+        return cls(plan_clip(vector, bounds.clip_norm).factor, 1 / bounds.step)
 
     def run(self, lib: ctypes.CDLL, values: Float32Array) -> _Int64Array:
         """The codes of contiguous values."""
