@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.protocol import sealing
-from client_sdk.protocol.field import Field
 from client_sdk.protocol.sealing import SealingSuite
-from client_sdk.protocol.secure import SecureLayout, encode_shares
-from client_sdk.protocol.shamir import Scheme, reconstruct, share_seeded
+from client_sdk.protocol.secure import encode_shares
+from client_sdk.protocol.shamir import reconstruct, share_seeded
 from server_ref.secure.aggregator import Aggregator
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.intake import accepted_terms
+from server_ref.secure.layout import secure_layout
 from server_ref.secure.messages import (
     AcceptedSet,
     AggregateShare,
@@ -104,6 +104,7 @@ class Parties:
         random: The aggregators' randomness.
         wrap: How the coordinator reaches an aggregator.
         size: Coordinates of an update.
+        live: Which aggregators there are; all by default.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Parties:
         random: Callable[[int], bytes] = os.urandom,
         wrap: Callable[[Aggregator], AggregatorPort] = lambda aggregator: aggregator,
         size: int = SIZE,
+        live: Iterable[int] | None = None,
     ) -> None:
         self.parameters = parameters = parameters or pinned()
         self.task = TASK.model_copy(update={"size": size})
@@ -137,17 +139,12 @@ class Parties:
             )
             for i in range(1, len(peers) + 1)
         ]
-        self.stores: list[AggregatorStore] = []
-        self.ports: list[AggregatorPort] = []
-        for i in self.indices:
-            self.stores.append(self.open_store(self._folder(i)))
-            self.ports.append(self._port(i))
-        self.layout = SecureLayout(
-            Scheme(parameters.threshold, parameters.num_aggregators, _field(parameters), parameters.packing),
-            size,
-            parameters.indicator,
-            suite,
-        )
+        self.stores: dict[int, AggregatorStore] = {}
+        self.ports: dict[int, AggregatorPort] = {}
+        for i in live or self.indices:
+            self.stores[i] = self.open_store(self._folder(i))
+            self.ports[i] = self._port(i)
+        self.layout = secure_layout(parameters, self.task, suite)
 
     @property
     def indices(self) -> range:
@@ -155,25 +152,25 @@ class Parties:
         return range(1, self.parameters.num_aggregators + 1)
 
     def __getitem__(self, index: int) -> AggregatorPort:
-        return self.ports[index - 1]
+        return self.ports[index]
 
     def _port(self, index: int) -> AggregatorPort:
         i = index - 1
-        return self.wrap(Aggregator(self.configs[i], self.keys[i], self.stores[i], self.random))
+        return self.wrap(Aggregator(self.configs[i], self.keys[i], self.stores[index], self.random))
 
     def _folder(self, index: int) -> Path:
         return self.folder / f"aggregator-{index}"
 
     def close(self) -> None:
         """Close all stores."""
-        for store in self.stores:
+        for store in self.stores.values():
             store.close()
 
     def restart(self, index: int, open_store: Callable[[Path], AggregatorStore] | None = None) -> AggregatorPort:
         """Let go of all that an aggregator has in memory, and open what it has on disk."""
-        self.stores[index - 1].close()
-        self.stores[index - 1] = (open_store or self.open_store)(self._folder(index))
-        self.ports[index - 1] = self._port(index)
+        self.stores[index].close()
+        self.stores[index] = (open_store or self.open_store)(self._folder(index))
+        self.ports[index] = self._port(index)
         return self[index]
 
     # --- a device ------------------------------------------------------------------------------------------------
@@ -310,7 +307,3 @@ class Parties:
 def reweighted(uploads: Iterable[Upload], weight: int) -> list[SetEntry]:
     """Entries with this weight."""
     return [upload.entry(weight) for upload in uploads]
-
-
-def _field(parameters: PinnedParameters) -> Field:
-    return Field.by_name(parameters.field)

@@ -221,7 +221,7 @@ class Field:
         return lambda block, out: blocks.multiply(block, constant, out)
 
     def sum(self, vector: FieldVector) -> int:
-        """Sum of the elements, from 0 to p - 1; 0 for none."""
+        """Sum of the elements, from 0 to p - 1; 0 for none. Its last steps are on Python's integers, as ``inner``'s."""
         blocks = self.arithmetic()
         return sum(self._total(blocks.load(vector[part])) for part in slices(len(vector))) % self.modulus
 

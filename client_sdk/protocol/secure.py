@@ -133,9 +133,16 @@ class SecureLayout:
 
 
 def encode_shares(shares: SeededShares, layout: SecureLayout) -> list[bytes]:
-    """What is sealed to each aggregator, in order."""
-    field = layout.scheme.field
-    return [*(_SEED + seed for seed in shares.seeds), *(_VECTOR + field.to_bytes(each) for each in shares.vectors)]
+    """What is sealed to each aggregator, in order.
+
+    Raises:
+        ShapeMismatch: Shares of another secret than the layout has.
+    """
+    if len(shares.seeds) != layout.num_seeds or any(len(each) != layout.share_length for each in shares.vectors):
+        raise ShapeMismatch(f"these are not shares of {layout.length} coordinates")
+    vectors = (np.ascontiguousarray(each, "<u8").reshape(-1).view(np.uint8).data for each in shares.vectors)
+    # Joined, so that each vector is copied once.
+    return [*(_SEED + seed for seed in shares.seeds), *(b"".join((_VECTOR, each)) for each in vectors)]
 
 
 def decode_share(plaintext: bytes, layout: SecureLayout, index: int) -> FieldVector:

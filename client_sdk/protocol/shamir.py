@@ -31,6 +31,7 @@ __all__ = [
     "SharingKernels",
     "Weights",
     "by_index",
+    "draw_seeds",
     "lagrange_weights",
     "reconstruct",
     "reconstruct_degree",
@@ -120,10 +121,20 @@ def share_seeded(
         ConfigurationError: The source gave no seeds of 32 bytes, or the same one twice.
     """
     scheme.field.require(secret)
+    seeds = draw_seeds(scheme, random)
+    return SeededShares(seeds, tuple(kernels.split_seeded(secret, seeds, scheme)))
+
+
+def draw_seeds(scheme: Scheme, random: RandomBytes) -> tuple[bytes, ...]:
+    """The seeds of the first t - 1 shares of one secret.
+
+    Raises:
+        ConfigurationError: The source gave no seeds of 32 bytes, or the same one twice.
+    """
     seeds = tuple(bytes(random(SEED_BYTES)) for _ in range(scheme.threshold - 1))
     if any(len(seed) != SEED_BYTES for seed in seeds) or len(set(seeds)) < len(seeds):
         raise ConfigurationError("the source of randomness does not give seeds: they are short, or one comes twice")
-    return SeededShares(seeds, tuple(kernels.split_seeded(secret, seeds, scheme)))
+    return seeds
 
 
 def by_index(shares: Iterable[tuple[int, FieldVector]], scheme: Scheme) -> dict[int, FieldVector]:

@@ -1,7 +1,7 @@
 """Whether shares lie on one polynomial, and which ones do not.
 
-More shares than are needed to open a vector check each other: with ``needed + 1`` a wrong share shows, and with two more
-for each wrong one it is located, as in any Reed-Solomon code. What cannot be known is said to be ``ambiguous``.
+More shares than are needed to open a vector check each other: with ``needed + 1`` a wrong share shows, and with two
+more than needed for each wrong one it is located, as in any Reed-Solomon code. What cannot be known is ``ambiguous``.
 
 Nothing here tells a wrong secret from a right one: whoever makes all shares can share what he likes.
 """
@@ -135,7 +135,7 @@ def _consistent(shares: Mapping[int, FieldVector], degree: int, field: Field, ke
     )
 
 
-# --- Reed-Solomon decoding [Gao 2003]; polynomials are lists of coefficients modulo p, the constant first ---------------
+# --- Reed-Solomon decoding [Gao 2003]; polynomials are lists of coefficients modulo p, the constant first -------------
 
 
 def _decode(points: Sequence[int], values: Sequence[int], degree: int, p: int) -> list[int] | None:

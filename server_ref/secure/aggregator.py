@@ -15,9 +15,9 @@ from dataclasses import replace
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.errors import ConfigurationError
-from client_sdk.protocol.field import Field, FieldVector
+from client_sdk.protocol.field import FieldVector
 from client_sdk.protocol.secure import SecureLayout
-from client_sdk.protocol.shamir import NUMPY_KERNELS, Scheme, SharingKernels
+from client_sdk.protocol.shamir import NUMPY_KERNELS, SharingKernels
 from server_ref.aggregation.accounting import DistributedRelease
 from server_ref.secure import queries, tables
 from server_ref.secure.challenges import Challenges
@@ -37,6 +37,7 @@ from server_ref.secure.errors import (
 )
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.intake import Intake
+from server_ref.secure.layout import secure_layout
 from server_ref.secure.ledger import charge, check_budget, release_of
 from server_ref.secure.messages import (
     UNSIGNED,
@@ -161,9 +162,7 @@ class Aggregator:
             task = self._load_task(connection)
         if task is None:
             raise TaskNotBound
-        pinned = self._pinned
-        scheme = Scheme(pinned.threshold, pinned.num_aggregators, Field.by_name(pinned.field), pinned.packing)
-        return task, SecureLayout(scheme, task.size, pinned.indicator, self._config.suite)
+        return task, secure_layout(self._pinned, task, self._config.suite)
 
     # --- reports -----------------------------------------------------------------------------------------------
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from client_sdk.protocol.secure import SecureLayout, decode_share, encode_shares
-from client_sdk.protocol.shamir import share_seeded
 
 from client_sdk.protocol import discrete_gaussian, sealing
 from client_sdk.protocol.errors import MalformedShare, SealingFailed
 from client_sdk.protocol.field import FieldVector
+from client_sdk.protocol.secure import SecureLayout, decode_share, encode_shares
+from client_sdk.protocol.shamir import share_seeded
 from server_ref.secure.errors import NoiseRejected
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.messages import UNSIGNED, NoiseContribution, NoiseHeader, NoiseShare, RoundStatement
@@ -63,7 +63,7 @@ def make_contribution(
         encoded = encode_shares(share_seeded(secret, layout.scheme, random), layout)
         plaintexts = [so_far + share for so_far, share in zip(plaintexts, encoded, strict=True)]
     sealed = tuple(
-        sealing.seal(plaintext, config.sealing_key(receiver), _info(statement, config.index, receiver))
+        sealing.seal(plaintext, config.sealing_key(receiver), noise_info(statement, config.index, receiver))
         for receiver, plaintext in enumerate(plaintexts, 1)
     )
     header = NoiseHeader(
@@ -121,7 +121,7 @@ def _open(
     ):
         raise NoiseRejected(f"the noise of aggregator {header.sender} is not what it sealed for this aggregator")
     try:
-        plaintext = sealing.open(share.sealed, keys.sealing, _info(statement, header.sender, config.index))
+        plaintext = sealing.open(share.sealed, keys.sealing, noise_info(statement, header.sender, config.index))
         length = layout.plaintext_bytes(config.index)
         parts = len(statement.accepted.parts)
         if len(plaintext) != parts * length:
@@ -133,7 +133,8 @@ def _open(
         raise NoiseRejected(f"the noise of aggregator {header.sender} cannot be read") from e
 
 
-def _info(statement: RoundStatement, sender: int, receiver: int) -> bytes:
+def noise_info(statement: RoundStatement, sender: int, receiver: int) -> bytes:
+    """What a sealed share of noise is bound to."""
     return sealing.noise_info(
         task_id=statement.task_id,
         round_id=statement.round_id,

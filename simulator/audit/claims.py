@@ -36,7 +36,7 @@ from simulator.audit.neighbours import Claim
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
-CLIP_NORM, CLIENTS, SIZE, RATIO = 1.5, 21, 200, 0.05
+CLIP_NORM, CLIENTS, SIZE, RATIO = 1.5, 13, 100, 0.05
 KEPT = max(1, int(SIZE * RATIO))
 
 

@@ -107,14 +107,13 @@ def neighbours(claim: Claim, seed: int) -> Iterator[tuple[Float32Array, Float32A
 
 
 def _updates(claim: Claim) -> Iterator[Float32Array]:
-    """What one client may send: as long as allowed or far longer, on few coordinates or on all."""
-    for support in sorted({1, claim.kept, claim.size}):
+    """What one client may send: as long as allowed or far longer, on few coordinates or on all, or on others."""
+    supports = [(0, 1), (0, claim.kept), (0, claim.size), (claim.kept, min(2 * claim.kept, claim.size))]
+    for start, stop in sorted({s for s in supports if s[0] < s[1]}):
         update = np.zeros(claim.size, np.float32)
-        update[:support] = claim.clip_norm / math.sqrt(support)
+        update[start:stop] = claim.clip_norm / math.sqrt(stop - start)
         yield update
-        yield update * np.float32(1e6)
-        if support < claim.size:
-            yield update[::-1].copy()
+    yield np.full(claim.size, 1e6 * claim.clip_norm, np.float32)
 
 
 def _cohorts(claim: Claim, seed: int) -> Sequence[Float32Array]:

@@ -91,6 +91,15 @@ def test_a_mask_is_no_small_number():
     assert all(20 < sum(mask >> 58 == eighth for mask in masks) < 90 for eighth in range(8))
 
 
+def test_shares_of_another_secret_are_not_encoded():
+    layout, longer = SecureLayout(Scheme(), 3), SecureLayout(Scheme(), 4)
+    fewer = SecureLayout(Scheme(2, 5), 3)
+    for other in (longer, fewer):
+        shares = share_seeded(other.secret(np.zeros(other.num_values, np.int64), bytes(32)), other.scheme)
+        with pytest.raises(ShapeMismatch, match="not shares of"):
+            encode_shares(shares, layout)
+
+
 @given(layouts())
 def test_another_number_of_codes_is_refused(layout: SecureLayout):
     with pytest.raises(ShapeMismatch, match="codes are shared"):

@@ -47,6 +47,7 @@ from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
 from tests.vectors.compression import compression
 from tests.vectors.sealing import HASH, HYBRID_KEYS, ID, OTHER_ID, SEALING_KEYS, sealing, sealing_shares
+from tests.vectors.shares import shares, shares_checked
 
 FOLDER = Path(__file__).parent
 
@@ -387,6 +388,8 @@ GENERATORS = {
     "compression.json": compression,
     "sealing.json": sealing,
     "sealing_shares.json": sealing_shares,
+    "shares.json": shares,
+    "shares_checked.json": shares_checked,
 }
 
 

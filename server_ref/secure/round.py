@@ -1,0 +1,366 @@
+"""One secure round at the coordinator: from sealed reports to the sum that a quorum of aggregators agreed on.
+
+The coordinator relays, and is trusted with nothing but availability: what an aggregator says is checked against its
+pinned key, and what the coordinator asks for is checked by each aggregator against its own configuration.
+
+A round survives its coordinator. Before anything happens that cannot be undone, the state goes into the journal, so
+that another coordinator finishes the round with the same set, the same noise and hence the same bits::
+
+    CHECKING      before reports are challenged (each is challenged once)
+    CONTRIBUTING  the set is fixed; another run draws other noise for the same set
+    COMMITTING    before the first signature is asked for; from here on nothing changes any more
+    COMMITTED     a quorum has signed; the sum can be opened again and again
+
+Too few aggregators end a run with ``NotEnoughAggregators``: nothing is released, and ``run`` is called again later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.privacy import EncodedBounds
+from client_sdk.protocol.shamir import NUMPY_KERNELS, SharingKernels
+from server_ref.secure.delivery import Delivery
+from server_ref.secure.errors import (
+    AnswerRejected,
+    NotEnoughAggregators,
+    RoundAbandoned,
+    SecureRoundError,
+    StaleRun,
+)
+from server_ref.secure.keys import Peers
+from server_ref.secure.layout import secure_layout
+from server_ref.secure.messages import (
+    AcceptedSet,
+    CommitSignature,
+    NoiseContribution,
+    RoundStatement,
+    TaskBinding,
+)
+from server_ref.secure.panel import Panel, Replies, most_common
+from server_ref.secure.parameters import PinnedParameters, RoundParameters
+from server_ref.secure.port import AggregatorPort
+from server_ref.secure.recovery import open_sums, read_answer
+from server_ref.secure.round_check import ReportCheck
+from server_ref.secure.round_messages import (
+    Journal,
+    Parity,
+    Phase,
+    RoundState,
+    SealedReport,
+    SecureSum,
+)
+from server_ref.secure.round_noise import read_contribution
+from server_ref.secure.rules import check_statement
+from server_ref.secure.stages_table import Stage, StagesTable
+
+_log = logging.getLogger("pocketfed.secure")
+
+
+class SecureRound:
+    """Runs the secure rounds of one task, one at a time.
+
+    Args:
+        ports: The aggregators, that with index 1 first: ``HttpAggregator``, or ``Aggregator`` in this process.
+        peers: Their public keys, as every party pins them.
+        parameters: What all aggregators pin.
+        task: The task that they serve.
+        journal: Keeps the state of rounds.
+        parity: Whether reports' shares are checked against each other.
+        correct: Demand enough aggregators for correcting a wrong answer. Wrong answers are looked for anyway.
+        kernels: What computes on shares.
+
+    Raises:
+        ConfigurationError: So few aggregators cannot do what is asked for; the message says what they can.
+    """
+
+    def __init__(
+        self,
+        ports: Sequence[AggregatorPort],
+        peers: Peers,
+        parameters: PinnedParameters,
+        task: TaskBinding,
+        journal: Journal,
+        *,
+        parity: Parity = Parity.WHEN_POSSIBLE,
+        correct: bool = False,
+        kernels: SharingKernels = NUMPY_KERNELS,
+    ) -> None:
+        n = parameters.num_aggregators
+        if not len(ports) == len(peers.peers) == n:
+            raise ConfigurationError(
+                f"{n} aggregators have as many ports and keys, not {len(ports)} and {len(peers.peers)}"
+            )
+        self.table = StagesTable(parameters)
+        wanted = [Stage.COMMIT, Stage.OPEN, Stage.CONTRIBUTE]
+        wanted += [Stage.CHECK] if parity is Parity.REQUIRED else []
+        wanted += [Stage.CORRECT] if correct else []
+        self.table.require_possible(*wanted)
+        self._panel = Panel(dict(enumerate(ports, 1)), peers.peers, parameters, task)
+        self._parameters = parameters
+        self._task = task
+        self._journal = journal
+        self._parity = parity
+        self._kernels = kernels
+        self._layout = secure_layout(parameters, task, peers.suite)
+        self._delivery = Delivery(self._panel, self.table, self._layout)
+        self._check = ReportCheck(
+            self._panel, self.table, self._layout.scheme, self._save, required=parity is Parity.REQUIRED
+        )
+        self._noise: dict[int, NoiseContribution] = {}
+
+    def close(self) -> None:
+        """Let go of the threads; the ports stay open."""
+        self._panel.close()
+
+    def deliver(self, round_id: int, reports: Sequence[SealedReport]) -> None:
+        """Pass reports on as they come in, so that ``run`` need not. Failures do not matter: ``run`` tries again."""
+        self._delivery.deliver(round_id, reports, self._panel.present().indices)
+
+    def abandon(self, round_id: int) -> None:
+        """Give a round up for good. What was signed stays spent: its reports, its part of the budget."""
+        state = self._load(round_id) or RoundState(round_id=round_id, phase=Phase.ABANDONED)
+        self._save(state.model_copy(update={"phase": Phase.ABANDONED}))
+
+    def run(
+        self, round_id: int, reports: Sequence[SealedReport], *, noise_multiplier: float | None = None
+    ) -> SecureSum:
+        """Sum these reports, or finish what was begun for the round.
+
+        Args:
+            round_id: Never used for two sums.
+            reports: In the order in which ties are broken. Of a round that was begun, those that it names are needed
+                again; others are left out once its set is fixed.
+            noise_multiplier: Of a public noise schedule, where it is above the pinned one.
+
+        Raises:
+            NotEnoughAggregators: Too few answer now; nothing was released. Call again later.
+            AnswersInconsistent: As that; with more answers the wrong ones might be located.
+            RoundAbandoned: The round will give no sum.
+            AggregatorRefusal: The aggregators refuse the set or its parameters (``CohortTooSmall``, ``BudgetSpent``,
+                ...), and nobody has signed it.
+        """
+        state = self._load(round_id)
+        if state is not None and state.phase is Phase.ABANDONED:
+            raise RoundAbandoned(f"round {round_id} was abandoned")
+        present = self._panel.present()
+        self.table.require_live(Stage.OPEN, present.indices, present.why())
+        if state is None or state.statement is None:
+            state = self._fix_set(state, round_id, reports, present.indices, noise_multiplier)
+        by_id = {report.report_id: report for report in reports}
+        if state.phase is Phase.CONTRIBUTING:
+            state = self._contribute(state, by_id)
+        if state.phase is Phase.COMMITTING or self._lacks_signers(state, present.indices):
+            state = self._commit(state, by_id, present.indices)
+        return self._open(state, present)
+
+    # --- the journal ---
+
+    def _load(self, round_id: int) -> RoundState | None:
+        found = self._journal.load(round_id)
+        return None if found is None else RoundState.model_validate_json(found)
+
+    def _save(self, state: RoundState, **changes: Any) -> RoundState:  # noqa: ANN401 - fields of the state
+        state = state.model_copy(update=changes)
+        self._journal.save(state.round_id, state.model_dump_json())
+        return state
+
+    # --- the set ---
+
+    def _fix_set(
+        self,
+        state: RoundState | None,
+        round_id: int,
+        reports: Sequence[SealedReport],
+        live: tuple[int, ...],
+        noise_multiplier: float | None,
+    ) -> RoundState:
+        state = state or RoundState(round_id=round_id, phase=Phase.CHECKING)
+        holders, refused = self._delivery.settle(round_id, reports, live)
+        state = state.model_copy(update={"rejected": {**state.rejected, **refused}})
+        if self._parity is not Parity.OFF:
+            state, holders = self._check.run(state, reports, holders)
+        counted = [report for report in reports if report.report_id not in state.rejected]
+        parts: list[list[SealedReport]] = [[] for _ in range(1 + max((r.part for r in reports), default=0))]
+        for report in counted:
+            parts[report.part].append(report)
+        statement = RoundStatement(
+            task_id=self._task.task_id,
+            round_id=round_id,
+            run=0,
+            contributors=holders if self._parameters.aggregators_add_noise else (),
+            accepted=AcceptedSet(parts=tuple(tuple(r.entry() for r in part) for part in parts)),
+            parameters=self._round_parameters(counted, noise_multiplier),
+        )
+        check_statement(statement, self._parameters, self._task.task_id)
+        return self._save(state, phase=Phase.CONTRIBUTING, statement=statement)
+
+    def _round_parameters(self, counted: Sequence[SealedReport], noise_multiplier: float | None) -> RoundParameters:
+        """What is pinned, or more: the noise covers the largest norm that a counted device was given."""
+        pinned = self._parameters.round_parameters()
+        bits = self._parameters.fraction_bits
+        norms = {report.header.clip_norm for report in counted}
+        bounds = [EncodedBounds(clip_norm=norm, fraction_bits=bits).norm_bound for norm in norms]
+        changes: dict[str, Any] = {"bound": max(bounds, default=pinned.bound)}
+        if noise_multiplier is not None:
+            changes["noise_multiplier"] = noise_multiplier
+        return pinned.model_copy(update=changes)
+
+    # --- noise ---
+
+    def _contribute(self, state: RoundState, by_id: Mapping[str, SealedReport]) -> RoundState:
+        """Noise of all contributors, in as many runs as it takes to find contributors that all answer."""
+        self._noise = {}
+        statement = _stated(state)
+        for _ in range(self._parameters.num_aggregators + 1):
+            replies = self._ask_noise(statement, by_id)
+            if not replies.failed:
+                self._noise = replies.good
+                return self._save(state, phase=Phase.COMMITTING)
+            # Who refuses only because of another run can take part in the next one.
+            refused = {i: e for i, e in replies.refusals().items() if not isinstance(e, StaleRun)}
+            stale = replies.refusals().keys() - refused.keys()
+            left = tuple(i for i in statement.contributors if i in replies.good or i in stale)
+            if self._parameters.num_aggregators - len(refused) < self.table.needed(Stage.CONTRIBUTE):
+                raise most_common(refused.values())
+            self.table.require_live(Stage.CONTRIBUTE, left, replies.why())
+            statement = next_run(statement, left)
+            state = self._save(state, statement=statement)
+        raise NotEnoughAggregators(
+            "every run finds another aggregator missing",
+            stage=Stage.CONTRIBUTE,
+            needed=self.table.needed(Stage.CONTRIBUTE),
+            live=statement.contributors,
+        )
+
+    def _ask_noise(self, statement: RoundStatement, by_id: Mapping[str, SealedReport]) -> Replies[NoiseContribution]:
+        def contribute(port: AggregatorPort, index: int) -> NoiseContribution:
+            return read_contribution(port.contribute(statement), index, statement, self._panel.peers)
+
+        question = self._delivery.with_reports(contribute, statement, by_id)
+        return self._panel.ask(statement.contributors, question, "contribute noise")
+
+    # --- the signatures ---
+
+    def _lacks_signers(self, state: RoundState, live: tuple[int, ...]) -> bool:
+        """Whether those who signed and are there are too few to open the sum, where others might still sign."""
+        signers = {signature.index for signature in state.signatures} & set(live)
+        return len(signers) < min(self.table.needed(Stage.OPEN), len(live))
+
+    def _commit(self, state: RoundState, by_id: Mapping[str, SealedReport], live: tuple[int, ...]) -> RoundState:
+        statement = _stated(state)
+        known = {signature.index: signature for signature in state.signatures}
+        replies: Replies[CommitSignature] = Replies()
+        noise = self._noise_for(statement, by_id)
+        if noise is not None:
+
+            def commit(port: AggregatorPort, index: int) -> CommitSignature:
+                signature = port.commit(statement, [one.for_receiver(index) for one in noise])
+                return self._authentic(signature, index, statement)
+
+            question = self._delivery.with_reports(commit, statement, by_id)
+            replies = self._panel.ask([i for i in live if i not in known], question, "sign")
+            known |= replies.good
+        signatures = tuple(known[i] for i in sorted(known))
+        if len(known) >= self.table.needed(Stage.COMMIT):
+            self._noise = {}
+            return self._save(state, phase=Phase.COMMITTED, signatures=signatures)
+        state = self._save(state, signatures=signatures)
+        self._end_if_hopeless(state, replies)
+        why = replies.why() if noise is not None else "the noise of a contributor that does not answer is missing"
+        self.table.require_live(Stage.COMMIT, tuple(sorted(known)), why)
+        return state
+
+    def _noise_for(
+        self, statement: RoundStatement, by_id: Mapping[str, SealedReport]
+    ) -> tuple[NoiseContribution, ...] | None:
+        """What was contributed to this very statement; None if a contributor does not repeat it."""
+        held = self._noise
+        if any(held[i].header.statement_sha256 != statement.sha256 for i in held) or not held:
+            held = self._ask_noise(statement, by_id).good
+        if set(held) != set(statement.contributors):
+            return None
+        self._noise = held
+        return tuple(held[i] for i in statement.contributors)
+
+    def _authentic(self, signature: CommitSignature, index: int, statement: RoundStatement) -> CommitSignature:
+        about = (signature.index, signature.round_id, signature.statement_sha256)
+        if about != (index, statement.round_id, statement.sha256):
+            raise AnswerRejected(f"aggregator {index} signed something else")
+        if not self._panel.signed(index, signature.signed_bytes(), signature.signature):
+            raise AnswerRejected(f"the signature of aggregator {index} is not by its pinned key")
+        return signature
+
+    def _end_if_hopeless(self, state: RoundState, replies: Replies[CommitSignature]) -> None:
+        """Where so many aggregators refuse that a quorum will never sign, say so."""
+        refused = replies.refusals()
+        if self._parameters.num_aggregators - len(refused) >= self.table.needed(Stage.COMMIT):
+            return
+        common = most_common(refused.values())
+        if not state.signatures and len(refused) == len(replies.failed):
+            # Nobody signed, for certain: the round may begin anew, should the reason go away.
+            statement = _stated(state)
+            self._save(state, phase=Phase.CONTRIBUTING, statement=next_run(statement, statement.contributors))
+            raise common
+        self._save(state, phase=Phase.ABANDONED)
+        raise RoundAbandoned(
+            f"round {state.round_id} can never be signed by enough aggregators: {replies.why()}"
+        ) from common
+
+    # --- the sum ---
+
+    def _open(self, state: RoundState, present: Replies[Any]) -> SecureSum:
+        statement = _stated(state)
+        replies = self._panel.ask(
+            present.indices,
+            lambda port, index: read_answer(
+                port.answer(state.round_id, state.signatures), index, statement, self._layout, self._panel.peers
+            ),
+            "answer",
+        )
+        self.table.require_live(Stage.OPEN, replies.indices, replies.why())
+        opened = open_sums(replies.good, self._layout, self._kernels)
+        for index in opened.tampered:
+            _log.error("aggregator %d answered round %d wrongly; its share was left out", index, state.round_id)
+        size = self._layout.size
+        parts = statement.accepted.parts
+        return SecureSum(
+            sums=tuple(values[:size] for values in opened.values),
+            indicator_sums=tuple(int(v[size]) for v in opened.values) if self._layout.indicator else None,
+            counted=tuple(tuple(entry.report_id for entry in part) for part in parts),
+            total_weights=tuple(sum(entry.weight for entry in part) for part in parts),
+            rejected=dict(state.rejected),
+            statement=statement,
+            measurements={
+                "run": statement.run,
+                "parity": state.parity,
+                "contributors": list(statement.contributors),
+                "signed": [signature.index for signature in state.signatures],
+                "answered": list(replies.indices),
+                "integrity": str(opened.integrity),
+                "tampered": list(opened.tampered),
+                "missing": {i: type(e).__name__ for i, e in sorted({**present.failed, **replies.failed}.items())},
+            },
+        )
+
+
+def next_run(statement: RoundStatement, contributors: tuple[int, ...]) -> RoundStatement:
+    """The same set for another run, perhaps with other contributors."""
+    # A copy would keep the cached hash of the original.
+    return RoundStatement(
+        task_id=statement.task_id,
+        round_id=statement.round_id,
+        run=statement.run + 1,
+        contributors=contributors,
+        accepted=statement.accepted,
+        parameters=statement.parameters,
+    )
+
+
+def _stated(state: RoundState) -> RoundStatement:
+    if state.statement is None:
+        raise SecureRoundError(f"the journal of round {state.round_id} has no statement in phase {state.phase}")
+    return state.statement
