@@ -7,18 +7,26 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from client_sdk.protocol.errors import PocketfedError, StorageUnavailable
 from server_ref.aggregation.batch import Aggregate
 from server_ref.aggregation.delay import DelayCorrection
+from server_ref.aggregation.errors import PrivacyBudgetExhausted
 from server_ref.aggregation.monitoring import DivergenceDetector, DivergenceState, Health
 from server_ref.aggregation.server_state import ServerState
 from server_ref.assignments import AssignmentRecord, Closing
 from server_ref.durable import RoundOutcome
+from server_ref.secure.errors import AnswersInconsistent, BudgetSpent, NotEnoughAggregators
 from server_ref.task import Task
+
+AWAITED: Final = (NotEnoughAggregators, AnswersInconsistent)
+"""More aggregators have to answer first: nothing was released and nothing is lost, the same buffer closes later."""
+
+SPENT: Final = (PrivacyBudgetExhausted, BudgetSpent)
+"""Nothing is released any more: the task is over."""
 
 _log = logging.getLogger("pocketfed.coordinator")
 
@@ -58,6 +66,7 @@ def close_buffer(task: Task, state: Standing, buffer: Reducible, closing: Closin
 
     Raises:
         StorageUnavailable: A report cannot be read back; nothing is lost, the buffer closes later.
+        NotEnoughAggregators, AnswersInconsistent: As that: more aggregators have to answer first.
     """
     ages = [closing.round_id - r.model_version for r in closing.counted]
     optimizer, step, norm = state.optimizer, None, None
@@ -71,8 +80,12 @@ def close_buffer(task: Task, state: Standing, buffer: Reducible, closing: Closin
         norm = float(np.linalg.norm(aggregate.values[: optimizer.size]))
         measurements["aggregate_norm"] = norm
         optimizer = task.pipeline.apply(optimizer, aggregate, staleness=ages, round_id=closing.round_id)
-    except StorageUnavailable:
+    except (StorageUnavailable, *AWAITED):
         raise
+    except SPENT as e:
+        _log.error("round %d is not released: %s", closing.round_id, e)
+        measurements["unchanged"] = type(e).__name__
+        return RoundOutcome(optimizer, measurements, divergence_json=state.divergence_json, halted=str(e))
     except PocketfedError as e:
         _log.error("round %d leaves the model unchanged: %s", closing.round_id, e)
         measurements["unchanged"] = type(e).__name__

@@ -158,6 +158,25 @@ class TaskConfig(_Section):
         )
 
 
+class AggregatorsConfig(_Section):
+    """Where the aggregators of a task with shared updates run."""
+
+    mode: Literal["embedded", "remote"] = Field(
+        "embedded", description="embedded: in this process, which gives no secrecy from its operator; remote: elsewhere"
+    )
+    urls: tuple[str, ...] = Field((), description="remote: addresses of the aggregators, that with index 1 first")
+    peers_file: Path | None = Field(None, description="remote: their public keys, made by `pocketfed aggregator peers`")
+    key_file: Path | None = Field(None, description="remote: this coordinator's key; made if there is none")
+    ca_file: Path | None = Field(None, description="remote: certificates to trust instead of the system's")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        remote = self.mode == "remote"
+        if remote != (bool(self.urls) and self.peers_file is not None):
+            raise ValueError("remote aggregators are given by urls and peers_file, and those go with mode = remote")
+        return self
+
+
 class ServerConfig(BaseSettings):
     """One server process."""
 
@@ -174,7 +193,19 @@ class ServerConfig(BaseSettings):
     exit_with_stdin: bool = Field(
         default=False, description="stop when standard input closes: for a parent that must not leave orphans"
     )
+    aggregators: AggregatorsConfig = AggregatorsConfig()
     task: TaskConfig
+
+
+_PATHS = (
+    "data_dir",
+    "task.bundle",
+    "task.validation_data",
+    "aggregators.peers_file",
+    "aggregators.key_file",
+    "aggregators.ca_file",
+)
+"""Settings that are taken from the folder of the file."""
 
 
 def load_config(path: Path | None = None, overrides: dict[str, Any] | None = None) -> ServerConfig:
@@ -187,7 +218,7 @@ def load_config(path: Path | None = None, overrides: dict[str, Any] | None = Non
     Raises:
         ConfigurationError: Unreadable file, unknown key, or a value that cannot be.
     """
-    values = {} if path is None else read_toml(path, ("data_dir", "task.bundle", "task.validation_data"))
+    values = {} if path is None else read_toml(path, _PATHS)
     try:
         config = layered(ServerConfig, values, overrides or {})
         config.task.policy()

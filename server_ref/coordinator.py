@@ -42,14 +42,16 @@ from server_ref import status
 from server_ref.aggregation.batch import Update
 from server_ref.assignments import AssignmentRecord, Closing, ReportFile, Waiting
 from server_ref.background import Background
-from server_ref.buffer import OpenBuffer
+from server_ref.buffers import Buffers
 from server_ref.checkin import AtCheckIn
 from server_ref.clock import Clock
-from server_ref.closing import close_buffer
+from server_ref.closing import AWAITED, close_buffer
 from server_ref.config import ServerConfig
 from server_ref.durable import DurableState
 from server_ref.evaluation import Evaluator
 from server_ref.metrics import Metrics
+from server_ref.postponed import Postponed
+from server_ref.private_buffer import Buffer
 from server_ref.recipe import max_payload_bytes
 from server_ref.reports import ReportSchema, open_report
 from server_ref.store import database
@@ -94,9 +96,10 @@ class Coordinator:
             kind=self.task.kind,
             plan=config.task.plan,
             compression=self.task.compression,
-            max_payload_bytes=max_payload_bytes(config.task, manifest),
+            max_payload_bytes=max_payload_bytes(config.task, manifest, self.task.sharing),
             max_header_bytes=config.max_header_bytes,
             withholds_loss=config.task.withholds_loss,
+            layout=None if self.task.sharing is None else self.task.sharing.layout,
         )
         self._state = DurableState(
             config.data_dir,
@@ -108,7 +111,9 @@ class Coordinator:
         )
         self._writer = GroupCommitWriter(self._state.db, self)
         self._background = Background(evaluator, self._evaluated, self._state.blobs.delete)
-        self._buffer = OpenBuffer(self.task.pipeline, self._state.load_update)
+        self._buffers = Buffers(config, self.task, self._state)
+        self._buffer: Buffer
+        self._postponed = Postponed(lambda: self._writer.submit(lambda _connection: None))
         self._to_fold: list[tuple[AssignmentRecord, Update]] = []
         self._deferred: list[tuple[str, CheckInRequest, Future[CheckInReply]]] = []
         self._devices: dict[str, tuple[str, str]] = {}
@@ -123,6 +128,7 @@ class Coordinator:
             ConfigurationError: The directory belongs to a different task.
         """
         self._state.open()
+        self._buffer = self._buffers.open()
         self._selection = AtCheckIn.rebuild(self.config.task, self._state.db)
         self._writer.start()
         self._background.start()
@@ -144,8 +150,10 @@ class Coordinator:
 
     def stop(self) -> None:
         """Finish what is queued and close the stores."""
+        self._postponed.stop()
         self._background.stop()
         self._writer.stop()
+        self._buffers.close()
         self._state.db.dispose()
 
     @property
@@ -224,7 +232,7 @@ class Coordinator:
                     f"assignment {record.assignment_id} is for model version {record.model_version}, "
                     f"the report says {facts.model_version}"
                 )
-            update = self.task.pipeline.open(self._state.encoded(record, envelope))
+            update = self._state.opened(record, envelope)
             sha256 = hashlib.sha256(body).hexdigest()
             file = ReportFile(report_id, sha256, len(body), envelope.train_loss)
             self._state.blobs.put(file.blob_key, body)
@@ -339,9 +347,10 @@ class Coordinator:
             control_sha256=version.control_sha256,
             now=now,
             max_report_bytes=self._schema.max_bytes,
+            secure=self._buffers.announced,
         )
 
-    def _accept(self, assignment_id: str, device_id: str, file: ReportFile, update: Update) -> ReportReply:
+    def _accept(self, assignment_id: str, device_id: str, file: ReportFile, update: Update | None) -> ReportReply:
         with self._lock:
             record = self._state.find(assignment_id, device_id)
             try:
@@ -351,7 +360,8 @@ class Coordinator:
                 self._background.delete(file.blob_key)
                 raise
             if accepted:
-                self._to_fold.append((record, update))
+                if update is not None:
+                    self._to_fold.append((record, update))
                 self.metrics.reports.labels("accepted").inc()
                 self.metrics.report_bytes.inc(file.num_bytes)
                 self.metrics.dense_bytes.inc(4 * self._schema.update_size)
@@ -377,8 +387,8 @@ class Coordinator:
             self._buffer.fold(record, update, version)
             self._on_event("report-folded")
         with self._lock:
-            while (closing := self._state.engine.closing(self._clock.now())) is not None:
-                self._close(closing)
+            if not self._close_what_is_full():
+                return
             if self._state.engine.close_pending(self._clock.now()):
                 return
             deferred, self._deferred = self._deferred, []
@@ -392,6 +402,19 @@ class Coordinator:
             self._selection = AtCheckIn.rebuild(self.config.task, self._state.db)
             self._buffer.reset()
             self._to_fold.clear()
+
+    def _close_what_is_full(self) -> bool:
+        """Close buffers as long as one is full; False where that has to wait for aggregators."""
+        try:
+            while (closing := self._state.engine.closing(self._clock.now())) is not None:
+                if self._postponed.waiting:
+                    return False
+                self._close(closing)
+        except AWAITED as e:
+            _log.warning("the round closes later: %s", e)
+            self._postponed.again()
+            return False
+        return True
 
     def _close(self, closing: Closing) -> None:
         """Turn a full buffer into the next model."""

@@ -24,7 +24,8 @@ from server_ref.aggregation.server_state import CONTROL, ServerState
 from server_ref.assignments import AssignmentRecord, Closing, ReportFile, RoundPolicy
 from server_ref.clock import Clock
 from server_ref.models import GlobalModel, decode_model, encode_control, encode_model
-from server_ref.reports import ReportEnvelope, ReportSchema, encoded_update, open_report
+from server_ref.release_store import ReleaseStore
+from server_ref.reports import ReportEnvelope, ReportSchema, encoded_update, open_report, sealed_shares
 from server_ref.rounds import RoundEngine
 from server_ref.store import database
 from server_ref.store.blobs import BlobStore
@@ -88,6 +89,7 @@ class DurableState:
         self.task = task
         self.blobs = BlobStore(folder / "blobs", quota_bytes)
         self.db = database.open_database(folder / "pocketfed.db")
+        self.releases = ReleaseStore(self.db, self.blobs, clock, task.keeper)
         self._policy = policy
         self._schema = schema
         self._clock = clock
@@ -136,6 +138,7 @@ class DurableState:
             live = database.load_live_assignments(connection)
             given_back = database.load_given_back(connection, state.opened_at)
             self._first_new = database.next_assignment_number(connection)
+            self.releases.reload(connection, latest.version)
         if self._clock.is_virtual:
             # Time is written with a round; between two rounds the assignments tell how far it had come.
             self._clock.advance(max([state.clock_now, *(r.issued_at for r in live)]))
@@ -210,6 +213,7 @@ class DurableState:
         spent = [report.blob_key for record, report in held if self.engine.live(record.assignment_id) is None]
         if previous is not None and previous != version.state_sha256:
             spent.append(_state_key(previous))
+        spent += self.releases.committed(closing.round_id)
         if self.correction is not None and outcome.step is not None:
             self.correction.record(outcome.step)
             oldest = self.engine.version - self._memory
@@ -296,18 +300,40 @@ class DurableState:
             seed=self.task.compression_seed(record),
         )
 
+    def opened(self, record: AssignmentRecord, envelope: ReportEnvelope) -> Update | None:
+        """A report's update, checked; None where it is shared, so that only its form can be.
+
+        Raises:
+            ProtocolError: The refusal, by its class.
+        """
+        if self._schema.layout is not None:
+            sealed_shares(envelope, self._schema, seed=self.task.compression_seed(record))
+            return None
+        return self.task.pipeline.open(self.encoded(record, envelope))
+
     def load_update(self, record: AssignmentRecord) -> Update:
         """A report's update, read back from its blob and checked again.
 
         Raises:
             StorageUnavailable: It is missing or damaged.
         """
+        return self.task.pipeline.open(self.encoded(record, self._load_report(record)))
+
+    def load_shares(self, record: AssignmentRecord) -> list[memoryview]:
+        """The sealed shares of a report, read back from its blob.
+
+        Raises:
+            StorageUnavailable: It is missing or damaged.
+        """
+        return sealed_shares(self._load_report(record), self._schema, seed=self.task.compression_seed(record))
+
+    def _load_report(self, record: AssignmentRecord) -> ReportEnvelope:
         if record.report is None:
             raise StorageUnavailable(f"assignment {record.assignment_id} has no report to read back")
         body = self.blobs.get(record.report.blob_key)
         if hashlib.sha256(body).hexdigest() != record.report.sha256:
             raise StorageUnavailable(f"report {record.report.report_id} is damaged on disk")
-        return self.task.pipeline.open(self.encoded(record, open_report(body, self._schema)))
+        return open_report(body, self._schema)
 
     def load_model(self, version: database.ModelVersion) -> GlobalModel:
         """A model version's weights."""
@@ -331,6 +357,7 @@ class DurableState:
             for key in self.blobs.keys(prefix):
                 if key not in wanted:
                     self.blobs.delete(key)
+        self.releases.delete_orphans()
 
 
 def _state_key(sha256: str) -> str:

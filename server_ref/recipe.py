@@ -18,46 +18,105 @@ from server_ref.aggregation.admission import (
     NoClip,
     ValidateFacts,
 )
-from server_ref.aggregation.batch import Facts
+from server_ref.aggregation.accounting import LedgerKeeper
+from server_ref.aggregation.batch import Facts, Visibility
+from server_ref.aggregation.errors import IndividualUpdatesNeeded
+from server_ref.aggregation.noise import CentralNoise
 from server_ref.aggregation.pipeline import Pipeline
 from server_ref.aggregation.reduce import ExactMean
+from server_ref.aggregation.release import ExternalNoise, NoNoise
 from server_ref.aggregation.robust import DistanceMode, Mixing, RuleOptions
 from server_ref.aggregation.robust_reduce import RobustRule
 from server_ref.aggregation.scaffold import Scaffold
 from server_ref.aggregation.server_optim import server_optimizer
-from server_ref.aggregation.stages import Apply, Clip, Decode, Reduce, Schedule
+from server_ref.aggregation.shared_sum import SharedSum
+from server_ref.aggregation.stages import Apply, Clip, Decode, Noise, Reduce, Schedule
 from server_ref.aggregation.staleness import BufferedSchedule, SynchronousSchedule
 from server_ref.config import TaskConfig
+from server_ref.privacy_plan import PrivacyPlan
+from server_ref.secure_plan import SharingPlan, grid_of
 
 
-def build_pipeline(config: TaskConfig, manifest: Manifest) -> Pipeline:
+def build_pipeline(
+    config: TaskConfig,
+    manifest: Manifest,
+    *,
+    privacy: PrivacyPlan | None = None,
+    keeper: LedgerKeeper | None = None,
+) -> Pipeline:
     """The pipeline of a task.
 
     Args:
         config: Its settings.
         manifest: Of its program: sizes, layers.
+        privacy: The noise that they come to; None for none.
+        keeper: The ledger that is asked before noise is drawn here.
 
     Raises:
         PipelineError: Settings that do not go together; the message says what to change.
         ConfigurationError: A setting that cannot be.
     """
+    size = update_size(config.plan, manifest.num_parameters)
+    if config.secure is not None:
+        return _of_shares(config, size, privacy)
     facts = Facts(
-        size=update_size(config.plan, manifest.num_parameters),
+        size=size,
         kind=UpdateKind.DELTA,
         capacity=config.capacity,
         count=config.buffer_size,
         max_weight=config.max_weight,
         max_abs=config.max_abs,
     )
+    schedule = _schedule(config)
     return Pipeline.build(
-        _schedule(config),
+        schedule,
         ValidateFacts(max_normaliser=_max_normaliser(config.plan)),
         _decode(compression_of(config)),
         _clip(config, manifest),
-        _reduce(config),
+        _reduce(config, schedule.derive(facts).max_scale, privacy),
+        _noise(privacy, keeper),
         _apply(config),
         facts=facts,
+        private=privacy is not None,
     )
+
+
+def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pipeline:
+    """The pipeline of a task whose updates are summed by aggregators: this server sees sums only."""
+    settings = config.aggregation
+    if settings.rule != "mean":
+        raise IndividualUpdatesNeeded(
+            f"{settings.rule} looks at single updates, and with task.secure this server sees their sum only: choose "
+            "the mean, or leave task.secure out"
+        )
+    if config.plan.algorithm in {"scaffold", "fednova"}:
+        raise ConfigurationError(
+            f"{config.plan.algorithm}'s updates are not clipped as one vector of public scale, so they cannot be shared: "
+            "choose fedavg, or leave task.secure out"
+        )
+    if settings.clip_scope != "global":
+        raise ConfigurationError("shared updates have one bound, on the whole: set task.aggregation.clip_scope = global")
+    schedule = _schedule(config)
+    facts = Facts(
+        size=size,
+        kind=UpdateKind.DELTA,
+        visibility=Visibility.SUM,
+        capacity=config.capacity,
+        count=config.buffer_size,
+        max_weight=config.max_weight,
+        norm_bound=settings.clip_norm,
+    )
+    bounds = grid_of(config, schedule.derive(facts).max_scale, privacy)
+    noise = NoNoise() if privacy is None else ExternalNoise(privacy.budget.adjacency, privacy.noise_multiplier)
+    return Pipeline.build(
+        schedule, SharedSum(bounds), noise, _apply(config), facts=facts, private=privacy is not None
+    )
+
+
+def _noise(privacy: PrivacyPlan | None, keeper: LedgerKeeper | None) -> Noise:
+    if privacy is None or keeper is None:
+        return NoNoise()
+    return CentralNoise(privacy.noise_multiplier, keeper, privacy.budget.adjacency)
 
 
 def compression_of(config: TaskConfig) -> CompressionSpec | None:
@@ -66,8 +125,10 @@ def compression_of(config: TaskConfig) -> CompressionSpec | None:
     return None if spec.is_none else spec
 
 
-def max_payload_bytes(config: TaskConfig, manifest: Manifest) -> int:
+def max_payload_bytes(config: TaskConfig, manifest: Manifest, sharing: SharingPlan | None = None) -> int:
     """Largest number of bytes of an update on the wire, without its frame."""
+    if sharing is not None:
+        return sharing.layout.payload_bytes
     size = update_size(config.plan, manifest.num_parameters)
     spec = compression_of(config)
     return 4 * size if spec is None else Codec(spec, size).max_bytes
@@ -107,7 +168,7 @@ def _clip(config: TaskConfig, manifest: Manifest) -> Clip:
     return ClipLayers(settings.clip_norm, tuple(layer for layer in layers if layer[0] < layer[1]))
 
 
-def _reduce(config: TaskConfig) -> Reduce:
+def _reduce(config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None) -> Reduce:
     settings, renormalise = config.aggregation, config.plan.algorithm == "fednova"
     if settings.rule == "mean":
         if settings.num_byzantine or settings.byzantine_fraction:
@@ -115,7 +176,10 @@ def _reduce(config: TaskConfig) -> Reduce:
                 "the mean stands no dishonest update; choose a robust rule (task.aggregation.rule), or do not name a "
                 "number of dishonest updates"
             )
-        return ExactMean(settings.arithmetic, resolution=config.resolution, renormalise=renormalise)
+        if privacy is None:
+            return ExactMean(settings.arithmetic, resolution=config.resolution, renormalise=renormalise)
+        # Noise is as exact as the sum that it is added to: both are integers.
+        return ExactMean("fixed", renormalise=renormalise, bounds=grid_of(config, max_scale, privacy))
     return RobustRule(
         settings.rule,
         num_byzantine=settings.num_byzantine,

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Self
 
 from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.field import Field
 from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.privacy import EncodedBounds, choose_private_grid
 from client_sdk.protocol.sealing import SealingSuite
 from client_sdk.protocol.secure import SecureLayout, shared_size
+from client_sdk.protocol.shamir import Scheme
 from server_ref.config import TaskConfig
 from server_ref.privacy_plan import PrivacyPlan
 from server_ref.protection import SecureConfig
+from server_ref.secure.messages import TaskBinding
 from server_ref.secure.parameters import CheckingMode, PinnedParameters, PinnedPrivacy
 
 
@@ -113,13 +116,26 @@ class SharingPlan:
             clip_norm=pinned.clip_norm,
             noise="none" if pinned.privacy is None else "aggregators",
             max_participations=max_participations,
-            suite=SealingSuite(self.settings.suite),
+            suite=self.suite,
             aggregator_keys=tuple(sealing_keys),
         )
 
-    def layout(self, plan: SecurePlan) -> SecureLayout:
+    @property
+    def suite(self) -> SealingSuite:
+        """How shares are sealed."""
+        return SealingSuite(self.settings.suite)
+
+    def binding(self, task_id: str, parameter_table_sha256: str) -> TaskBinding:
+        """The task that aggregators serve."""
+        return TaskBinding(task_id=task_id, parameter_table_sha256=parameter_table_sha256, size=self.size)
+
+    @property
+    def layout(self) -> SecureLayout:
         """What a device's shares hold."""
-        return SecureLayout.of(plan, self.size)
+        scheme = Scheme(
+            self.pinned.threshold, self.pinned.num_aggregators, Field.by_name(self.pinned.field), self.pinned.packing
+        )
+        return SecureLayout(scheme, self.size, self.pinned.indicator, self.suite)
 
 
 def _pinned_privacy(config: TaskConfig, privacy: PrivacyPlan | None) -> PinnedPrivacy | None:

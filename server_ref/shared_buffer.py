@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from dataclasses import replace
+from typing import Final, Protocol, cast
 
 import numpy as np
 
@@ -12,8 +14,8 @@ from client_sdk.protocol.compression.streams import support
 from client_sdk.protocol.errors import StorageUnavailable
 from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.secure import shared_codec
-from server_ref.aggregation.batch import Adjacency, Aggregate, Float64Array, IntegerSum, PrivateAggregate, Update
-from server_ref.aggregation.reduce import sensitivity_of_mean
+from server_ref.aggregation.batch import Aggregate, Float64Array, PrivateAggregate, Update
+from server_ref.aggregation.shared_sum import SharedSum
 from server_ref.assignments import AssignmentRecord
 from server_ref.secure.messages import ShareHeader, ciphertext_id
 from server_ref.secure.round_messages import SealedReport, SecureSum
@@ -60,7 +62,7 @@ class SharedBuffer:
     def reset(self) -> None:
         """Nothing is kept."""
 
-    def fold(self, record: AssignmentRecord, update: Update | None, version: int) -> None:
+    def fold(self, record: AssignmentRecord, update: Update, version: int) -> None:
         """Nothing is folded before the buffer closes."""
 
     def reduce(self, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
@@ -94,51 +96,39 @@ class SharedBuffer:
         return SealedReport(header, load, record.weight * scale)
 
     def _aggregate(self, found: SecureSum, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
-        facts, parameters = self._task.pipeline.admitted, found.statement.parameters
+        pipeline, parameters = self._task.pipeline, found.statement.parameters
         within = set(found.counted[_ONE_PART])
         records = [r for r in counted if r.report is not None and r.report.report_id in within]
-        total_weight = sum(r.weight for r in records)
-        denominator = (facts.constant_denominator or total_weight) * facts.max_scale
-        integers = IntegerSum(
-            codes=found.sums[_ONE_PART],
-            fraction_bits=parameters.fraction_bits,
-            denominator=denominator,
-            reach=parameters.bound * parameters.max_weight,
-        )
-        ages: dict[str, int] = {}
-        for record in records:
-            age = str(version - record.model_version)
-            ages[age] = ages.get(age, 0) + 1
-        reasons = sorted(found.rejected.values())
-        measured = {
-            "staleness": ages,
-            "shares_rejected": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
-            "aggregators": dict(found.measurements),
-        }
-        factor = 1.0 if self._codec is None else self._codec.unbias_factor
-        plain = Aggregate(
-            values=self._dense(integers.decoded() * factor, version),
-            kind=facts.kind,
+        noise = None
+        if self._task.privacy is not None:
+            # In steps of the grid: a multiple of what one update can add to the sum.
+            stddev = parameters.noise_multiplier * parameters.max_weight * parameters.bound
+            noise = (stddev, self._task.privacy.budget.adjacency)
+        codes = found.sums[_ONE_PART]
+        ages = Counter(str(version - r.model_version) for r in records)
+        opened = cast("SharedSum", pipeline.reduce).aggregate(
+            codes,
+            replace(pipeline.admitted, size=len(codes)),
             count=len(records),
-            total_weight=total_weight,
-            sensitivity={a: s * factor for a, s in sensitivity_of_mean(facts, denominator).items()},
-            measurements=measured,
-            integers=integers,
+            total_weight=sum(r.weight for r in records),
+            noise=noise,
+            measurements={
+                "staleness": dict(sorted(ages.items())),
+                "shares_rejected": dict(Counter(found.rejected.values())),
+                **found.measurements,
+            },
         )
-        if not parameters.noise_multiplier:
-            return plain
-        # The noise is a multiple of what one update can add to the sum, and is divided with it.
-        stddev = parameters.noise_multiplier * plain.sensitivity[Adjacency.ZERO_OUT]
-        return PrivateAggregate(**vars(plain), noise_stddev=stddev, adjacency=self._adjacency)
+        return opened if self._codec is None else self._dense(opened, self._codec, version)
 
-    @property
-    def _adjacency(self) -> Adjacency:
-        return Adjacency(self._task.settings.privacy.adjacency)
-
-    def _dense(self, values: Float64Array, version: int) -> Float64Array:
-        """The opened sum at the coordinates of the update."""
-        codec = self._codec
-        return values if codec is None else _expanded(codec, values, self._task.round_seed(version))
+    def _dense(self, opened: Aggregate, codec: Codec, version: int) -> Aggregate:
+        """The opened sum at the coordinates of the update, right in expectation."""
+        factor = codec.unbias_factor
+        values = _expanded(codec, opened.values * factor, self._task.round_seed(version))
+        sensitivity = {adjacency: factor * value for adjacency, value in opened.sensitivity.items()}
+        changed = replace(opened, values=values, sensitivity=sensitivity, integers=None)
+        if isinstance(changed, PrivateAggregate):
+            return replace(changed, noise_stddev=factor * changed.noise_stddev)
+        return changed
 
 
 def _expanded(codec: Codec, values: Float64Array, seed: int) -> Float64Array:

@@ -13,6 +13,7 @@ from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, 
 from client_sdk.protocol.messages import Assignment, F32Encoding, I64SharesEncoding, SecurePlan
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
+from server_ref.aggregation.accounting import LedgerKeeper, PrivacyLedger
 from server_ref.aggregation.pipeline import Pipeline
 from server_ref.assignments import AssignmentRecord
 from server_ref.config import TaskConfig
@@ -46,7 +47,10 @@ _IDENTITY = frozenset(
 
 @dataclass(frozen=True)
 class Task:
-    """What the server trains. ``identity_json`` holds every setting that changes a bit of the result."""
+    """What the server trains. ``identity_json`` holds every setting that changes a bit of the result.
+
+    ``keeper`` is the ledger in memory of a private task: the one thing here that changes while rounds go on.
+    """
 
     task_id: str
     identity_json: str
@@ -60,6 +64,7 @@ class Task:
     compression: str | None
     settings: TaskConfig
     privacy: PrivacyPlan | None = None
+    keeper: LedgerKeeper | None = None
     sharing: SharingPlan | None = None
 
     def shuffle_seed(self, assignment_number: int) -> int:
@@ -153,9 +158,13 @@ def load_task(config: TaskConfig) -> Task:
         weights = decode_model(0, frame, manifest).weights
     except ProtocolError as e:
         raise ConfigurationError(f"{config.bundle / WEIGHTS_FILE}: {e.detail}") from e
-    pipeline = build_pipeline(config, manifest)
-    # An exact sum that the bounds do not allow is an error of the settings, not of the first report.
-    pipeline.start()
+    privacy = PrivacyPlan.of(config)
+    keeper = None if privacy is None else LedgerKeeper(PrivacyLedger(budget=privacy.budget))
+    pipeline = build_pipeline(config, manifest, privacy=privacy, keeper=keeper)
+    sharing = SharingPlan.of(config, pipeline.entry.size, pipeline.admitted.max_scale, privacy)
+    if sharing is None:
+        # An exact sum that the bounds do not allow is an error of the settings, not of the first report.
+        pipeline.start()
     compression = compression_of(config)
     manifest_sha256 = hashlib.sha256(manifest_json).hexdigest()
     identity = {
@@ -178,4 +187,7 @@ def load_task(config: TaskConfig) -> Task:
         pipeline=pipeline,
         compression=None if compression is None else str(compression),
         settings=config,
+        privacy=privacy,
+        keeper=keeper,
+        sharing=sharing,
     )

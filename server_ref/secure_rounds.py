@@ -1,0 +1,82 @@
+"""The aggregators of a task, reached as the server's settings say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.messages import SecurePlan
+from server_ref.config import AggregatorsConfig, ServerConfig
+from server_ref.secure.embedded import embedded_aggregators
+from server_ref.secure.keys import Peers, create_coordinator_key, read_public
+from server_ref.secure.port import AggregatorPort
+from server_ref.secure.round import SecureRound
+from server_ref.secure.round_messages import Journal
+from server_ref.task import Task
+
+EMBEDDED_FOLDER: Final = "aggregators"
+"""Below the data directory: stores and keys of embedded aggregators."""
+_KEY_FILE: Final = "coordinator-key.json"
+
+_log = logging.getLogger("pocketfed.coordinator")
+
+
+@dataclass(frozen=True)
+class OpenedRounds:
+    """Aggregators that were found, and what devices are told of them."""
+
+    rounds: SecureRound
+    plan: SecurePlan
+
+
+def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRounds:
+    """Reach the aggregators of a task.
+
+    Args:
+        config: Where they run.
+        task: With shared updates.
+        journal: Keeps the state of rounds.
+
+    Raises:
+        ConfigurationError: The settings do not fit the task.
+    """
+    sharing = task.sharing
+    if sharing is None:
+        raise ConfigurationError("the updates of this task are not shared: set task.secure")
+    binding = sharing.binding(task.task_id, task.manifest.parameter_table_sha256)
+    if config.aggregators.mode == "embedded":
+        ports, peers = embedded_aggregators(config.data_dir / EMBEDDED_FOLDER, sharing.pinned, sharing.suite)
+    else:
+        ports, peers = _remote(config)
+    if peers.suite is not sharing.suite:
+        raise ConfigurationError(
+            f"the aggregators' keys are for {peers.suite}, and task.secure.suite is {sharing.suite}: make them agree"
+        )
+    participations = None if task.privacy is None else task.privacy.budget.participations
+    plan = sharing.announce([peer.sealing_key for peer in peers.peers], participations)
+    _log.info(
+        "updates are shared among %d aggregators, any %d of whom open sums; keys %s",
+        len(ports),
+        sharing.pinned.needed,
+        peers.fingerprint(),
+    )
+    return OpenedRounds(SecureRound(ports, peers, sharing.pinned, binding, journal), plan)
+
+
+def _remote(config: ServerConfig) -> tuple[Sequence[AggregatorPort], Peers]:
+    from server_ref.secure.client import HttpAggregator  # noqa: PLC0415 - an HTTP client, for remote ones only
+
+    settings: AggregatorsConfig = config.aggregators
+    if settings.peers_file is None:
+        raise ConfigurationError("remote aggregators are given by aggregators.urls and aggregators.peers_file")
+    peers = read_public(settings.peers_file, Peers)
+    path = settings.key_file or config.data_dir / _KEY_FILE
+    key, created = create_coordinator_key(path)
+    if created:
+        _log.warning("a new coordinator key is in %s; every aggregator pins its public part: %s", path, key.public)
+    return [
+        HttpAggregator(index, url, key, ca_file=settings.ca_file) for index, url in enumerate(settings.urls, 1)
+    ], peers
