@@ -12,15 +12,15 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from client_sdk.native.sharing import UpdateKernels, load_kernels, share_update
 from client_sdk.protocol.clipping import l2_norm
 from client_sdk.protocol.discrete_gaussian import sample
 from client_sdk.protocol.field import SEED_BYTES, RandomBytes
 from client_sdk.protocol.messages import Assignment, SecurePlan
-from client_sdk.protocol.privacy import encode_clipped
 from client_sdk.protocol.program import Float32Array
 from client_sdk.protocol.sealing import seal, share_info
 from client_sdk.protocol.secure import SecureLayout, encode_shares, shared_codec
-from client_sdk.protocol.shamir import NUMPY_KERNELS, SharingKernels, share_seeded
+from client_sdk.protocol.shamir import SeededShares, share_seeded
 
 
 def sealed_shares(
@@ -29,7 +29,7 @@ def sealed_shares(
     update: Float32Array,
     *,
     random: RandomBytes = os.urandom,
-    kernels: SharingKernels = NUMPY_KERNELS,
+    kernels: UpdateKernels | None = None,
 ) -> list[bytes]:
     """The update, split and sealed: one ciphertext per aggregator, in order.
 
@@ -38,7 +38,7 @@ def sealed_shares(
         plan: Its plan.
         update: float32 ``[n]``, finite; n is the assignment's ``update_size``.
         random: Source of random bytes. Secrecy and privacy rest on it; sealing draws from the system in any case.
-        kernels: What splits.
+        kernels: What computes; by default native code where there is any, else numpy. All make the same shares.
 
     Raises:
         NonFiniteUpdate: NaN or infinities.
@@ -47,42 +47,54 @@ def sealed_shares(
     codec = shared_codec(assignment.compression, len(update))
     shared = update if codec is None else codec.project(update, assignment.compression_seed)
     layout = SecureLayout.of(plan, len(shared))
-    secret = layout.secret(private_codes(plan, shared, random=random), random(SEED_BYTES))
-    shares = share_seeded(secret, layout.scheme, random, kernels)
+    plaintexts = encode_shares(
+        private_shares(plan, layout, shared, random=random, kernels=kernels or load_kernels()), layout
+    )
     return [
         seal(plaintext, key, _info(assignment, plan, index))
-        for plaintext, key, index in zip(
-            encode_shares(shares, layout), plan.public_keys, layout.scheme.indices, strict=True
-        )
+        for plaintext, key, index in zip(plaintexts, plan.public_keys, layout.scheme.indices, strict=True)
     ]
 
 
-def private_codes(plan: SecurePlan, shared: Float32Array, *, random: RandomBytes = os.urandom) -> npt.NDArray[np.int64]:
-    """What is shared of an update: codes whose norm is at most B, the indicator, and the device's part of the noise.
+def private_shares(
+    plan: SecurePlan,
+    layout: SecureLayout,
+    shared: Float32Array,
+    *,
+    random: RandomBytes,
+    kernels: UpdateKernels,
+) -> SeededShares:
+    """Shares of what is left of an update: codes whose norm is at most B, its indicator, the device's noise, the mask.
 
-    The indicator is 1 where the norm of what is shared is at most ``indicator_norm`` and -1 where it is larger, in half
-    units: the sum of the indicators' halves, and half their number, is how many lie within.
+    The indicator is 1 where the norm of what is shared is at most ``indicator_norm`` and -1 where it is larger: in half
+    units, so that the sum of the halves, and half their number, is how many lie within.
 
     Args:
         plan: The assignment's.
+        layout: Of the plan, for the length of ``shared``.
         shared: float32: the coordinates that the compression leaves.
         random: Source of random bytes.
-
-    Returns:
-        int64, ``SecureLayout.num_values`` of them.
+        kernels: What computes.
 
     Raises:
         NonFiniteUpdate: NaN or infinities.
     """
-    codes = encode_clipped(shared, plan.bounds)
-    if plan.noise_variance is not None:
-        codes += sample(len(codes), Fraction(plan.noise_variance), random)
+    scheme, field = layout.scheme, layout.scheme.field
+    tail = layout.tail(_indicator(plan, shared, random), random(SEED_BYTES))
+    if plan.noise_variance is None:
+        return share_update(shared, plan.bounds, tail, scheme, random=random, kernels=kernels)
+    codes = kernels.encode_clipped(shared, plan.bounds)
+    codes += sample(len(codes), Fraction(plan.noise_variance), random)
+    return share_seeded(np.concatenate([kernels.encode_signed(codes, field), tail]), scheme, random, kernels)
+
+
+def _indicator(plan: SecurePlan, shared: Float32Array, random: RandomBytes) -> npt.NDArray[np.int64]:
     if plan.indicator_norm is None:
-        return codes
+        return np.zeros(0, np.int64)
     indicator = np.array([1 if l2_norm(shared) <= plan.indicator_norm else -1])
     if plan.indicator_variance is not None:
         indicator += sample(1, Fraction(plan.indicator_variance), random)
-    return np.concatenate([codes, indicator])
+    return indicator
 
 
 def _info(assignment: Assignment, plan: SecurePlan, index: int) -> bytes:

@@ -13,7 +13,7 @@ assigned       Download             blob -> downloading
 downloading    Download (the rest)  last blob -> training
 training       Train                sealed -> sealed; training failed -> abandoning; blobs lost -> assigned
 sealed         Upload               upload started -> uploading; report lost -> training
-uploading      Upload               uploaded -> done; refused -> done (dropped); report lost -> training
+uploading      Upload               uploaded -> done; over -> done (dropped); refused -> abandoning; lost -> training
 abandoning     Abandon              abandoned -> done (dropped)
 done           Discard              discarded -> idle, or stop
 =============  ===================  ==========================================================
@@ -295,7 +295,8 @@ class DeviceSession:
         elif isinstance(action, Upload | Abandon) and isinstance(error, _OVER):
             self._drop(str(error))
         elif isinstance(action, Upload) and isinstance(error, _REFUSED):
-            self._drop(str(error))
+            # Another device may have the slot now, not only when the lease ends.
+            self._give_up("training-failed", str(error))
             self._stop_after_discard = Stop("refused", str(error), error)
         elif isinstance(action, Download) and isinstance(error, UnknownBlob):
             self._give_up("interrupted", str(error))

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from client_sdk.protocol.errors import DivergenceDetected
     from client_sdk.protocol.updates import UpdateKind, WorkerGradient
+    from server_ref.aggregation.accounting import PrivacyLedger
     from server_ref.aggregation.accumulator import Accumulator
     from server_ref.aggregation.asynchronous import AsyncGradientAggregator
     from server_ref.aggregation.compressed import CompressedGradientAggregator
     from server_ref.aggregation.detectors import IntegratedAttackDetector
+    from server_ref.aggregation.errors import PrivacyBudgetExhausted
     from server_ref.aggregation.exact import ExactAccumulator
     from server_ref.aggregation.fixed import Int64Accumulator
     from server_ref.aggregation.pipeline import Pipeline
     from server_ref.aggregation.plan import AccumulatorPlan
     from server_ref.aggregation.presets import ByzantineRobustAggregator, GradientAggregator
+    from server_ref.aggregation.private_preset import DPGradientAggregator
+    from server_ref.aggregation.renyi import RenyiPrivacyAccountant
     from server_ref.aggregation.sensitivity_calibrator import SensitivityCalibrator
     from server_ref.aggregation.tensors import AggregatedUpdate, apply_update
     from server_ref.aggregation.warm import warm_up
@@ -31,12 +35,16 @@ __all__ = [
     "AsyncGradientAggregator",
     "ByzantineRobustAggregator",
     "CompressedGradientAggregator",
+    "DPGradientAggregator",
     "DivergenceDetected",
     "ExactAccumulator",
     "GradientAggregator",
     "Int64Accumulator",
     "IntegratedAttackDetector",
     "Pipeline",
+    "PrivacyBudgetExhausted",
+    "PrivacyLedger",
+    "RenyiPrivacyAccountant",
     "SensitivityCalibrator",
     "UpdateKind",
     "WorkerGradient",

@@ -36,8 +36,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from client_sdk.protocol.errors import ConfigurationError
 
-LARGEST_VARIANCE = 2**100
-"""Beyond it, samples (some 12 standard deviations at most) would not fit int64."""
+LARGEST_VARIANCE = 2**112
+"""Beyond it, samples (some 12 standard deviations at most) and what they are made of would not fit int64."""
 
 _CHUNK = 2**15
 """Samples drawn at once: their words and intermediate values stay in the second cache level."""
@@ -54,7 +54,7 @@ def sample(n: int, variance: Fraction | int, random: Callable[[int], bytes] = os
 
     Args:
         n: How many, from 0.
-        variance: sigma^2 in integer units, a positive rational number up to 2**100. (The variance of what is drawn
+        variance: sigma^2 in integer units, a positive rational number up to 2**112. (The variance of what is drawn
             differs from it by less than 1e-30 from sigma = 3 on; below 1 it is smaller.)
         random: Asked once, for 32 bytes, which AES-256 in counter mode expands. For anything but tests it must be the
             operating system's source, or one as good.
@@ -74,7 +74,7 @@ def sample(n: int, variance: Fraction | int, random: Callable[[int], bytes] = os
     # A float's value is rarely the one that was meant: whoever has one says so by making a fraction of it.
     if isinstance(variance, bool) or not isinstance(variance, int | Fraction) or not 0 < variance <= LARGEST_VARIANCE:
         raise ConfigurationError(
-            f"the variance of noise is an integer or a fraction, positive and at most 2**100, got {variance!r}"
+            f"the variance of noise is an integer or a fraction, positive and at most 2**112, got {variance!r}"
         )
     words = _Words(random)
     law = _Law.of(Fraction(variance))

@@ -10,7 +10,7 @@ from outside goes through ``from_bytes`` or ``require``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,8 +26,9 @@ from client_sdk.protocol.mersenne import (
     Blocks61,
     Blocks127,
     FieldVector,
+    slices,
 )
-from client_sdk.protocol.mersenne.signed import decode_61, decode_127, encode_61, encode_127
+from client_sdk.protocol.mersenne.signed import decode_61, decode_127, encode_61, encode_127, largest_magnitude
 from client_sdk.protocol.mersenne.words import SEED_BYTES, draw, is_canonical, key_stream
 
 __all__ = [
@@ -73,9 +74,8 @@ class Field:
         Raises:
             ConfigurationError: There is none.
         """
-        for field in (MERSENNE_61, MERSENNE_127):
-            if field.name == name:
-                return field
+        if found := [field for field in FIELDS if field.name == name]:
+            return found[0]
         raise ConfigurationError(f"no field is called {name!r}: choose m61 or m127")
 
     @staticmethod
@@ -85,9 +85,8 @@ class Field:
         Raises:
             ConfigurationError: There is none.
         """
-        for field in (MERSENNE_61, MERSENNE_127):
-            if field.modulus == modulus:
-                return field
+        if found := [field for field in FIELDS if field.modulus == modulus]:
+            return found[0]
         raise ConfigurationError(f"no field has {modulus} elements: choose 2**61 - 1 or 2**127 - 1")
 
     @property
@@ -141,8 +140,7 @@ class Field:
     def from_ints(self, values: Iterable[int]) -> FieldVector:
         """Any integers, modulo p. Slow: for few of them."""
         residues = [value % self.modulus for value in values]
-        data = b"".join(value.to_bytes(self.element_bytes, "little") for value in residues)
-        return self.from_bytes(data, len(residues))
+        return self.from_bytes(b"".join(value.to_bytes(self.element_bytes, "little") for value in residues))
 
     def to_ints(self, vector: FieldVector) -> list[int]:
         """Elements as integers from 0 to p - 1. Slow: for few of them."""
@@ -281,7 +279,7 @@ class Field:
         """
         if codes.dtype != np.int64 or codes.ndim != 1:
             raise ShapeMismatch(f"integers to be shared are an int64 vector, not {codes.dtype} {list(codes.shape)}")
-        if _largest(codes) > self.signed_limit:
+        if largest_magnitude(codes) > self.signed_limit:
             raise UpdateOutOfRange(f"an integer to be shared lies beyond {self.signed_limit}")
         out = self.empty(len(codes))
         encode = encode_61 if self.limbs == 1 else encode_127
@@ -299,7 +297,7 @@ class Field:
         for part in slices(len(vector)):
             if self.limbs == 1:
                 decode_61(vector[part], codes[part])
-            elif not decode_127(vector[part], codes[part]) or _largest(codes[part]) > self.signed_limit:
+            elif not decode_127(vector[part], codes[part]) or largest_magnitude(codes[part]) > self.signed_limit:
                 raise UpdateOutOfRange(f"an integer lies beyond {self.signed_limit}")
         return codes
 
@@ -318,8 +316,7 @@ class Field:
                 raise ConfigurationError(f"the source of randomness gave {len(data)} bytes for {buffer.nbytes}")
             buffer[:] = data
 
-        out = self.empty(size)
-        draw(out, self._top_word, fill)
+        draw(out := self.empty(size), self._top_word, fill)
         return out
 
     def expand(self, seed: bytes, size: int) -> FieldVector:
@@ -331,8 +328,7 @@ class Field:
         Raises:
             ShapeMismatch: The seed has not 32 bytes.
         """
-        out = self.empty(size)
-        self.expand_into(seed, out)
+        self.expand_into(seed, out := self.empty(size))
         return out
 
     def expand_into(self, seed: bytes, out: FieldVector) -> None:
@@ -343,16 +339,6 @@ class Field:
         """As ``expand``, piece by piece: each call fills a contiguous vector with what comes next."""
         fill = key_stream(seed)
         return lambda out: draw(out, self._top_word, fill)
-
-
-def slices(size: int, step: int = BLOCK) -> Iterator[slice]:
-    """Consecutive pieces of a vector, a block each."""
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
-
-
-def _largest(codes: npt.NDArray[np.int64]) -> int:
-    return max(int(codes.max(initial=0)), -int(codes.min(initial=0)))
 
 
 MERSENNE_61: Final = Field("m61", 61, 1)

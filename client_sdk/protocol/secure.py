@@ -91,11 +91,27 @@ class SecureLayout:
         """
         if codes.shape != (self.num_values,):
             raise ShapeMismatch(f"{self.num_values} codes are shared, not {codes.shape}")
-        field = self.scheme.field
-        secret = field.zeros(self.length)
-        secret[: self.num_values] = field.from_signed(codes)
-        secret[self.length - self.scheme.packing :] = field.expand(mask_seed, self.scheme.packing)
-        return secret
+        codes, indicator = codes[: self.size], codes[self.size :]
+        return np.concatenate([self.scheme.field.from_signed(codes), self.tail(indicator, mask_seed)])
+
+    def tail(self, indicator: npt.NDArray[np.int64], mask_seed: bytes) -> FieldVector:
+        """What follows the codes of the update in ``secret``.
+
+        Args:
+            indicator: int64 ``[1]``, 1 or -1 (and its noise); empty where the layout has none.
+            mask_seed: 32 random bytes, used for nothing else.
+
+        Raises:
+            ShapeMismatch: An indicator where there is none, or the other way around.
+            UpdateOutOfRange: A code that the field does not hold.
+        """
+        if indicator.shape != (self.indicator,):
+            raise ShapeMismatch(f"{int(self.indicator)} indicators are shared, not {indicator.shape}")
+        field, packing = self.scheme.field, self.scheme.packing
+        tail = field.zeros(self.length - self.size)
+        tail[: len(indicator)] = field.from_signed(indicator)
+        tail[len(tail) - packing :] = field.expand(mask_seed, packing)
+        return tail
 
     def values(self, secret: FieldVector) -> FieldVector:
         """The coordinates that a sum is opened of: ``num_values`` elements of ``length``."""

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.protocol.errors import ShapeMismatch
-from client_sdk.protocol.field import Field, slices
-from client_sdk.protocol.mersenne import BLOCK, SMALL_LIMIT, Block, FieldVector
+from client_sdk.protocol.field import Field
+from client_sdk.protocol.mersenne import BLOCK, SMALL_LIMIT, Block, FieldVector, slices
 from client_sdk.protocol.packed import pack
 from client_sdk.protocol.sharing_scheme import Scheme, Weights
 

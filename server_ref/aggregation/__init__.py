@@ -6,7 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from server_ref.aggregation.accounting import (
+        DistributedRelease,
+        GaussianRelease,
+        LedgerKeeper,
+        PrivacyBudget,
+        PrivacyLedger,
+        PrivacySpent,
+    )
     from server_ref.aggregation.accumulator import Accumulator
+    from server_ref.aggregation.adaptive_clipping import AdaptiveClipNorm, split_noise
     from server_ref.aggregation.admission import (
         ClipGlobal,
         ClipLayers,
@@ -21,25 +30,32 @@ if TYPE_CHECKING:
         Aggregate,
         EncodedUpdate,
         Facts,
+        IntegerSum,
         PrivateAggregate,
         Update,
         Visibility,
     )
+    from server_ref.aggregation.calibration import NoiseSchedule, ScheduleShape, calibrate
     from server_ref.aggregation.compressed import CompressedGradientAggregator
     from server_ref.aggregation.detectors import IntegratedAttackDetector
+    from server_ref.aggregation.errors import PrivacyBudgetExhausted
     from server_ref.aggregation.exact import ExactAccumulator
     from server_ref.aggregation.fixed import Int64Accumulator
+    from server_ref.aggregation.noise import CentralNoise
     from server_ref.aggregation.pipeline import Pipeline
     from server_ref.aggregation.plan import AccumulatorPlan
     from server_ref.aggregation.presets import ByzantineRobustAggregator, GradientAggregator
+    from server_ref.aggregation.private_preset import DPGradientAggregator
     from server_ref.aggregation.reduce import BaselineMean, ExactMean
     from server_ref.aggregation.release import ExternalNoise, NoNoise, require_sensitivity
+    from server_ref.aggregation.renyi import RenyiPrivacyAccountant
     from server_ref.aggregation.robust import RuleOptions
     from server_ref.aggregation.robust_reduce import RobustRule
     from server_ref.aggregation.scaffold import Scaffold
     from server_ref.aggregation.sensitivity_calibrator import SensitivityCalibrator
     from server_ref.aggregation.server_optim import Adagrad, Adam, Sgd, Yogi
     from server_ref.aggregation.server_state import ServerState
+    from server_ref.aggregation.shared_sum import SharedSum
     from server_ref.aggregation.stages import Slot
     from server_ref.aggregation.staleness import BufferedSchedule, StalenessPolicy, SynchronousSchedule
     from server_ref.aggregation.summation import Summation
@@ -51,6 +67,7 @@ __all__ = [
     "AccumulatorPlan",
     "Adagrad",
     "Adam",
+    "AdaptiveClipNorm",
     "Adjacency",
     "Aggregate",
     "AggregatedUpdate",
@@ -58,29 +75,43 @@ __all__ = [
     "BaselineMean",
     "BufferedSchedule",
     "ByzantineRobustAggregator",
+    "CentralNoise",
     "ClipGlobal",
     "ClipLayers",
     "CompressedGradientAggregator",
+    "DPGradientAggregator",
     "DecodeCompressed",
     "DecodeDense",
+    "DistributedRelease",
     "EncodedUpdate",
     "ExactAccumulator",
     "ExactMean",
     "ExternalNoise",
     "Facts",
+    "GaussianRelease",
     "GradientAggregator",
     "Int64Accumulator",
+    "IntegerSum",
     "IntegratedAttackDetector",
+    "LedgerKeeper",
     "NoClip",
     "NoNoise",
+    "NoiseSchedule",
     "Pipeline",
+    "PrivacyBudget",
+    "PrivacyBudgetExhausted",
+    "PrivacyLedger",
+    "PrivacySpent",
     "PrivateAggregate",
+    "RenyiPrivacyAccountant",
     "RobustRule",
     "RuleOptions",
     "Scaffold",
+    "ScheduleShape",
     "SensitivityCalibrator",
     "ServerState",
     "Sgd",
+    "SharedSum",
     "Slot",
     "StalenessPolicy",
     "Summation",
@@ -91,32 +122,58 @@ __all__ = [
     "Visibility",
     "Yogi",
     "apply_update",
+    "calibrate",
     "require_sensitivity",
+    "split_noise",
     "warm_up",
 ]
 
 _MODULES = {
+    "accounting": (
+        "DistributedRelease",
+        "GaussianRelease",
+        "LedgerKeeper",
+        "PrivacyBudget",
+        "PrivacyLedger",
+        "PrivacySpent",
+    ),
     "accumulator": ("Accumulator",),
+    "adaptive_clipping": ("AdaptiveClipNorm", "split_noise"),
     "admission": ("ClipGlobal", "ClipLayers", "DecodeCompressed", "DecodeDense", "NoClip", "ValidateFacts"),
     "asynchronous": ("AsyncGradientAggregator",),
-    "batch": ("Adjacency", "Aggregate", "EncodedUpdate", "Facts", "PrivateAggregate", "Update", "Visibility"),
+    "batch": (
+        "Adjacency",
+        "Aggregate",
+        "EncodedUpdate",
+        "Facts",
+        "IntegerSum",
+        "PrivateAggregate",
+        "Update",
+        "Visibility",
+    ),
+    "calibration": ("NoiseSchedule", "ScheduleShape", "calibrate"),
     "compressed": ("CompressedGradientAggregator",),
     "detectors": ("IntegratedAttackDetector",),
+    "errors": ("PrivacyBudgetExhausted",),
     "exact": ("ExactAccumulator",),
     "fixed": ("Int64Accumulator",),
+    "noise": ("CentralNoise",),
     "pipeline": ("Pipeline",),
     "plan": ("AccumulatorPlan",),
     "presets": ("ByzantineRobustAggregator", "GradientAggregator"),
+    "private_preset": ("DPGradientAggregator",),
     "reduce": ("BaselineMean", "ExactMean"),
     "release": ("ExternalNoise", "NoNoise", "require_sensitivity"),
+    "renyi": ("RenyiPrivacyAccountant",),
     "robust": ("RuleOptions",),
     "robust_reduce": ("RobustRule",),
     "scaffold": ("Scaffold",),
     "sensitivity_calibrator": ("SensitivityCalibrator",),
     "server_optim": ("Adagrad", "Adam", "Sgd", "Yogi"),
     "server_state": ("ServerState",),
-    "staleness": ("BufferedSchedule", "StalenessPolicy", "SynchronousSchedule"),
+    "shared_sum": ("SharedSum",),
     "stages": ("Slot",),
+    "staleness": ("BufferedSchedule", "StalenessPolicy", "SynchronousSchedule"),
     "summation": ("Summation",),
     "tensors": ("AggregatedUpdate", "TensorLayout", "apply_update"),
     "warm": ("warm_up",),

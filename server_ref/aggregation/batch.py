@@ -6,6 +6,7 @@ to be built (``pipeline``): noise without a known sensitivity, a rule that needs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,6 +20,7 @@ from client_sdk.protocol.updates import UpdateKind
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
 
 
 class Visibility(StrEnum):
@@ -110,7 +112,11 @@ class Facts:
         constant_denominator: What the weighted sum is divided by instead of the weights' sum, if a public constant.
         rescaled: Whether single updates are rescaled by something that is not a public weight.
         cohort_dependent: Whether acceptance of an update depends on the others.
+        arrival_public: Whether it is known who takes part, or how many do. False only where a buffer closes by public
+            time, whoever has reported, and is never refilled, capped or given up for what came.
         sensitivity: L2 sensitivity of the aggregate for each adjacency for which one is proved.
+        noise_refusal: Why noise on the aggregate would protect at a price that makes it useless, and what to use
+            instead; None where it does not.
         noised: Whether noise has been added to the aggregate.
     """
 
@@ -126,8 +132,31 @@ class Facts:
     constant_denominator: int | None = None
     rescaled: bool = False
     cohort_dependent: bool = False
+    arrival_public: bool = True
     sensitivity: Mapping[Adjacency, float] = field(default_factory=lambda: MappingProxyType({}))
+    noise_refusal: str | None = None
     noised: bool = False
+
+
+@dataclass(frozen=True)
+class IntegerSum:
+    """A weighted sum of updates on the fixed-point grid, as integers: what noise is added to, exactly.
+
+    Attributes:
+        codes: int64[size], ``sum(weight_i * code_i)``, with noise or without.
+        fraction_bits: f; a code stands for ``code * 2**-f``.
+        denominator: What the sum is divided by, once, after decoding.
+        reach: Largest L2 norm of one update's part in it, weight included; None if no norm is enforced on codes.
+    """
+
+    codes: Int64Array
+    fraction_bits: int
+    denominator: int
+    reach: int | None = None
+
+    def decoded(self) -> Float64Array:
+        """float64[size]: every sum correctly rounded, then divided by the denominator. The one decoding of a round."""
+        return self.codes.astype(np.float64) / math.ldexp(self.denominator, self.fraction_bits)
 
 
 @dataclass(frozen=True)
@@ -141,6 +170,9 @@ class Aggregate:
         total_weight: Their weights' sum.
         sensitivity: L2 sensitivity for each adjacency for which one is proved; noise reads it here.
         measurements: What the stages saw, for the round's record and the report: plain JSON values, no update values.
+        integers: The sum that ``values`` decodes, where the fold is on the fixed-point grid.
+        indicator: Updates that were within the clip norm less those that were not, for adaptive clipping; None where
+            nothing was clipped. Equals twice the sum of indicators of +-1/2.
     """
 
     values: Float64Array
@@ -149,11 +181,15 @@ class Aggregate:
     total_weight: int
     sensitivity: Mapping[Adjacency, float] = field(default_factory=lambda: MappingProxyType({}))
     measurements: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    integers: IntegerSum | None = None
+    indicator: int | None = None
 
 
 @dataclass(frozen=True)
 class PrivateAggregate(Aggregate):
     """An aggregate to which noise was added, by this server or by the aggregators. Only this may be released under DP.
+
+    Its values, integers and indicator are noised, and its measurements say nothing of single updates.
 
     Attributes:
         noise_stddev: Standard deviation of the noise on each coordinate.

@@ -41,6 +41,10 @@ class UnknownSensitivity(PipelineError):
     """Noise is asked for, and no sensitivity is proved for the aggregate under this adjacency."""
 
 
+class NoiseUseless(PipelineError):
+    """Noise is asked for on a rule whose outcome one client can change entirely: it would have to hide all of it."""
+
+
 class NoiseMissing(PipelineError):
     """The pipeline must only release private aggregates, and no stage adds noise."""
 

@@ -29,7 +29,7 @@ from server_ref.aggregation.errors import MixedKinds
 from server_ref.aggregation.pipeline import Pipeline
 from server_ref.aggregation.server_optim import Sgd
 from server_ref.aggregation.settings import CONTROL_DELTA, AggregationMethod, IntakeSettings
-from server_ref.aggregation.stages import Fold, Reduce, Stage
+from server_ref.aggregation.stages import Fold, Noise, Reduce, Stage
 from server_ref.aggregation.tensors import AggregatedUpdate, TensorLayout
 
 _ELEMENTS_AT_ONCE: Final = 2**22
@@ -85,6 +85,7 @@ class Intake:
         reduce: What makes one aggregate of many updates.
         settings: What is declared of the updates.
         opener: What a worker's tensors go through first.
+        noise: What protects the aggregate; None where no privacy is claimed.
         on_rejected: Called with each refusal, as it happens.
 
     Raises:
@@ -98,11 +99,13 @@ class Intake:
         settings: IntakeSettings,
         *,
         opener: Opener | None = None,
+        noise: Noise | None = None,
         on_rejected: Callable[[RefusedUpdate], None] | None = None,
     ) -> None:
         self.reduce = reduce
         self.settings = settings
         self.opener = opener
+        self.noise = noise
         self.rejections: tuple[RefusedUpdate, ...] = ()
         self._on_rejected = on_rejected
         self._layout: TensorLayout | None = None
@@ -114,6 +117,8 @@ class Intake:
         settings = self.settings
         copies = 2 if settings.aggregation_method is AggregationMethod.SCAFFOLD else 1
         stages: list[Stage] = [self.reduce, Sgd()]
+        if self.noise is not None:
+            stages.append(self.noise)
         if settings.aggregation_method is AggregationMethod.FEDNOVA:
             stages.append(ValidateFacts(max_normaliser=settings.max_local_steps))
         if settings.clip_norm is not None and settings.clip_scope == "global":
@@ -128,8 +133,10 @@ class Intake:
             capacity=settings.max_workers,
             max_weight=settings.max_weight,
             max_abs=settings.range_bound,
+            constant_denominator=settings.denominator,
+            arrival_public=settings.arrival_public,
         )
-        return Pipeline.build(*stages, facts=facts)
+        return Pipeline.build(*stages, facts=facts, private=self.noise is not None)
 
     def describe(self) -> str:
         """The pipeline's table, for the last model aggregated for (or one of a single parameter)."""

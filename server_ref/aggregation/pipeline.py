@@ -312,6 +312,8 @@ def _known(facts: Facts) -> str:
     if facts.max_scale != 1:
         parts.append(f"staleness scale <= {facts.max_scale}")
     parts += [f"sensitivity {value:.3g} ({adjacency})" for adjacency, value in facts.sensitivity.items()]
+    if not facts.arrival_public:
+        parts.append("arrival hidden")
     if facts.rescaled:
         parts.append("rescaled")
     if facts.noised:

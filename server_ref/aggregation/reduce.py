@@ -12,8 +12,21 @@ import numpy as np
 
 from client_sdk.protocol.errors import ConfigurationError, EmptyAggregate
 from client_sdk.protocol.fixed_point import FixedPointGrid
-from server_ref.aggregation.batch import Adjacency, Aggregate, Facts, Float64Array, Update, Visibility
-from server_ref.aggregation.errors import IndividualUpdatesNeeded, UnboundedRange, UnboundedWeight
+from client_sdk.protocol.privacy import EncodedBounds, choose_private_grid, encode_clipped
+from server_ref.aggregation.batch import (
+    Adjacency,
+    Aggregate,
+    Facts,
+    Float64Array,
+    IntegerSum,
+    Update,
+    Visibility,
+)
+from server_ref.aggregation.errors import (
+    IndividualUpdatesNeeded,
+    UnboundedRange,
+    UnboundedWeight,
+)
 from server_ref.aggregation.exact import AccumulatorPlan, ExactAccumulator
 from server_ref.aggregation.fixed import Int64Accumulator
 from server_ref.aggregation.stages import Slot
@@ -75,6 +88,13 @@ def measurements_of(members: Sequence[Update]) -> dict[str, Any]:
     return found
 
 
+def indicator_of(members: Sequence[Update]) -> int | None:
+    """Updates within the clip norm less those beyond it; None where nothing asked for norms."""
+    if any(u.norm is None for u in members):
+        return None
+    return sum(-1 if u.clipped else 1 for u in members)
+
+
 def effective_progress(members: Sequence[Update]) -> float:
     """FedNova's tau_eff: the weighted mean of the normalisers [Wang et al. 2020, eq. 7 with p_i as weights]."""
     total = sum(u.weight for u in members)
@@ -86,23 +106,32 @@ def _denominator(members: Sequence[Update], facts: Facts) -> int:
     return weights * facts.max_scale
 
 
-def _sensitivity(facts: Facts, denominator: int) -> Mapping[Adjacency, float]:
+def sensitivity_of_mean(facts: Facts, denominator: int) -> Mapping[Adjacency, float]:
     """Of the weighted mean over a denominator that is public (weights and the count of a buffer are).
 
-    Add/remove adjacency is not offered: a buffer closes by count, so one client more or less changes who else counts.
+    Add/remove adjacency is offered where nothing tells who takes part: not where a buffer closes by count, so that one
+    client more or less changes who else counts, nor where the denominator follows the count.
     """
     if facts.norm_bound is None or facts.max_weight is None or facts.rescaled or facts.cohort_dependent:
         return MappingProxyType({})
     reach = facts.norm_bound * facts.max_weight * facts.max_scale / denominator
-    return MappingProxyType({Adjacency.ZERO_OUT: reach, Adjacency.REPLACE_ONE: 2 * reach})
+    known = {Adjacency.ZERO_OUT: reach, Adjacency.REPLACE_ONE: 2 * reach}
+    if not facts.arrival_public and facts.constant_denominator is not None:
+        known[Adjacency.ADD_REMOVE] = reach
+    return MappingProxyType(known)
 
 
-def _derive_mean(facts: Facts, *, renormalised: bool) -> Facts:
+def derive_mean(facts: Facts, *, renormalised: bool) -> Facts:
+    """The facts of the weighted mean of updates with these.
+
+    Raises:
+        UnboundedWeight: Nothing bounds the weights.
+    """
     if facts.max_weight is None:
         raise UnboundedWeight("sample weights have no declared maximum; declare max_weight (weight_cap)")
     facts = replace(facts, rescaled=facts.rescaled or renormalised)
     nominal = facts.constant_denominator or facts.count or facts.capacity
-    return replace(facts, sensitivity=_sensitivity(facts, nominal * facts.max_scale))
+    return replace(facts, sensitivity=sensitivity_of_mean(facts, nominal * facts.max_scale))
 
 
 @dataclass(frozen=True)
@@ -111,14 +140,19 @@ class ExactMean:
 
     Attributes:
         arithmetic: ``float``: float64 bins, every value from ``resolution`` on is added without rounding. ``fixed``:
-            the int64 grid that fits the declared bounds, the same numbers as on the secret-shared path.
+            the int64 grid that fits the declared bounds, the same numbers as on the secret-shared path. Where a clip
+            norm is in force, it is enforced on the codes too, as devices that share do.
         resolution: Smallest magnitude that ``float`` adds exactly.
         renormalise: FedNova: multiply the mean by the updates' effective local progress.
+        bounds: The grid of clipped updates on ``fixed``, where a task has fixed it. None: the finest that fits.
+        noise_multiplier: Noise that a chosen grid leaves room for, as a multiple of the sum's sensitivity.
     """
 
     arithmetic: Literal["float", "fixed"] = "float"
     resolution: float = 1e-8
     renormalise: bool = False
+    bounds: EncodedBounds | None = None
+    noise_multiplier: float = 0.0
 
     @property
     def slot(self) -> Slot:
@@ -138,43 +172,68 @@ class ExactMean:
             UnboundedRange: Nothing bounds the values.
             UnboundedWeight: Nothing bounds the weights.
             BudgetExceeded: The bounds leave no exact sum.
+            ConfigurationError: The task's grid is for another clip norm than the one in force.
         """
-        derived = _derive_mean(facts, renormalised=self.renormalise)
-        self._bounds(facts)
+        derived = derive_mean(facts, renormalised=self.renormalise)
+        self._plan(facts)
         return derived
 
     def start(self, facts: Facts) -> Fold:
         """An empty sum; see ``stages.Reduce``."""
         if facts.visibility is not Visibility.INDIVIDUAL:
             raise IndividualUpdatesNeeded("the updates are summed elsewhere; there is nothing to add up here")
-        return _ExactFold(self, facts, self._bounds(facts))
+        return _ExactFold(self, facts, *self._plan(facts))
 
-    def _bounds(self, facts: Facts) -> AccumulatorPlan | FixedPointGrid:
+    def _plan(self, facts: Facts) -> tuple[AccumulatorPlan | FixedPointGrid, EncodedBounds | None]:
+        """How the sum is held, and the norm that is enforced on codes."""
         max_abs = facts.norm_bound if facts.max_abs is None else facts.max_abs
         if max_abs is None:
             raise UnboundedRange("an exact sum needs a bound on the values; declare max_abs or clip")
         if facts.max_weight is None:
             raise UnboundedWeight("an exact sum needs a bound on the weights; declare max_weight (weight_cap)")
         max_weight = facts.max_weight * facts.max_scale
-        if self.arithmetic == "fixed":
-            return FixedPointGrid.for_bounds(max_abs=max_abs, max_weight=max_weight, max_count=facts.capacity)
-        return AccumulatorPlan.for_bounds(
-            max_abs=max_abs, max_weight=max_weight, max_count=facts.capacity, resolution=self.resolution
+        if self.arithmetic == "float":
+            plan = AccumulatorPlan.for_bounds(
+                max_abs=max_abs, max_weight=max_weight, max_count=facts.capacity, resolution=self.resolution
+            )
+            return plan, None
+        if facts.norm_bound is None:
+            return FixedPointGrid.for_bounds(max_abs=max_abs, max_weight=max_weight, max_count=facts.capacity), None
+        bounds = self.bounds or choose_private_grid(
+            clip_norm=facts.norm_bound,
+            max_count=facts.capacity,
+            max_weight=max_weight,
+            noise_multiplier=self.noise_multiplier,
         )
+        if bounds.clip_norm != facts.norm_bound:
+            raise ConfigurationError(
+                f"the task's grid is for updates clipped to {bounds.clip_norm:g}, and they are clipped to "
+                f"{facts.norm_bound:g}; declare one clip norm"
+            )
+        grid = FixedPointGrid(
+            fraction_bits=bounds.fraction_bits,
+            max_abs=bounds.clip_norm,
+            max_weight=max_weight,
+            max_count=facts.capacity,
+        )
+        return grid, bounds
 
 
 class _ExactFold:
-    def __init__(self, stage: ExactMean, facts: Facts, bounds: AccumulatorPlan | FixedPointGrid) -> None:
+    def __init__(
+        self, stage: ExactMean, facts: Facts, plan: AccumulatorPlan | FixedPointGrid, bounds: EncodedBounds | None
+    ) -> None:
         self._stage = stage
         self._facts = facts
+        self._plan = plan
         self._bounds = bounds
         self._members = HeldUpdates()
         self._sum = self._empty()
 
     def _empty(self) -> ExactAccumulator | Int64Accumulator:
-        if isinstance(self._bounds, AccumulatorPlan):
-            return ExactAccumulator(self._facts.size, self._bounds)
-        return Int64Accumulator(self._facts.size, self._bounds)
+        if isinstance(self._plan, AccumulatorPlan):
+            return ExactAccumulator(self._facts.size, self._plan)
+        return Int64Accumulator(self._facts.size, self._plan)
 
     @property
     def count(self) -> int:
@@ -196,26 +255,44 @@ class _ExactFold:
         # Both are of one kind: ``_empty`` made them.
         self._sum.subtract(taken_out)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _add(total: ExactAccumulator | Int64Accumulator, updates: Sequence[Update]) -> None:
+    def _add(self, total: ExactAccumulator | Int64Accumulator, updates: Sequence[Update]) -> None:
         weights = [u.weight * u.scale for u in updates]
-        if isinstance(total, Int64Accumulator):
-            total.add_many([total.grid.encode(u.vector) for u in updates], weights)
-        else:
+        if isinstance(total, ExactAccumulator):
             total.add_many([u.vector for u in updates], weights)
+        elif self._bounds is not None:
+            total.add_many([encode_clipped(u.vector, self._bounds) for u in updates], weights)
+        else:
+            total.add_many([total.grid.encode(u.vector) for u in updates], weights)
 
     def finish(self) -> Aggregate:
         members = self._members.ordered()
         denominator = _denominator(members, self._facts)
-        values = self._sum.result(denominator)
-        return _aggregate(values, members, self._facts, denominator, renormalise=self._stage.renormalise)
+        integers = None
+        if isinstance(self._sum, Int64Accumulator):
+            integers = IntegerSum(
+                codes=self._sum.sums.copy(),
+                fraction_bits=self._sum.grid.fraction_bits,
+                denominator=denominator,
+                reach=None if self._bounds is None else self._bounds.norm_bound * self._sum.grid.max_weight,
+            )
+        values = self._sum.result(denominator) if integers is None else integers.decoded()
+        return _aggregate(
+            values, members, self._facts, denominator, renormalise=self._stage.renormalise, integers=integers
+        )
 
 
 def _aggregate(
-    values: Float64Array, members: Sequence[Update], facts: Facts, denominator: int, *, renormalise: bool
+    values: Float64Array,
+    members: Sequence[Update],
+    facts: Facts,
+    denominator: int,
+    *,
+    renormalise: bool = False,
+    integers: IntegerSum | None = None,
 ) -> Aggregate:
     measurements = measurements_of(members)
     if renormalise:
+        integers = None
         progress = effective_progress(members)
         values = values * progress
         measurements["effective_progress"] = progress
@@ -225,8 +302,10 @@ def _aggregate(
         kind=facts.kind,
         count=len(members),
         total_weight=sum(u.weight for u in members),
-        sensitivity=_sensitivity(facts, denominator),
+        sensitivity=sensitivity_of_mean(facts, denominator),
         measurements=measurements,
+        integers=integers,
+        indicator=indicator_of(members),
     )
 
 
@@ -253,7 +332,7 @@ class BaselineMean:
         """Needs to see the updates; proves no sensitivity, because the rounding is not bounded by the exact one's."""
         if facts.visibility is not Visibility.INDIVIDUAL:
             raise IndividualUpdatesNeeded(f"{self.summation} summation rounds after every update; use the exact mean")
-        return replace(_derive_mean(facts, renormalised=False), sensitivity=MappingProxyType({}))
+        return replace(derive_mean(facts, renormalised=False), sensitivity=MappingProxyType({}))
 
     def start(self, facts: Facts) -> Fold:
         """An empty collection; see ``stages.Reduce``."""
@@ -270,7 +349,7 @@ class _BaselineFold(HeldUpdates):
         updates = self.ordered()
         denominator = _denominator(updates, self._facts)
         total = weighted_sum(self._summation, (u.vector for u in updates), (u.weight * u.scale for u in updates))
-        found = _aggregate(total / denominator, updates, self._facts, denominator, renormalise=False)
+        found = _aggregate(total / denominator, updates, self._facts, denominator)
         return replace(found, sensitivity=MappingProxyType({}))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from server_ref.aggregation.batch import Adjacency, Aggregate, Facts, PrivateAggregate, Visibility
 from server_ref.aggregation.errors import (
     CohortDependentAcceptance,
     NoiseUnexpected,
+    NoiseUseless,
     UndeclaredRescaling,
     UnknownSensitivity,
 )
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from server_ref.aggregation.stages import Noise
 
 
+_ROUNDING: Final = 1e-9
+"""Relative difference at which two standard deviations still count as the same number, computed in two places."""
+
+
 def require_sensitivity(facts: Facts, adjacency: Adjacency) -> float:
     """The L2 sensitivity that noise must be calibrated to: for every stage that adds some.
 
@@ -25,7 +31,10 @@ def require_sensitivity(facts: Facts, adjacency: Adjacency) -> float:
         UndeclaredRescaling: Single updates are rescaled after clipping.
         CohortDependentAcceptance: Whether an update counts depends on the others'.
         UnknownSensitivity: None is proved; the message says what is missing.
+        NoiseUseless: One client can change the whole aggregate; the message says what to use instead.
     """
+    if facts.noise_refusal is not None:
+        raise NoiseUseless(facts.noise_refusal)
     if facts.rescaled:
         raise UndeclaredRescaling(
             "updates are rescaled by something that is not a declared public weight, so one client can move the "
@@ -77,9 +86,12 @@ class ExternalNoise:
 
     Attributes:
         adjacency: What they calibrated it for.
+        noise_multiplier: What their noise has to be at least, as a multiple of the sensitivity; None: whatever they
+            say, which is then for them alone to account for.
     """
 
     adjacency: Adjacency = Adjacency.ZERO_OUT
+    noise_multiplier: float | None = None
 
     @property
     def slot(self) -> Slot:
@@ -107,10 +119,17 @@ class ExternalNoise:
         """The aggregate itself.
 
         Raises:
-            NoiseUnexpected: It carries no noise.
+            NoiseUnexpected: It carries no noise of the declared kind, or less than declared.
         """
         if not isinstance(aggregate, PrivateAggregate) or aggregate.adjacency is not self.adjacency:
             raise NoiseUnexpected("the aggregators' sum carries no noise of the declared kind; nothing is released")
+        if self.noise_multiplier is not None:
+            least = self.noise_multiplier * aggregate.sensitivity.get(self.adjacency, math.inf)
+            if not aggregate.noise_stddev >= least * (1 - _ROUNDING):
+                raise NoiseUnexpected(
+                    f"the aggregators' noise has a standard deviation of {aggregate.noise_stddev:.3g}, below the "
+                    f"declared {least:.3g}; nothing is released"
+                )
         return aggregate
 
 

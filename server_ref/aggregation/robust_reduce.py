@@ -114,10 +114,17 @@ class RobustRule:
         assumed = self.assumed(count)
         if assumed is not None:
             tolerated(RULES[self.rule], count, assumed, self.options)
+        sensitivity = self.sensitivity(facts, count)
+        refusal = None
+        if facts.norm_bound is not None and sensitivity.get(Adjacency.REPLACE_ONE, 0.0) >= 2 * facts.norm_bound:
+            refusal = (
+                f"one client can turn the outcome of {self.rule} into any other, whatever the number of clients: noise "
+                f"on it would have to hide twice the clip norm. Use one of the three sound modes: multi-krum or the "
+                "trimmed mean, with noise for their proved replace-one sensitivity; centred clipping around a public "
+                "centre; or the full noise on sums of buckets, and the rule on those (post-processing)"
+            )
         return replace(
-            facts,
-            rescaled=facts.rescaled or self.renormalise,
-            sensitivity=self.sensitivity(facts, count),
+            facts, rescaled=facts.rescaled or self.renormalise, sensitivity=sensitivity, noise_refusal=refusal
         )
 
     def sensitivity(self, facts: Facts, count: int) -> MappingProxyType[Adjacency, float]:

@@ -47,6 +47,8 @@ class IntakeOptions(TypedDict, total=False):
     max_local_steps: float
     population: int | None
     kind: UpdateKind | None
+    denominator: int | None
+    arrival_public: bool
 
 
 class MethodOptions(IntakeOptions, total=False):
@@ -71,6 +73,8 @@ class IntakeSettings(BaseModel):
         max_local_steps: Largest number of local steps that a FedNova worker may claim.
         population: SCAFFOLD's N, the workers there are in all; None if all of them take part in every round.
         kind: What the workers send. None: whatever the first one sends, and an error if another sends something else.
+        denominator: What the weighted sum is divided by; None for the weights' sum.
+        arrival_public: As in ``Facts``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +88,8 @@ class IntakeSettings(BaseModel):
     max_local_steps: float = Field(10_000, ge=1, allow_inf_nan=False)
     population: int | None = Field(None, ge=1)
     kind: UpdateKind | None = None
+    denominator: int | None = Field(None, ge=1)
+    arrival_public: bool = True
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> Self:

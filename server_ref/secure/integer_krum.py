@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from client_sdk.protocol.errors import ShapeMismatch
 from server_ref.aggregation.robust import RULES, RuleOptions
-from server_ref.aggregation.robust.limits import tolerated
-from server_ref.aggregation.robust.sensitivity import rows_to_average
+from server_ref.aggregation.robust.limits import rows_to_average, tolerated
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -247,3 +247,10 @@ def test_words_that_are_not_below_the_modulus_are_left_out_in_order(case):
 def test_a_source_that_gives_too_few_bytes_is_refused():
     with pytest.raises(ConfigurationError):
         MERSENNE_61.random(3, lambda count: bytes(count - 1))
+
+
+@every_field
+def test_a_vector_with_gaps_is_not_drawn_into(field: Field):
+    """What would be written is a copy, and the vector would keep what it held."""
+    with pytest.raises(ShapeMismatch):
+        field.expand_into(b"s" * 32, field.zeros(8)[::2])

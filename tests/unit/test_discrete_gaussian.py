@@ -134,7 +134,7 @@ def test_the_power_of_the_test_is_as_stated(variance):
     assert power(variance, weights / weights.sum()) > 0.98
 
 
-@pytest.mark.parametrize("sigma", [1000, 2**24 + 1, 37306 * 2**24, 2**40, 2**50])
+@pytest.mark.parametrize("sigma", [1000, 2**24 + 1, 37306 * 2**24, 2**40, 2**56])
 def test_large_samples_are_those_of_a_normal_distribution(sigma):
     """By its shape nobody can tell a large discrete Gaussian from a normal one; by its low bits, one can."""
     found = sample(SAMPLES, sigma * sigma, fixed(sigma % 1009))
@@ -146,7 +146,7 @@ def test_large_samples_are_those_of_a_normal_distribution(sigma):
         assert stats.chisquare(observed).pvalue > LEVEL
 
 
-@pytest.mark.parametrize("sigma", [2**24 + 1, 2**50])
+@pytest.mark.parametrize("sigma", [2**24 + 1, 2**56])
 def test_normals_rounded_from_float32_would_be_noticed(sigma):
     found = np.rint(np.random.default_rng(1).standard_normal(SAMPLES, np.float32) * np.float32(sigma)).astype(np.int64)
     assert stats.chisquare(np.bincount(found % 256, minlength=256)).pvalue < LEVEL
@@ -198,7 +198,7 @@ def test_the_last_threshold_hides_a_tail_that_goes_on():
     assert buckets[5] == pytest.approx(math.sqrt(2 * 6 * 64 * math.log(2)), abs=1)
 
 
-@pytest.mark.parametrize("variance", [Fraction(1, 3), Fraction(200), Fraction(2**100)])
+@pytest.mark.parametrize("variance", [Fraction(1, 3), Fraction(200), Fraction(2**112)])
 def test_the_thresholds_are_those_of_a_computation_with_200_digits(variance):
     law = _Law.of(variance)
     with decimal.localcontext(decimal.Context(prec=200)):
@@ -251,7 +251,7 @@ def test_the_same_random_bytes_give_the_same_samples():
     assert np.array_equal(sample(100_000, 12_345, fixed(1)), sample(100_000, 12_345, fixed(1)))
 
 
-@pytest.mark.parametrize("bad", [0, -1, Fraction(-1, 2), 2**100 + 1, 1.0, True, "1", None])
+@pytest.mark.parametrize("bad", [0, -1, Fraction(-1, 2), 2**112 + 1, 1.0, True, "1", None])
 def test_a_variance_is_a_positive_rational_number(bad):
     with pytest.raises(ConfigurationError, match="variance"):
         sample(1, bad)
@@ -264,4 +264,4 @@ def test_a_negative_number_of_samples_is_refused():
 
 def test_the_largest_variance_fits_int64():
     law = _Law.of(Fraction(discrete_gaussian.LARGEST_VARIANCE))
-    assert law.width * (law.thresholds.size + 100) < 2**62
+    assert 2 * law.width * (law.thresholds.size + 100) < 2**63

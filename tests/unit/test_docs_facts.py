@@ -192,11 +192,14 @@ def reaction(error: ProtocolError) -> str:
         case Stop():
             return "stops; its state stays"
         case Abandon():
-            return "gives the assignment back"
-        case Discard():
+            session.on_abandoned()
             session.on_discarded()
             stops = isinstance(session.next_action(), Stop)
-            return "drops the report and stops" if stops else "drops the report, asks for work"
+            return "gives the assignment back and stops" if stops else "gives the assignment back"
+        case Discard():
+            session.on_discarded()
+            assert not isinstance(session.next_action(), Stop)
+            return "drops the report, asks for work"
         case action:
             raise AssertionError(action)
 

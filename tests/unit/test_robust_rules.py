@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,14 @@ from client_sdk.protocol.errors import (
     TooManyByzantine,
     UpdateOutOfRange,
 )
+from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation import blocks, robust
+from server_ref.aggregation.batch import Facts
+from server_ref.aggregation.pipeline import Pipeline
 from server_ref.aggregation.robust import RULES, RuleOptions, apply_rule, estimate_num_byzantine
 from server_ref.aggregation.robust import coordinatewise as by_coordinate
+from server_ref.aggregation.robust_reduce import RobustRule
+from server_ref.aggregation.server_optim import Sgd
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = tuple(RULES)
@@ -141,6 +147,17 @@ def test_options_that_do_not_fit_the_rule_are_refused_by_name(name, num_byzantin
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValidationError):
         RuleOptions(**options)
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixing": "bucketing", "bucket_size": 2}])
+def test_more_rows_to_average_than_may_be_honest_are_refused_when_a_pipeline_is_built(mixing):
+    facts = Facts(size=4, kind=UpdateKind.DELTA, capacity=20, count=10, max_weight=1, max_abs=1.0)
+    most = 4 if mixing else 9
+    build = partial(Pipeline.build, Sgd(), facts=facts)
+    assert build(RobustRule("multi-krum", 1, options=RuleOptions(m=most, **mixing)))
+    assert build(RobustRule("multi-krum", 1, options=RuleOptions(m=most + 1, degraded=True, **mixing)))
+    with pytest.raises(ConfigurationError, match=f"choose m <= {most}"):
+        build(RobustRule("multi-krum", 1, options=RuleOptions(m=most + 1, **mixing)))
 
 
 def test_a_centre_is_for_centred_clipping_and_must_fit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from fractions import Fraction
@@ -15,6 +16,7 @@ from hypothesis.extra.numpy import arrays
 
 from client_sdk import MobileClient, events
 from client_sdk.errors import BundleMismatch, ParticipationsSpent
+from client_sdk.native.sharing import PlainKernels, load_kernels
 from client_sdk.protocol import sealing
 from client_sdk.protocol.clipping import l2_norm
 from client_sdk.protocol.compression import Codec, CompressionSpec
@@ -27,15 +29,16 @@ from client_sdk.protocol.errors import (
     ProgramExecutionError,
     SealingFailed,
 )
-from client_sdk.protocol.field import Field
+from client_sdk.protocol.field import Field, RandomBytes
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment, I64SharesEncoding, ReportFacts, SecurePlan
 from client_sdk.protocol.privacy import encode_clipped
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.protocol.sealing import SealingKey, SealingSuite
-from client_sdk.protocol.secure import SecureLayout, split_secure_report
+from client_sdk.protocol.secure import SecureLayout, encode_shares, split_secure_report
+from client_sdk.protocol.shamir import reconstruct
 from client_sdk.reports import build_report, check_reportable
-from client_sdk.secure_reports import private_codes, sealed_shares
+from client_sdk.secure_reports import private_shares, sealed_shares
 from client_sdk.session_state import RetryPolicy
 from client_sdk.store import FileDeviceStore, MemoryDeviceStore
 from client_sdk.training import LocalTrainer
@@ -58,6 +61,15 @@ def secure_assignment(number: int = 1, plan: SecurePlan | None = None, **changes
 
 def report_of(assignment: Assignment, update: np.ndarray, **more: Any) -> bytes:
     return bytes(build_report(assignment, REPORT_ID, update, steps=3, train_loss=0.5, **more).frame)
+
+
+def private_codes(plan: SecurePlan, update: np.ndarray, random: RandomBytes = os.urandom) -> np.ndarray:
+    """What a device shares of an update, mask left out: opened from its shares."""
+    layout = SecureLayout.of(plan, len(update))
+    shares = private_shares(plan, layout, update, random=random, kernels=PlainKernels())
+    vectors = shares.expand(layout.scheme, layout.length)
+    secret = reconstruct(dict(enumerate(vectors, 1)), layout.scheme, layout.length)
+    return layout.scheme.field.to_signed(layout.values(secret))
 
 
 # --- what arrives ------------------------------------------------------------------------------------------------
@@ -190,7 +202,7 @@ def test_the_noise_is_the_exact_samplers_and_the_indicator_has_its_own():
     plan = noisy_plan(indicator_norm=1.0, indicator_variance="7")
     source = Source()
     found = private_codes(plan, update, random=source)
-    codes, indicator = source.given
+    indicator, _mask, codes, *_seeds = source.given
     expected = encode_clipped(update, plan.bounds) + sample(3, Fraction(90001, 4), lambda _: codes)
     assert found[:3].tolist() == expected.tolist()
     assert found[3] == 1 + sample(1, 7, lambda _: indicator)[0]
@@ -201,6 +213,35 @@ def test_a_device_adds_no_noise_where_others_do_or_nobody_does(noise: str):
     update = np.linspace(-1, 1, 100, dtype=np.float32)
     plan = make_plan(noise=noise, indicator_norm=2.0)
     assert private_codes(plan, update)[:-1].tolist() == encode_clipped(update, plan.bounds).tolist()
+
+
+@given(
+    UPDATES,
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 2]),
+    st.sampled_from(["m61", "m127"]),
+    st.binary(min_size=8),
+)
+@settings(max_examples=30)
+def test_native_kernels_and_numpy_make_the_same_shares(update, noisy, indicator, packing, field, seed):
+    changes: dict[str, Any] = {"packing": packing, "field": field, "indicator_norm": 1.0 if indicator else None}
+    if noisy:
+        changes |= {"noise": "devices", "noise_variance": "17/3", "indicator_variance": "2" if indicator else None}
+    plan = make_plan(**changes)
+    layout = SecureLayout.of(plan, len(update))
+    made = []
+    for kernels in (PlainKernels(), load_kernels()):
+        stream = itertools.count()
+        shares = private_shares(
+            plan,
+            layout,
+            update,
+            random=lambda size, stream=stream: hashlib.shake_256(seed + bytes([next(stream)])).digest(size),
+            kernels=kernels,
+        )
+        made.append(encode_shares(shares, layout))
+    assert made[0] == made[1]
 
 
 # --- before it trains --------------------------------------------------------------------------------------------

@@ -399,10 +399,13 @@ def test_a_server_that_forgets_the_device_over_and_over_is_left():
 
 
 @pytest.mark.parametrize("error", [NonFiniteUpdate("bad"), ReportMismatch("bad")])
-def test_a_report_that_can_never_be_accepted_is_dropped_and_the_reason_told(error: PocketfedError):
+def test_a_report_that_can_never_be_accepted_is_given_back_and_the_reason_told(error: PocketfedError):
     machine = reach(Phase.UPLOADING)
     machine.on_failure(error)
-    assert isinstance(machine.next_action(), Discard)
+    # The slot is free at once, not only when the lease ends.
+    assert machine.next_action() == Abandon(machine.state.assignment.assignment_id, "training-failed")
+    machine.on_abandoned()
+    assert machine.next_action() == Discard(REPORT, accepted=False, detail=str(error))
     machine.on_discarded()
     stop = machine.next_action()
     assert isinstance(stop, Stop)

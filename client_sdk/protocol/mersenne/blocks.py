@@ -9,7 +9,7 @@ An object that implements ``BlockArithmetic`` owns the scratch memory of one cal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -26,6 +26,12 @@ BLOCK: Final = 8192
 
 SMALL_LIMIT: Final = 1 << 30
 """Coefficients whose magnitudes sum to less are multiplied with halves of limbs and summed without carries."""
+
+
+def slices(size: int, step: int = BLOCK) -> Iterator[slice]:
+    """Consecutive pieces of a vector, a block each."""
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
 
 
 class BlockArithmetic(Protocol):

@@ -16,6 +16,11 @@ _TOP_127: Final = np.uint64(2**63 - 1)
 _SIGN_127: Final = np.uint64(62)
 
 
+def largest_magnitude(codes: npt.NDArray[np.int64]) -> int:
+    """Of a vector's integers; 0 for none."""
+    return max(int(codes.max(initial=0)), -int(codes.min(initial=0)))
+
+
 def encode_61(codes: npt.NDArray[np.int64], out: FieldVector) -> None:
     """``out = codes mod 2^61 - 1``, for magnitudes below 2^60."""
     sign = codes >> _SIGN

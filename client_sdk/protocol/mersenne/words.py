@@ -45,7 +45,13 @@ def key_stream(seed: bytes) -> FillBytes:
 
 
 def draw(out: FieldVector, top: int, fill: FillBytes) -> None:
-    """Fill a contiguous vector with a stream's next words, little-endian and masked; what is no element is left out."""
+    """Fill a contiguous vector with a stream's next words, little-endian and masked; what is no element is left out.
+
+    Raises:
+        ShapeMismatch: The vector is not contiguous, so that a stream cannot be written to it.
+    """
+    if not out.flags.c_contiguous:
+        raise ShapeMismatch("random words are drawn into a contiguous vector only")
     done = 0
     while done < len(out):
         piece = out[done : done + BLOCK]

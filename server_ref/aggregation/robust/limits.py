@@ -115,7 +115,7 @@ def tolerated(rule: Rule, num_rows: int, num_byzantine: int, options: RuleOption
 
     Raises:
         EmptyAggregate: No rows.
-        ConfigurationError: A negative number.
+        ConfigurationError: A negative number, or an m that ``rows_to_average`` refuses.
         TooManyByzantine: More than the rule stands, and not in degraded mode.
     """
     if num_rows < 1:
@@ -125,6 +125,8 @@ def tolerated(rule: Rule, num_rows: int, num_byzantine: int, options: RuleOption
     seen = rows_after_mixing(num_rows, options)
     limit = rule.limit(seen)
     if num_byzantine <= limit:
+        # Refused here, and not only by the first buffer that is reduced.
+        rows_to_average(seen, num_byzantine, options)
         return num_byzantine
     if options.degraded:
         return max(0, limit)
@@ -138,4 +140,23 @@ def tolerated(rule: Rule, num_rows: int, num_byzantine: int, options: RuleOption
         num_rows=seen,
         num_byzantine=num_byzantine,
         limit=limit,
+    )
+
+
+def rows_to_average(num_rows: int, num_byzantine: int, options: RuleOptions) -> int:
+    """Multi-Krum's m: n - f - 2 unless the options name another.
+
+    Raises:
+        ConfigurationError: More than n - f, so that a dishonest row is certain to be among them.
+    """
+    most = max(1, num_rows - num_byzantine)
+    if options.m is None:
+        return max(1, most - 2)
+    if options.m <= most:
+        return options.m
+    if options.degraded:
+        return most
+    raise ConfigurationError(
+        f"multi-krum cannot leave {num_byzantine} of {num_rows} rows out and average m = {options.m}; "
+        f"choose m <= {most}"
     )

@@ -7,10 +7,10 @@ import numpy.typing as npt
 
 from server_ref.aggregation.robust.centres import mean_of
 from server_ref.aggregation.robust.distances import distances_to_peers, squared_distances
+from server_ref.aggregation.robust.limits import rows_to_average
 from server_ref.aggregation.robust.options import DistanceMode, RuleOptions
 from server_ref.aggregation.robust.reduction import Reduction
 from server_ref.aggregation.robust.rows import Rows
-from server_ref.aggregation.robust.sensitivity import rows_to_average
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from client_sdk.protocol.errors import ConfigurationError
-from server_ref.aggregation.robust.limits import check_options, tolerated
+from server_ref.aggregation.robust.limits import check_options, rows_to_average, tolerated
 from server_ref.aggregation.robust.options import Mixing, RuleOptions
 
 
@@ -68,25 +68,6 @@ def sensitivity_replace_one(
     if rule == "centered-clipping" and public_centre and options.radius is not None and options.iterations == 1:
         return 2 * options.radius / n
     return None
-
-
-def rows_to_average(num_rows: int, num_byzantine: int, options: RuleOptions) -> int:
-    """Multi-Krum's m: n - f - 2 unless the options name another.
-
-    Raises:
-        ConfigurationError: More than n - f, so that a dishonest row is certain to be among them.
-    """
-    most = max(1, num_rows - num_byzantine)
-    if options.m is None:
-        return max(1, most - 2)
-    if options.m <= most:
-        return options.m
-    if options.degraded:
-        return most
-    raise ConfigurationError(
-        f"multi-krum cannot leave {num_byzantine} of {num_rows} rows out and average m = {options.m}; "
-        f"choose m <= {most}"
-    )
 
 
 def _of_selection(n: int, m: int, clip_norm: float) -> float:
