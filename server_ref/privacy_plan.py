@@ -71,6 +71,6 @@ class PrivacyPlan:
         """The claim, in a line."""
         b = self.budget
         return (
-            f"epsilon {b.epsilon:.4g} at delta {b.delta:g} for a whole device ({b.adjacency} adjacency), which is counted "
+            f"epsilon {b.epsilon:.4g} at delta {b.delta:g} for a whole device ({b.adjacency} adjacency), which counts "
             f"in at most {b.participations} rounds; noise multiplier {self.noise_multiplier:.4g}"
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from server_ref.aggregation.accounting import GaussianRelease, LedgerKeeper
@@ -40,6 +41,17 @@ class Releases(Protocol):
         ...
 
 
+class MemoryReleases:
+    """Keeps nothing: for rounds that end with the process, and of which only their models are seen."""
+
+    def load_release(self, round_id: int) -> PrivateAggregate | None:  # noqa: ARG002 - the protocol's signature
+        """Nothing."""
+        return None
+
+    def save_release(self, event: GaussianRelease, aggregate: PrivateAggregate) -> None:
+        """Nothing is kept."""
+
+
 class PrivateBuffer:
     """A buffer whose aggregate carries noise.
 
@@ -71,22 +83,50 @@ class PrivateBuffer:
         """The private aggregate: the one that was drawn before, if any.
 
         Raises:
-            PrivacyBudgetExhausted: The budget does not allow another release; no noise was drawn.
-            PocketfedError: As the inner buffer's.
+            PocketfedError: As ``release_once``, and the inner buffer's own.
         """
-        found = self._releases.load_release(version)
-        if found is not None:
-            return found
-        event = GaussianRelease(
-            round_id=version, noise_multiplier=self._plan.noise_multiplier, adjacency=self._plan.budget.adjacency
+        return release_once(
+            self._keeper, self._plan, self._releases, version, lambda: self._inner.reduce(counted, version)
         )
-        self._keeper.ledger.check(event)
-        self._keeper.open_round(version)
-        aggregate = self._inner.reduce(counted, version)
-        if not isinstance(aggregate, PrivateAggregate):
-            raise NoiseMissing("an aggregate without noise left the pipeline of a private task; nothing is released")
-        if all(e.round_id != version for e in self._keeper.ledger.events):
-            # The aggregators drew the noise, and have ledgers of their own; this one says what the model cost.
-            self._keeper.charge(event)
-        self._releases.save_release(event, aggregate)
-        return aggregate
+
+
+def release_once(
+    keeper: LedgerKeeper, plan: PrivacyPlan, releases: Releases, round_id: int, reduce: Callable[[], Aggregate]
+) -> PrivateAggregate:
+    """A round's release: the one that was drawn before, or a new one that is paid for and kept before it is used.
+
+    Args:
+        keeper: The task's ledger, in memory.
+        plan: Noise and budget.
+        releases: Where releases are kept.
+        round_id: Of the round.
+        reduce: Makes the aggregate, with noise.
+
+    Raises:
+        PrivacyBudgetExhausted: The budget does not allow another release; no noise was drawn.
+        NoiseMissing: The aggregate has none.
+    """
+    found = releases.load_release(round_id)
+    if found is not None:
+        return found
+    event = GaussianRelease(round_id=round_id, noise_multiplier=plan.noise_multiplier, adjacency=plan.budget.adjacency)
+    spent = keeper.ledger.check(event)
+    keeper.open_round(round_id)
+    aggregate = reduce()
+    if not isinstance(aggregate, PrivateAggregate):
+        raise NoiseMissing("an aggregate without noise left the pipeline of a private task; nothing is released")
+    if all(e.round_id != round_id for e in keeper.ledger.events):
+        # The aggregators drew the noise, and have ledgers of their own; this one says what the model cost.
+        keeper.charge(event)
+    said = {
+        "privacy": {
+            "epsilon": spent.epsilon,
+            "delta": spent.delta,
+            "adjacency": str(spent.adjacency),
+            "noise_multiplier": plan.noise_multiplier,
+            "noise_stddev": aggregate.noise_stddev,
+        }
+    }
+    aggregate = replace(aggregate, measurements={**aggregate.measurements, **said})
+    releases.save_release(event, aggregate)
+    return aggregate

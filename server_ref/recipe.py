@@ -10,6 +10,7 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Manifest
 from client_sdk.protocol.training import TrainingPlan, normaliser, update_size
 from client_sdk.protocol.updates import UpdateKind
+from server_ref.aggregation.accounting import LedgerKeeper
 from server_ref.aggregation.admission import (
     ClipGlobal,
     ClipLayers,
@@ -18,7 +19,6 @@ from server_ref.aggregation.admission import (
     NoClip,
     ValidateFacts,
 )
-from server_ref.aggregation.accounting import LedgerKeeper
 from server_ref.aggregation.batch import Facts, Visibility
 from server_ref.aggregation.errors import IndividualUpdatesNeeded
 from server_ref.aggregation.noise import CentralNoise
@@ -91,11 +91,13 @@ def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pi
         )
     if config.plan.algorithm in {"scaffold", "fednova"}:
         raise ConfigurationError(
-            f"{config.plan.algorithm}'s updates are not clipped as one vector of public scale, so they cannot be shared: "
+            f"{config.plan.algorithm}'s updates are not clipped as one vector of public scale, and cannot be shared: "
             "choose fedavg, or leave task.secure out"
         )
     if settings.clip_scope != "global":
-        raise ConfigurationError("shared updates have one bound, on the whole: set task.aggregation.clip_scope = global")
+        raise ConfigurationError(
+            "shared updates have one bound, on the whole: set task.aggregation.clip_scope = global"
+        )
     schedule = _schedule(config)
     facts = Facts(
         size=size,
@@ -108,9 +110,7 @@ def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pi
     )
     bounds = grid_of(config, schedule.derive(facts).max_scale, privacy)
     noise = NoNoise() if privacy is None else ExternalNoise(privacy.budget.adjacency, privacy.noise_multiplier)
-    return Pipeline.build(
-        schedule, SharedSum(bounds), noise, _apply(config), facts=facts, private=privacy is not None
-    )
+    return Pipeline.build(schedule, SharedSum(bounds), noise, _apply(config), facts=facts, private=privacy is not None)
 
 
 def _noise(privacy: PrivacyPlan | None, keeper: LedgerKeeper | None) -> Noise:

@@ -289,6 +289,15 @@ class LedgerKeeper:
             raise UnsupportedPrivacyEvent("no round is open for a release; open one (open_round)")
         return self._round
 
+    def restore(self, events: Iterable[GaussianRelease | DistributedRelease]) -> None:
+        """Hold the ledger that a store's events make: after a restart, or where a charge did not become durable.
+
+        The store is the truth; what it does not know of was not released.
+        """
+        with self._lock:
+            self._ledger = PrivacyLedger.replay(self._ledger.budget, events)
+            self._round = None
+
     def open_round(self, round_id: int) -> None:
         """Say which round the next release belongs to.
 

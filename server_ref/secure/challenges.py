@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from client_sdk.protocol.secure import SecureLayout, decode_share
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.field import Field, FieldVector
+from client_sdk.protocol.secure import SecureLayout, decode_share
 from server_ref.secure import queries
 from server_ref.secure.errors import AlreadyChallenged, ChallengeMismatch, DuplicateEntry, UnknownReport
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from client_sdk.protocol.field import FieldVector
 from client_sdk.protocol.secure import SecureLayout, decode_share
 from client_sdk.protocol.sharing_kernels import SharingKernels
-
-from client_sdk.protocol.field import FieldVector
 
 
 def weighted_sum(

@@ -18,6 +18,7 @@ from server_ref.closing import close_buffer
 from server_ref.durable import RoundOutcome
 from server_ref.evaluation import Evaluation
 from server_ref.models import GlobalModel, encode_model
+from server_ref.private_buffer import MemoryReleases, release_once
 from server_ref.rounds import RoundEngine
 from server_ref.task import Task
 from simulator.cohort.queue import Broadcast
@@ -176,10 +177,15 @@ class CohortServer:
 
     # --- rounds ------------------------------------------------------------------------------------------
 
-    def reduce(self, _counted: Sequence[AssignmentRecord], _version: int) -> Aggregate:
+    def reduce(self, _counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
         """The open buffer's aggregate: reports came in order, so that it holds those that count and no others."""
         self._fold_pending()
-        return self.task.pipeline.finish(self._fold)
+        task = self.task
+        if task.privacy is None or task.keeper is None:
+            return task.pipeline.finish(self._fold)
+        return release_once(
+            task.keeper, task.privacy, MemoryReleases(), version, lambda: task.pipeline.finish(self._fold)
+        )
 
     def _begin_buffer(self) -> None:
         self._fold = self.task.pipeline.start()
