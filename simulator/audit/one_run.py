@@ -99,7 +99,7 @@ class AuditPlan:
     @property
     def numbers_of_guesses(self) -> tuple[int, ...]:
         """From a few sure ones to all: fixed before anything is seen."""
-        return tuple(sorted({max(8, self.canaries // part) for part in (1, 3, 10, 30)}, reverse=True))
+        return tuple(sorted({max(8, self.canaries // part) for part in (1, 2, 5, 20)}, reverse=True))
 
 
 @dataclass(frozen=True)
