@@ -83,7 +83,7 @@ def finish(stages: list, chosen: list[EncodedUpdate], facts: Facts = FACTS) -> A
 
 def as_normal(samples: np.ndarray, stddev: float) -> bool:
     """Whether the samples are those of a normal distribution with this standard deviation (at level 1e-6)."""
-    return bool(stats.kstest(samples / stddev, "norm").pvalue > 1e-6)
+    return bool(stats.kstest(samples / stddev, "norm", method="asymp").pvalue > 1e-6)
 
 
 # --- how much noise -----------------------------------------------------------------------------------------
