@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from server_ref.aggregation.presets import ByzantineRobustAggregator, GradientAggregator
     from server_ref.aggregation.private_preset import DPGradientAggregator
     from server_ref.aggregation.renyi import RenyiPrivacyAccountant
+    from server_ref.aggregation.secure_preset import SecureAggregator
     from server_ref.aggregation.sensitivity_calibrator import SensitivityCalibrator
     from server_ref.aggregation.tensors import AggregatedUpdate, apply_update
     from server_ref.aggregation.warm import warm_up
@@ -45,6 +46,7 @@ __all__ = [
     "PrivacyBudgetExhausted",
     "PrivacyLedger",
     "RenyiPrivacyAccountant",
+    "SecureAggregator",
     "SensitivityCalibrator",
     "UpdateKind",
     "WorkerGradient",

@@ -46,7 +46,8 @@ class OpenBuffer:
         """The aggregate of exactly these reports.
 
         What is not folded yet is read back; what was folded and does not count after all (over-selection in virtual
-        time) is taken out again, which is exact.
+        time) is taken out again, which is exact. If a report cannot be read, what was done until then stays known, and
+        the next call goes on from there.
         """
         wanted = {r.number: r for r in counted}
         extra = [r for number, r in self._folded.items() if number not in wanted]
@@ -55,9 +56,11 @@ class OpenBuffer:
         else:
             for part in _parts(extra):
                 self._fold.discard([self._aged(r, self._load(r), version) for r in part])
+                for r in part:
+                    del self._folded[r.number]
         for part in _parts([r for number, r in wanted.items() if number not in self._folded]):
             self._fold.add([self._aged(r, self._load(r), version) for r in part])
-        self._folded = wanted
+            self._folded.update((r.number, r) for r in part)
         return self._pipeline.finish(self._fold)
 
     def _aged(self, record: AssignmentRecord, update: Update, version: int) -> Update:

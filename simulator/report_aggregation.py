@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Final
 
+from client_sdk.protocol.compression import CompressionSpec
 from client_sdk.protocol.errors import PROBLEM_PREFIX, from_problem
 from client_sdk.protocol.profile import DeviceTier
 from simulator import figures_aggregation as figures
@@ -38,7 +39,8 @@ def alerts(page: Page, results: SimulationResults) -> None:
             else "Training was halted in its first round",
             f"Why: {escape(results.halted)}. {escape(_best_words(results))} Before you start again: a smaller learning "
             "rate (<code>--lr</code>, <code>--server-lr</code>), clipping (<code>--clip-norm</code>), less staleness, "
-            "or, where devices may be dishonest, a rule that stands them (<code>--rule</code>).",
+            f"{_feedback_words(results)}or, where devices may be dishonest, a rule that stands them "
+            "(<code>--rule</code>).",
             bad=True,
         )
     unchanged = tally.unchanged(results)
@@ -123,7 +125,15 @@ def _exclusion_words(results: SimulationResults) -> str:
                 f"; of the attackers' {found.attackers} reports {found.attackers - found.caught} were let in (recall "
                 f"{_percent(found.recall)})"
             )
-    return words + "."
+    return words + "." + _overrun_words(results)
+
+
+def _overrun_words(results: SimulationResults) -> str:
+    """A fraction of the fleet is a fraction of a round on average only: rounds that the rule was not built to stand."""
+    overrun = sum(r.num_byzantine is not None and r.attackers > r.num_byzantine for r in results.rounds)
+    if not overrun:
+        return ""
+    return f" In {overrun} of {len(results.rounds)} rounds more attackers reported than the rule reckoned with."
 
 
 def _degraded_words(results: SimulationResults) -> str:
@@ -144,7 +154,7 @@ def _attack_words(results: SimulationResults) -> str:
         return ""
     return (
         f"<p>{found.attackers} of {found.reports} counted reports were attackers' ({escape(attack)}). This way of "
-        "reducing leaves no report out as a whole.</p>"
+        f"reducing leaves no report out as a whole.{_overrun_words(results)}</p>"
     )
 
 
@@ -200,6 +210,14 @@ def _participation_words(results: SimulationResults, times: Sequence[int]) -> st
         slow = "straggler" if results.config.stragglers > 0 else "low-end device"
         words += f" A {slow} counted {results.slow_share:.2f} times as often as another device."
     return words
+
+
+def _feedback_words(results: SimulationResults) -> str:
+    """What is not sent now is sent later, and a delay bounds the learning rate as staleness does."""
+    line = results.config.compression
+    if line is None or not CompressionSpec.parse(line).error_feedback:
+        return ""
+    return f"a compression that sends more (<code>{escape(line)}</code> delays what it leaves out), "
 
 
 def _best_words(results: SimulationResults) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import sqlalchemy as sa
 
 from client_sdk.protocol import sealing
 from client_sdk.protocol.sealing import SealingSuite
@@ -68,6 +69,18 @@ def default_codes(number: int, size: int = SIZE) -> list[int]:
     return [(number * 7 + i * 3) % 11 - 5 for i in range(size)]
 
 
+def quick_store(folder: Path) -> AggregatorStore:
+    """A store that does not wait for the disk: these tests end processes, not power."""
+    store = AggregatorStore(folder)
+    store.engine.dispose()
+
+    @sa.event.listens_for(store.engine, "connect")
+    def _no_flush(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    return store
+
+
 @dataclass(frozen=True)
 class Upload:
     """One device's report, sealed for all aggregators."""
@@ -114,7 +127,7 @@ class Parties:
         *,
         suite: SealingSuite = SealingSuite.X25519,
         own: dict[int, PinnedParameters] | None = None,
-        open_store: Callable[[Path], AggregatorStore] = AggregatorStore,
+        open_store: Callable[[Path], AggregatorStore] = quick_store,
         random: Callable[[int], bytes] = os.urandom,
         wrap: Callable[[Aggregator], AggregatorPort] = lambda aggregator: aggregator,
         size: int = SIZE,
@@ -135,7 +148,7 @@ class Parties:
                 suite=suite,
                 peers=peers,
                 task=self.task,
-                keep_rounds=4,
+                keep_rounds=2,
             )
             for i in range(1, len(peers) + 1)
         ]

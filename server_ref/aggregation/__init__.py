@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from server_ref.aggregation.robust import RuleOptions
     from server_ref.aggregation.robust_reduce import RobustRule
     from server_ref.aggregation.scaffold import Scaffold
+    from server_ref.aggregation.secure_preset import SecureAggregator
     from server_ref.aggregation.sensitivity_calibrator import SensitivityCalibrator
     from server_ref.aggregation.server_optim import Adagrad, Adam, Sgd, Yogi
     from server_ref.aggregation.server_state import ServerState
@@ -108,6 +109,7 @@ __all__ = [
     "RuleOptions",
     "Scaffold",
     "ScheduleShape",
+    "SecureAggregator",
     "SensitivityCalibrator",
     "ServerState",
     "Sgd",
@@ -169,6 +171,7 @@ _MODULES = {
     "robust_reduce": ("RobustRule",),
     "scaffold": ("Scaffold",),
     "sensitivity_calibrator": ("SensitivityCalibrator",),
+    "secure_preset": ("SecureAggregator",),
     "server_optim": ("Adagrad", "Adam", "Sgd", "Yogi"),
     "server_state": ("ServerState",),
     "shared_sum": ("SharedSum",),

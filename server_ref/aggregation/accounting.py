@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -190,7 +190,7 @@ class PrivacyLedger(_Value):
     def charge(self, event: GaussianRelease | DistributedRelease) -> Self:
         """The ledger after a release; raises as ``check`` does, and then nothing has changed."""
         self.check(event)
-        return self.model_copy(update={"events": (*self.events, event)})
+        return _appended(self, event)
 
     def spent(self) -> PrivacySpent:
         """What all releases have cost, by both accounts."""
@@ -314,6 +314,13 @@ class LedgerKeeper:
             spent = self._ledger.check(event)
             if self._persist is not None:
                 self._persist(event)
-            self._ledger = self._ledger.charge(event)
+            self._ledger = _appended(self._ledger, event)
             self._round = None
         return spent
+
+
+def _appended(ledger: _Ledger, event: GaussianRelease | DistributedRelease) -> _Ledger:
+    return ledger.model_copy(update={"events": (*ledger.events, event)})
+
+
+_Ledger = TypeVar("_Ledger", bound=PrivacyLedger)

@@ -30,6 +30,12 @@ _LARGEST_MULTIPLIER: Final = 1e6
 _SLACK: Final = 1 + 1e-12
 """On every calibrated multiplier: sums of a thousand floats round by less, so that the last round still fits."""
 
+_INTERVAL: Final = 5e-4
+"""Grid of numeric privacy losses. What it rounds, it rounds up: by 1e-3 of epsilon at most over a thousand rounds."""
+
+_MOST_DISTRIBUTIONS: Final = 8
+"""Different multipliers for which a schedule is normalised by privacy loss distributions; each takes 0.1 s."""
+
 Steps = tuple[tuple[float, int], ...]
 """Noise multipliers, and in how many releases each was used."""
 
@@ -102,14 +108,14 @@ _divergences = lru_cache(maxsize=4096)(sampled_gaussian_rdp)
 def sampled_epsilon(steps: Steps, sampling_probability: float, delta: float) -> float:
     """Epsilon of Poisson-sampled releases, by their privacy loss distribution (add/remove adjacency).
 
-    Each distinct multiplier takes a fraction of a second.
+    Each distinct multiplier takes about a tenth of a second.
 
     Args:
         steps: Noise multipliers and how often each was used; in sorted order, so that equal questions are asked once.
         sampling_probability: With which each client takes part in each round, independently.
         delta: In (0, 1).
     """
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=_INTERVAL)
     for noise_multiplier, count in steps:
         accountant.compose(_sampled(noise_multiplier, sampling_probability), count)
     return float(accountant.get_epsilon(delta))
@@ -155,18 +161,7 @@ def calibrate(
     if rounds is None or rounds < 1 or participations is not None or not 0 < sampling_probability <= 1:
         raise ConfigurationError("with sampling, give rounds (from 1) and a sampling_probability in (0, 1]")
 
-    def enough(z: float) -> bool:
-        return sampled_epsilon(((z, rounds),), sampling_probability, delta) <= epsilon
-
-    # Renyi divergences are quick and never too low, so what they find is a bracket's upper end.
-    upper = _least_by_rdp([1.0] * rounds, sampling_probability, epsilon, delta)
-    lower = 0.8 * upper
-    while lower > 1e-3 and enough(lower):
-        upper, lower = lower, 0.8 * lower
-    while upper - lower > 1e-3 * lower:
-        middle = math.sqrt(lower * upper)
-        lower, upper = (lower, middle) if enough(middle) else (middle, upper)
-    return upper
+    return _least_sampled(((1.0, rounds),), sampling_probability, epsilon, delta)
 
 
 class ScheduleShape(StrEnum):
@@ -220,8 +215,8 @@ class NoiseSchedule(BaseModel):
             steps: Stretches of equal noise of the shape ``step``.
             participations: In how many rounds one client takes part at most; None: in all. The schedule holds for the
                 worst choice of them, the rounds with the least noise.
-            sampling_probability: As for ``calibrate``; shapes other than ``constant`` are then normalised by Renyi
-                divergences, which asks for a little more noise than necessary.
+            sampling_probability: As for ``calibrate``. A schedule of more than eight different multipliers is then
+                normalised by Renyi divergences, which asks for up to a fifth more noise than necessary.
 
         Raises:
             ConfigurationError: A number out of range, or participations and sampling together.
@@ -242,10 +237,10 @@ class NoiseSchedule(BaseModel):
             scale = calibrate(epsilon, delta, participations=1) / composed_multiplier(sorted(factors)[:participations])
         elif participations is not None:
             raise ConfigurationError("participations are bounded, or drawn by coins (sampling_probability), not both")
-        elif shape is ScheduleShape.CONSTANT:
-            scale = calibrate(epsilon, delta, rounds=rounds, sampling_probability=sampling_probability)
+        elif not 0 < sampling_probability <= 1:
+            raise ConfigurationError(f"a sampling_probability lies in (0, 1], got {sampling_probability}")
         else:
-            scale = _least_by_rdp(factors, sampling_probability, epsilon, delta)
+            scale = _least_sampled(tuple(Counter(factors).items()), sampling_probability, epsilon, delta)
         return cls(noise_multipliers=tuple(scale * f * _SLACK for f in factors))
 
     def at(self, round_id: int) -> float:
@@ -274,15 +269,31 @@ def _factor(shape: ScheduleShape, at: int, rounds: int, final_ratio: float, step
             return 1 + (final_ratio - 1) * (min(steps, rounds) * at // rounds) / max(1, min(steps, rounds) - 1)
 
 
-def _least_by_rdp(factors: Sequence[float], sampling_probability: float, epsilon: float, delta: float) -> float:
-    """The least c with which rounds of multipliers c f are within the budget by Renyi divergences."""
-    counts = Counter(factors)
+def _least_sampled(factors: Steps, sampling_probability: float, epsilon: float, delta: float) -> float:
+    """The least c, to 0.1 %, with which sampled rounds of multipliers c f are within the budget."""
+
+    def scaled(scale: float) -> Steps:
+        return tuple(sorted((scale * f, count) for f, count in factors))
+
+    # Renyi divergences are quick and never too low, so what they find is a bracket's upper end.
+    upper = _least(
+        lambda c: composed_rdp_epsilon(scaled(c), sampling_probability, delta, quick=True) <= epsilon,
+        1.0,
+        tolerance=1e-4,
+    )
+    if len(factors) > _MOST_DISTRIBUTIONS:
+        return upper
 
     def enough(scale: float) -> bool:
-        steps = tuple((scale * f, count) for f, count in counts.items())
-        return composed_rdp_epsilon(steps, sampling_probability, delta, quick=True) <= epsilon
+        return sampled_epsilon(scaled(scale), sampling_probability, delta) <= epsilon
 
-    return _least(enough, 1.0, tolerance=1e-4)
+    lower = 0.8 * upper
+    while lower > 1e-3 and enough(lower):
+        upper, lower = lower, 0.8 * lower
+    while upper - lower > 1e-3 * lower:
+        middle = math.sqrt(lower * upper)
+        lower, upper = (lower, middle) if enough(middle) else (middle, upper)
+    return upper
 
 
 def _sampled(noise_multiplier: float, sampling_probability: float) -> dp_accounting.DpEvent:

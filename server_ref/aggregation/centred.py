@@ -105,7 +105,7 @@ class Recentred:
     def release(self, aggregate: Aggregate) -> Aggregate:
         """What the noise stage releases, moved by the centre; see ``stages.Noise``."""
         released = self.noise.release(aggregate)
-        return replace(released, values=released.values + self.centre)
+        return replace(released, values=released.values + self.centre, integers=None)
 
 
 def centred_stages(

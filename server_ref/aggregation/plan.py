@@ -107,7 +107,8 @@ class AccumulatorPlan(_Bounds):
             Two bins for moderate ranges, three for wide ones.
 
         Raises:
-            BudgetExceeded: More than three bins would be needed; the message says what to change.
+            BudgetExceeded: More than three bins would be needed, or no value fits the bound; the message says what to
+                change.
             pydantic.ValidationError: A bound that is not a positive number of its kind.
 
         Example:
@@ -116,6 +117,10 @@ class AccumulatorPlan(_Bounds):
             (1, -36, -73)
         """
         bounds = _Bounds(max_abs=max_abs, max_weight=max_weight, max_count=max_count, resolution=resolution)
+        if bounds.max_abs < _SMALLEST_FLOAT32:
+            raise BudgetExceeded(
+                f"no float32 but 0 lies within {max_abs:g}: raise max_abs, or the clip_norm that it follows from"
+            )
         reach = Fraction(bounds.max_abs) * bounds.max_weight
         count = max(bounds.max_count, 4)
         first = _ceil_log2(count * reach / 2**53)

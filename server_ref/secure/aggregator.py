@@ -17,7 +17,6 @@ from sqlalchemy.engine import Connection
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.field import FieldVector
 from client_sdk.protocol.secure import SecureLayout
-from client_sdk.protocol.shamir import NUMPY_KERNELS, SharingKernels
 from server_ref.aggregation.accounting import DistributedRelease
 from server_ref.secure import queries, tables
 from server_ref.secure.challenges import Challenges
@@ -78,7 +77,6 @@ class Aggregator:
         keys: Its private keys.
         store: Its own, used by no other aggregator. Closed by the caller.
         random: Where noise, seeds and nonces come from: for anything but tests, the operating system's source.
-        kernels: What computes; all give the same bits.
 
     Raises:
         ConfigurationError: The keys are not those that the others pin for this index, or the store belongs to another
@@ -91,7 +89,6 @@ class Aggregator:
         keys: AggregatorKeys,
         store: AggregatorStore,
         random: Callable[[int], bytes] = os.urandom,
-        kernels: SharingKernels = NUMPY_KERNELS,
     ) -> None:
         if config.peers[config.index - 1] != keys.public:
             raise ConfigurationError(f"the keys are not those that are pinned for aggregator {config.index}")
@@ -100,7 +97,6 @@ class Aggregator:
         self._keys = keys
         self._store = store
         self._random = random
-        self._kernels = kernels
         self._intake = Intake(config, keys, store)
         self._challenges = Challenges(config, keys, store, random)
         self._claim_store()
@@ -339,7 +335,7 @@ class Aggregator:
             flat = field.from_bytes(self._store.get(stored.noise))
             noise = [flat[at : at + layout.share_length] for at in range(0, len(flat), layout.share_length)]
         payload = b"".join(
-            field.to_bytes(weighted_sum(self._shares(part), layout, self._config.index, part_noise, self._kernels))
+            field.to_bytes(weighted_sum(self._shares(part), layout, self._config.index, part_noise))
             for part, part_noise in zip(parts, noise, strict=True)
         )
         header = AnswerHeader(

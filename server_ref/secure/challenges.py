@@ -33,6 +33,7 @@ from server_ref.secure.messages import (
 )
 from server_ref.secure.queries import StoredChallenge, StoredReport
 from server_ref.secure.store import AggregatorStore
+from server_ref.secure.sums import KERNELS
 
 
 class Challenges:
@@ -171,4 +172,4 @@ class Challenges:
 def masked_parity(share: FieldVector, coefficients: FieldVector, field: Field) -> str:
     """``<coefficients, share> + mask``, an encoded field element (hex), where the mask is the share's last element."""
     (mask,) = field.to_ints(share[-1:])
-    return field.to_bytes(field.from_ints([field.inner(coefficients, share[:-1]) + mask])).hex()
+    return field.to_bytes(field.from_ints([KERNELS.inner(coefficients, share[:-1], field) + mask])).hex()

@@ -19,7 +19,7 @@ from typing import Final, Self, TypeVar
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client_sdk.protocol.errors import ConfigurationError, ProtocolError, from_problem
+from client_sdk.protocol.errors import ConfigurationError, OversizedBody, ProtocolError, from_problem
 from client_sdk.protocol.messages import Message, Problem
 from client_sdk.protocol.signing import device_id_of, sign_request
 from server_ref.secure import wire
@@ -136,6 +136,8 @@ class HttpAggregator:
 
     def deliver(self, round_id: int, reports: Sequence[DeliveredShare]) -> tuple[Verdict, ...]:
         """See ``AggregatorPort``; sent in as many requests as their size asks for."""
+        if len(reports) > MAX_DELIVERY:
+            raise OversizedBody(f"{len(reports)} reports were delivered at once; {MAX_DELIVERY} are accepted")
         verdicts: list[Verdict] = []
         for some in _batches(reports):
             body = wire.pack_delivery(round_id, some)
@@ -291,7 +293,7 @@ def _batches(reports: Sequence[DeliveredShare]) -> Iterator[list[DeliveredShare]
     some: list[DeliveredShare] = []
     size = 0
     for report in reports:
-        if some and (len(some) == MAX_DELIVERY or size + len(report.ciphertext) > wire.DELIVERY_BYTES):
+        if some and size + len(report.ciphertext) > wire.DELIVERY_BYTES:
             yield some
             some, size = [], 0
         some.append(report)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.privacy import EncodedBounds
@@ -26,6 +26,7 @@ from client_sdk.protocol.shamir import NUMPY_KERNELS, SharingKernels
 from server_ref.secure.delivery import Delivery
 from server_ref.secure.errors import (
     AnswerRejected,
+    AnswersInconsistent,
     NotEnoughAggregators,
     RoundAbandoned,
     SecureRoundError,
@@ -58,6 +59,8 @@ from server_ref.secure.rules import check_statement
 from server_ref.secure.stages_table import Stage, StagesTable
 
 _log = logging.getLogger("pocketfed.secure")
+_CATCH_UP: Final = 16
+"""Runs to find one that no aggregator has used, each twice as far ahead as the last."""
 
 
 class SecureRound:
@@ -153,9 +156,16 @@ class SecureRound:
         by_id = {report.report_id: report for report in reports}
         if state.phase is Phase.CONTRIBUTING:
             state = self._contribute(state, by_id)
-        if state.phase is Phase.COMMITTING or self._lacks_signers(state, present.indices):
+        if state.phase is Phase.COMMITTING:
             state = self._commit(state, by_id, present.indices)
-        return self._open(state, present)
+        try:
+            return self._open(state, present)
+        except (NotEnoughAggregators, AnswersInconsistent):
+            # Who was away when the others signed may be back, and answer too.
+            more = self._commit(state, by_id, present.indices)
+            if more.signatures == state.signatures:
+                raise
+            return self._open(more, present)
 
     # --- the journal ---
 
@@ -215,7 +225,7 @@ class SecureRound:
         """Noise of all contributors, in as many runs as it takes to find contributors that all answer."""
         self._noise = {}
         statement = _stated(state)
-        for _ in range(self._parameters.num_aggregators + 1):
+        for attempt in range(self._parameters.num_aggregators + _CATCH_UP):
             replies = self._ask_noise(statement, by_id)
             if not replies.failed:
                 self._noise = replies.good
@@ -227,7 +237,7 @@ class SecureRound:
             if self._parameters.num_aggregators - len(refused) < self.table.needed(Stage.CONTRIBUTE):
                 raise most_common(refused.values())
             self.table.require_live(Stage.CONTRIBUTE, left, replies.why())
-            statement = next_run(statement, left)
+            statement = next_run(statement, left, by=2**attempt if stale else 1)
             state = self._save(state, statement=statement)
         raise NotEnoughAggregators(
             "every run finds another aggregator missing",
@@ -244,11 +254,6 @@ class SecureRound:
         return self._panel.ask(statement.contributors, question, "contribute noise")
 
     # --- the signatures ---
-
-    def _lacks_signers(self, state: RoundState, live: tuple[int, ...]) -> bool:
-        """Whether those who signed and are there are too few to open the sum, where others might still sign."""
-        signers = {signature.index for signature in state.signatures} & set(live)
-        return len(signers) < min(self.table.needed(Stage.OPEN), len(live))
 
     def _commit(self, state: RoundState, by_id: Mapping[str, SealedReport], live: tuple[int, ...]) -> RoundState:
         statement = _stated(state)
@@ -347,13 +352,13 @@ class SecureRound:
         )
 
 
-def next_run(statement: RoundStatement, contributors: tuple[int, ...]) -> RoundStatement:
+def next_run(statement: RoundStatement, contributors: tuple[int, ...], by: int = 1) -> RoundStatement:
     """The same set for another run, perhaps with other contributors."""
     # A copy would keep the cached hash of the original.
     return RoundStatement(
         task_id=statement.task_id,
         round_id=statement.round_id,
-        run=statement.run + 1,
+        run=statement.run + by,
         contributors=contributors,
         accepted=statement.accepted,
         parameters=statement.parameters,

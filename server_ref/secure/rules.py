@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from client_sdk.protocol.accountant import SMALLEST_STDDEV
-from client_sdk.protocol.discrete_gaussian import LARGEST_VARIANCE
 from server_ref.secure.errors import (
     CohortTooSmall,
     ContributorsRefused,
     DuplicateEntry,
     ParametersBelowPinned,
     PartitionRefused,
-    SumOutOfRange,
     TaskMismatch,
     WeightTooLarge,
 )
@@ -85,8 +83,6 @@ def _check_contributors(statement: RoundStatement, pinned: PinnedParameters) -> 
     variances = [parameters.noise_variance(honest)]
     if pinned.indicator:
         variances.append(parameters.indicator_variance(honest))
-    if max(variances) > LARGEST_VARIANCE:
-        raise SumOutOfRange("each contributor's noise would exceed what can be drawn: lower fraction_bits")
     if min(variances) < SMALLEST_STDDEV**2:
         raise ParametersBelowPinned(
             f"each contributor's noise would have a standard deviation below {SMALLEST_STDDEV:g} grid steps: "

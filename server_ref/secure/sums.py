@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from client_sdk.protocol.field import FieldVector
-from client_sdk.protocol.secure import SecureLayout, decode_share
-from client_sdk.protocol.sharing_kernels import SharingKernels
+from client_sdk.protocol.secure import SecureLayout
+from server_ref.secure.compiled import CompiledKernels
+
+KERNELS: Final = CompiledKernels()
 
 
 def weighted_sum(
-    shares: Iterable[tuple[int, bytes]],
-    layout: SecureLayout,
-    index: int,
-    noise: FieldVector | None,
-    kernels: SharingKernels,
+    shares: Iterable[tuple[int, bytes]], layout: SecureLayout, index: int, noise: FieldVector | None
 ) -> FieldVector:
     """The sum of weighted shares and noise, without the mask.
 
@@ -22,17 +21,27 @@ def weighted_sum(
     sum, noise or not.
 
     Args:
-        shares: Weight and plaintext of each share. Taken one at a time: memory does not grow with their number.
+        shares: Weight and plaintext of each share, which ``decode_share`` has accepted before it was kept. Taken one at
+            a time and added where they lie: memory does not grow with their number.
         layout: Of what is shared.
         index: The aggregator's, from 1.
         noise: Share of the noise, ``share_length`` elements, which are overwritten; None for none.
-        kernels: What computes.
 
     Returns:
         ``share_length - 1`` elements.
+
+    Raises:
+        MalformedShare: What is kept is no longer what was accepted.
+        ShapeMismatch: The same.
     """
     field = layout.scheme.field
     total = field.zeros(layout.share_length) if noise is None else noise
+    seeded = index <= layout.num_seeds
     for weight, plaintext in shares:
-        kernels.weighted_accumulate(total, decode_share(plaintext, layout, index), weight, field)
+        # After the byte that says what follows (``secure.encode_shares``).
+        body = memoryview(plaintext)[1:]
+        if seeded:
+            KERNELS.accumulate_seed(total, bytes(body), weight, field)
+        else:
+            KERNELS.accumulate_bytes(total, body, weight, field)
     return total[:-1]

@@ -27,7 +27,8 @@ from server_ref.aggregation import (
     Sgd,
     StalenessPolicy,
 )
-from server_ref.aggregation.buckets import assign_buckets
+from server_ref.aggregation.bucketed import BucketSums
+from server_ref.aggregation.buckets import BucketedRule
 from server_ref.aggregation.centred import centred_stages
 from server_ref.aggregation.stages import Stage
 from server_ref.aggregation.support_voting import SupportVoting
@@ -147,19 +148,7 @@ def _buffered() -> BufferedSchedule:
 
 def _of_buckets() -> Iterator[Claim]:
     """All buckets' sums together have the sensitivity of one: what a single charge for the partition rests on."""
-    runner = _Runner.of(ExactMean("fixed"), ClipGlobal(CLIP_NORM))
-    buckets = assign_buckets(range(CLIENTS), 7, b"seed of one round")
-
-    def sums(rows: Float32Array) -> Float64Array:
-        parts = []
-        for members in buckets:
-            alone = np.zeros_like(rows)
-            alone[list(members)] = rows[list(members)]
-            parts.append(runner(alone) * CLIENTS)
-        return np.concatenate(parts)
-
-    for adjacency, factor in ((Adjacency.ZERO_OUT, 1), (Adjacency.REPLACE_ONE, 2)):
-        yield Claim("sums of all buckets", adjacency, factor * CLIP_NORM, sums, CLIP_NORM, SIZE, CLIENTS, SIZE)
+    yield from _of_pipeline("sums of all buckets", BucketSums(BucketedRule(7, 2), bytes(16)), ClipGlobal(CLIP_NORM))
 
 
 def _of_votes() -> Iterator[Claim]:

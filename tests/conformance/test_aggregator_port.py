@@ -1,6 +1,6 @@
 """What a coordinator may rely on, whichever way it reaches an aggregator: one suite for all forms of the port.
 
-A further implementation is one more entry in ``WRAPPERS``.
+A further implementation is one more case of ``wrap``.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from server_ref.secure.messages import (
     VerdictReason,
 )
 from server_ref.secure.port import AggregatorPort
+from tests.aggregator_http import hosting
 from tests.secure_parties import Parties, Upload, pinned, reweighted
 
-WRAPPERS: dict[str, Callable[[Aggregator], AggregatorPort]] = {"local": lambda aggregator: aggregator}
 
-
-@pytest.fixture(params=WRAPPERS)
-def wrap(request) -> Callable[[Aggregator], AggregatorPort]:
-    return WRAPPERS[request.param]
+@pytest.fixture(scope="module", params=["local", "http"])
+def wrap(request) -> Iterator[Callable[[Aggregator], AggregatorPort]]:
+    if request.param == "local":
+        yield lambda aggregator: aggregator
+    else:
+        with hosting() as host:
+            yield host.add
 
 
 @pytest.fixture

@@ -95,6 +95,9 @@ def test_a_weighted_share_is_added_in_place(kernels: SharingKernels, field: Fiel
         Weights((-(2**29), 2**29 - 1)),
         Weights((2**29, 2**29, 1), 3),
         Weights((0, 0)),
+        Weights((1 - 2**30,)),
+        Weights((2**30 - 1,)),
+        Weights((-1, 2**29, -1)),
     ],
     ids=str,
 )

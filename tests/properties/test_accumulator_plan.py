@@ -126,6 +126,16 @@ def test_bounds_that_are_no_positive_numbers_are_refused(change):
         AccumulatorPlan.for_bounds(**(FULL_RANGE | change))
 
 
+@pytest.mark.parametrize("max_abs", [5e-324, 1e-200, 1.4e-45])
+def test_a_bound_that_only_zero_keeps_is_refused_with_what_to_change(max_abs):
+    with pytest.raises(BudgetExceeded, match="raise max_abs, or the clip_norm"):
+        AccumulatorPlan.for_bounds(**(FULL_RANGE | {"max_abs": max_abs}))
+
+
+def test_the_smallest_bound_that_a_float32_keeps_has_a_plan():
+    assert AccumulatorPlan.for_bounds(**(FULL_RANGE | {"max_abs": 2.0**-149, "resolution": 2.0**-149}))
+
+
 def test_a_plan_is_frozen_and_knows_no_other_field():
     plan = AccumulatorPlan.for_bounds(**FULL_RANGE)
     with pytest.raises(ValidationError):

@@ -19,6 +19,7 @@ SPECIFIED = {
     "DivergenceDetected",
     "ExactAccumulator",
     "GradientAggregator",
+    "SecureAggregator",
     "WorkerGradient",
     "apply_update",
 }

@@ -256,7 +256,8 @@ def test_exclusions_are_split_into_attackers_and_honest_devices(tmp_path):
     text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds, "config": config}))
     assert (
         "The rule (multi-krum) left 4 of 10 counted reports out; it reckoned with 1 to 2 dishonest ones a round. 2 of "
-        "those were attackers' (precision 50.0 %); of the attackers' 4 reports 2 were let in (recall 50.0 %)."
+        "those were attackers' (precision 50.0 %); of the attackers' 4 reports 2 were let in (recall 50.0 %). In 1 of "
+        "2 rounds more attackers reported than the rule reckoned with."
     ) in words_of(text)
     figure = drawn(text)["excluded"]
     assert bars_of(figure) == {
@@ -362,6 +363,21 @@ def test_a_halted_run_says_why_and_what_was_best(tmp_path):
     assert "Why: a loss of <8> after a best of 2." in words_of(text)
     assert "The best model so far was that of round 2" in words_of(text)
     assert '<span class="status halted">halted</span>' in text
+
+
+@pytest.mark.parametrize(("line", "told"), [("topk:0.01", True), ("topk:0.01,feedback=off", False), (None, False)])
+def test_a_halted_run_with_error_feedback_is_told_that_it_could_send_more(tmp_path, line, told):
+    facts = results(halted="a loss of 8 after a best of 2").model_copy(update={"config": config_with(compression=line)})
+    words = words_of(report(tmp_path, facts))
+    assert ("a compression that sends more" in words) is told
+    assert (f"{line} delays what it leaves out" in words) is told
+
+
+def test_a_rule_that_leaves_nobody_out_is_told_to_be_overrun_too(tmp_path):
+    rounds = tuple(round_result(n, reports=5, attackers=n, num_byzantine=1) for n in (1, 2, 3))
+    config = config_with(attack="alie:1.5", byzantine=0.25, aggregation={"rule": "median"})
+    text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds, "config": config}))
+    assert "In 2 of 3 rounds more attackers reported than the rule reckoned with." in words_of(text)
 
 
 def test_a_run_that_halts_before_its_first_model_shows_why(tmp_path):

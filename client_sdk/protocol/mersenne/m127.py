@@ -110,8 +110,12 @@ class Blocks127:
             np.right_shift(block[limb], _HALF, out=quarters[2 * limb + 1])
 
     def _carry(self, columns: npt.NDArray[np.int64], t: npt.NDArray[np.int64], out: Block) -> None:
-        """``out`` = the signed columns (magnitudes below 2^62) with carries. They go around twice, then they end."""
-        for _ in range(3):
+        """``out`` = the signed columns (magnitudes below 2^62) with carries.
+
+        What comes around the first time is below 2^31 in magnitude. If anything comes around again, it is 1 or -1 and
+        has gone through all columns, of which the first is then as small, or as far below 2^32, and takes it.
+        """
+        for _ in range(2):
             for k in range(3):
                 np.right_shift(columns[k], _QUARTER_BITS, out=t)
                 columns[k] &= _QUARTER

@@ -1,0 +1,99 @@
+"""Aggregators behind real HTTP in this process: one server for all of a test's aggregators, told apart by the path."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from starlette.types import Receive, Scope, Send
+
+from client_sdk.protocol.signing import device_id_of, sign_request
+from server_ref.secure.app import create_app
+from server_ref.secure.client import HttpAggregator, Patience
+from server_ref.secure.identity import SigningKey
+from server_ref.secure.port import AggregatorPort
+
+COORDINATOR = SigningKey(bytes(range(32)))
+QUICK = Patience(connect_s=5.0, reply_s=30.0, attempts=3, first_wait_s=0.0)
+
+
+class _Announced(uvicorn.Server):
+    """Says when it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, ready: threading.Event) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self._ready.set()
+
+
+class AggregatorHost:
+    """Serves the aggregators that are added, on one port."""
+
+    def __init__(self) -> None:
+        self.apps: dict[int, Any] = {}
+        self.clients: dict[int, HttpAggregator] = {}
+        self.connections: set[tuple[str, int]] = set()
+        self._ready = threading.Event()
+        self.url = ""
+        config = uvicorn.Config(
+            self._serve, host="127.0.0.1", port=0, log_level="error", lifespan="off", ws="none", interface="asgi3"
+        )
+        self._server = _Announced(config, self._ready)
+        self._thread = threading.Thread(target=self._server.run, name="aggregators", daemon=True)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.connections.add(tuple(scope["client"]))
+        parts = scope["path"].split("/")
+        index = int(parts[3]) if parts[1:3] == ["v1", "aggregators"] else 1
+        await self.apps[index](scope, receive, send)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._ready.wait()
+        self.url = "http://{}:{}".format(*self._server.servers[0].sockets[0].getsockname()[:2])
+
+    def stop(self) -> None:
+        for client in self.clients.values():
+            client.close()
+        self._server.should_exit = True
+        self._thread.join()
+
+    def add(self, aggregator: AggregatorPort) -> HttpAggregator:
+        """Serve an aggregator in place of what had its index before, and give a client for it."""
+        index = aggregator.describe().index
+        if index in self.clients:
+            self.clients[index].close()
+        self.apps[index] = create_app(aggregator, index, COORDINATOR.public)
+        self.clients[index] = HttpAggregator(index, self.url, COORDINATOR, patience=QUICK)
+        return self.clients[index]
+
+
+@contextlib.contextmanager
+def hosting() -> Iterator[AggregatorHost]:
+    """A host for the duration of a block."""
+    host = AggregatorHost()
+    host.start()
+    try:
+        yield host
+    finally:
+        host.stop()
+
+
+def send(
+    url: str, method: str, path: str, body: bytes = b"", key: SigningKey = COORDINATOR, **changes: Any
+) -> httpx.Response:
+    """One request as the coordinator would sign it, with headers (or the body) changed afterwards."""
+    private = Ed25519PrivateKey.from_private_bytes(key.private_bytes())
+    headers = sign_request(private, device_id_of(bytes.fromhex(key.public)), method, path, body)
+    headers |= {"content-type": "application/json"} | changes.pop("headers", {})
+    headers = {name: value for name, value in headers.items() if value is not None}
+    with httpx.Client(trust_env=False) as client:
+        return client.request(method, url + path, content=changes.pop("body", body), headers=headers)
