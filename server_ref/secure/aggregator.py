@@ -102,7 +102,10 @@ class Aggregator:
         self._claim_store()
         store.sweep()
         if config.task is not None:
-            self.bind(config.task)
+            try:
+                self.bind(config.task)
+            except TaskMismatch as e:
+                raise ConfigurationError(f"the aggregator's store: {e}") from e
 
     def __repr__(self) -> str:
         return f"Aggregator({self._config.index} of {self._pinned.num_aggregators})"
