@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Final
 
-from client_sdk.protocol.compression import CompressionSpec
+from client_sdk.protocol.compression import CompressionMethod, CompressionSpec
 from client_sdk.protocol.errors import PROBLEM_PREFIX, from_problem
 from client_sdk.protocol.profile import DeviceTier
 from simulator import figures_aggregation as figures
@@ -21,6 +21,8 @@ _FAILURES: Final = {
     "training-diverged": "Local training left the finite numbers; nothing was sent.",
     "training-failed": "Local training failed; nothing was sent.",
 }
+_BY_COORDINATE: Final = frozenset({"median", "trimmed-mean", "bulyan"})
+_SPARSE: Final = frozenset({CompressionMethod.TOPK, CompressionMethod.THRESHOLD, CompressionMethod.RANDOMK})
 _UNCHANGED: Final = {
     "TooManyByzantine": "the rule does not stand so many dishonest reports among so few",
     "NonFiniteUpdate": "the aggregate was not finite",
@@ -51,6 +53,14 @@ def alerts(page: Page, results: SimulationResults) -> None:
         page.alert(
             f"{sum(map(len, unchanged.values()))} of {done} rounds left the model as it was",
             f"Round {escape(told)}. Their reports are spent; the old weights lived on.",
+            bad=True,
+        )
+
+    still = tally.zero(results)
+    if still:
+        page.alert(
+            f"{len(still)} of {done} rounds aggregated to zero",
+            f"Round {_numbers(still)}: what the reports became was 0 in every coordinate.{_sparse_words(results)}",
             bad=True,
         )
 
@@ -218,6 +228,18 @@ def _feedback_words(results: SimulationResults) -> str:
     if line is None or not CompressionSpec.parse(line).error_feedback:
         return ""
     return f"a compression that sends more (<code>{escape(line)}</code> delays what it leaves out), "
+
+
+def _sparse_words(results: SimulationResults) -> str:
+    """A rule that looks at one coordinate at a time sees the zeros of the many who did not send it."""
+    line, rule = results.config.compression, results.config.aggregation.rule
+    if line is None or rule not in _BY_COORDINATE or CompressionSpec.parse(line).method not in _SPARSE:
+        return ""
+    return (
+        f" Most reports hold 0 at most coordinates (<code>{escape(line)}</code>), and so does their {escape(rule)}. "
+        "Take a rule that compares whole updates (multi-krum, geometric-median, centered-clipping), or a compression "
+        "that sends every value (<code>quantize:8</code>)."
+    )
 
 
 def _best_words(results: SimulationResults) -> str:

@@ -67,6 +67,9 @@ def _aggregation(results: SimulationResults) -> list[str]:
     if unchanged:
         rounds = sum(map(len, unchanged.values()))
         lines.append(_line("unchanged", f"{rounds} rounds left the model as it was ({', '.join(unchanged)})"))
+    still = tally.zero(results)
+    if still:
+        lines.append(_line("zero", f"{len(still)} rounds: what became of their reports was 0 in every coordinate"))
     return lines
 
 

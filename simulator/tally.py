@@ -101,6 +101,11 @@ def unchanged(results: SimulationResults) -> dict[str, list[int]]:
     return found
 
 
+def zero(results: SimulationResults) -> list[int]:
+    """Rounds whose aggregate was 0 in every coordinate."""
+    return [r.round for r in results.rounds if r.aggregate_norm == 0]
+
+
 def selects(results: SimulationResults) -> bool:
     """Whether speed has a say in who takes part."""
     config = results.config

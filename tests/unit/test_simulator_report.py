@@ -387,6 +387,19 @@ def test_a_run_that_halts_before_its_first_model_shows_why(tmp_path):
     assert "training-diverged 41" in words_of(text)
 
 
+@pytest.mark.parametrize(
+    ("line", "rule", "why"),
+    [("topk:0.01", "median", True), ("topk:0.01", "multi-krum", False), ("quantize:8", "median", False)],
+)
+def test_rounds_whose_aggregate_is_zero_are_not_overlooked(tmp_path, line, rule, why):
+    rounds = tuple(round_result(n, aggregate_norm=0.0 if n < 3 else 0.5) for n in (1, 2, 3))
+    config = config_with(compression=line, aggregation={"rule": rule})
+    facts = results(rounds=0).model_copy(update={"rounds": rounds, "config": config})
+    words = words_of(report(tmp_path, facts))
+    assert "2 of 3 rounds aggregated to zero Round 1, 2: what the reports became was 0 in every coordinate." in words
+    assert (f"( {line} ), and so does their {rule}" in words) is why
+
+
 def test_rounds_that_changed_nothing_are_not_overlooked(tmp_path):
     rounds = tuple(round_result(n, unchanged="TooManyByzantine" if n > 1 else None) for n in range(1, 13))
     text = report(tmp_path, results(rounds=0).model_copy(update={"rounds": rounds}))

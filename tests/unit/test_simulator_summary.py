@@ -40,6 +40,11 @@ def test_what_was_in_use_has_a_line():
     assert lines["unchanged"] == "1 rounds left the model as it was (InvalidUpdate)"
 
 
+def test_rounds_that_came_to_zero_are_told():
+    lines, _ = summary([round_result(1, aggregate_norm=0.0), round_result(2)])
+    assert lines["zero"] == "1 rounds: what became of their reports was 0 in every coordinate"
+
+
 def test_a_rule_without_an_attack_has_no_precision():
     lines, _ = summary([round_result(1, excluded=(3,))])
     assert lines["left out"] == "1 of 2 reports"
