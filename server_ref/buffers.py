@@ -9,8 +9,7 @@ from server_ref.buffer import OpenBuffer
 from server_ref.config import ServerConfig
 from server_ref.durable import DurableState
 from server_ref.private_buffer import Buffer, PrivateBuffer
-from server_ref.secure.round import SecureRound
-from server_ref.secure_rounds import open_rounds
+from server_ref.secure_rounds import OpenedRounds, open_rounds
 from server_ref.shared_buffer import SharedBuffer
 from server_ref.task import Task
 
@@ -34,7 +33,7 @@ class Buffers:
         self._config = config
         self._task = task
         self._state = state
-        self._rounds: SecureRound | None = None
+        self._rounds: OpenedRounds | None = None
 
     def open(self) -> Buffer:
         """The task's buffer.
@@ -51,7 +50,7 @@ class Buffers:
 
     def _shared(self) -> SharedBuffer:
         opened = open_rounds(self._config, self._task, self._state.releases)
-        self._rounds, self.announced = opened.rounds, opened.plan
+        self._rounds, self.announced = opened, opened.plan
         return SharedBuffer(self._task, opened.plan, opened.rounds, self._state.load_shares)
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ from typing import Final
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.messages import SecurePlan
 from server_ref.config import AggregatorsConfig, ServerConfig
-from server_ref.secure.embedded import embedded_aggregators
+from server_ref.secure.compiled import CompiledKernels
+from server_ref.secure.embedded import NO_SECRECY, EmbeddedAggregators
 from server_ref.secure.keys import Peers, create_coordinator_key, read_public
 from server_ref.secure.port import AggregatorPort
 from server_ref.secure.round import SecureRound
@@ -30,6 +31,13 @@ class OpenedRounds:
 
     rounds: SecureRound
     plan: SecurePlan
+    embedded: EmbeddedAggregators | None = None
+
+    def close(self) -> None:
+        """Let go of them."""
+        self.rounds.close()
+        if self.embedded is not None:
+            self.embedded.close()
 
 
 def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRounds:
@@ -47,8 +55,12 @@ def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRou
     if sharing is None:
         raise ConfigurationError("the updates of this task are not shared: set task.secure")
     binding = sharing.binding(task.task_id, task.manifest.parameter_table_sha256)
+    embedded: EmbeddedAggregators | None = None
+    ports: Sequence[AggregatorPort]
     if config.aggregators.mode == "embedded":
-        ports, peers = embedded_aggregators(config.data_dir / EMBEDDED_FOLDER, sharing.pinned, sharing.suite)
+        _log.warning(NO_SECRECY)
+        embedded = EmbeddedAggregators(config.data_dir / EMBEDDED_FOLDER, sharing.pinned, suite=sharing.suite)
+        ports, peers = embedded.ports, embedded.peers
     else:
         ports, peers = _remote(config)
     if peers.suite is not sharing.suite:
@@ -63,7 +75,9 @@ def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRou
         sharing.pinned.needed,
         peers.fingerprint(),
     )
-    return OpenedRounds(SecureRound(ports, peers, sharing.pinned, binding, journal), plan)
+    return OpenedRounds(
+        SecureRound(ports, peers, sharing.pinned, binding, journal, kernels=CompiledKernels()), plan, embedded
+    )
 
 
 def _remote(config: ServerConfig) -> tuple[Sequence[AggregatorPort], Peers]:

@@ -6,6 +6,7 @@ import shlex
 from typing import Any, Final
 
 from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
+from server_ref.protection import SecureConfig
 from simulator.config import RECIPES, SimulationConfig, flag_of, flat
 
 # Shown even where they are the default: what a run is about.
@@ -23,12 +24,16 @@ def command_of(config: SimulationConfig) -> str:
     recipe = RECIPES.get(config.dataset, {})
     words = []
     for path, value in values.items():
+        if path[0] == "secure":
+            continue
         flag = flag_of(path)
         shown = path[0] in _ALWAYS or value != defaults[path] or value != recipe.get(path[0], value)
         if value is None or not shown or not flag.startswith("--") or path[0] in {"format", "staleness"}:
             continue
         words.append(_word(flag, value))
     words += _staleness(config.staleness)
+    if config.secure is not None:
+        words += _secure(config.secure)
     return " ".join(["pocketfed simulate", *words, "--out DIR"])
 
 
@@ -42,6 +47,13 @@ def _number(value: float) -> str:
     """The shortest text that is read as this very number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
+
+
+def _secure(secure: SecureConfig) -> list[str]:
+    """One flag says how many there are, and of the others those that are not the default."""
+    shares = f"{secure.threshold}of{secure.num_aggregators}"
+    values = secure.model_dump(mode="json", exclude={"threshold", "num_aggregators"}, exclude_defaults=True)
+    return [f"--secure {shares}", *(_word(flag_of(("secure", name)), value) for name, value in values.items())]
 
 
 def _staleness(policy: StalenessPolicy) -> list[str]:

@@ -203,7 +203,9 @@ def _tables(page: Page, results: SimulationResults) -> None:
     words = (
         "The same command gives the same model, bit for bit, on the same machine with the same versions."
         if results.repeatable
-        else "This run used a foreign server and its clock: repeating it gives another model."
+        else "Repeating this run gives another model: it used a foreign server and its clock."
+        if results.config.server is not None
+        else "Repeating this run gives another model: nobody can repeat the noise of its privacy."
     )
     page.add(f'<div class="box">{words}<pre>{escape(command_of(results.config))}</pre></div>')
 
@@ -213,7 +215,7 @@ def _settings(config: SimulationConfig) -> dict[str, object]:
     defaults = flat(type(config)().model_dump(mode="json"))
     found: dict[str, object] = {}
     for path, value in flat(config.model_dump(mode="json", exclude={"format", "server"})).items():
-        if value is not None and (len(path) == 1 or value != defaults[path]):
+        if value is not None and (len(path) == 1 or value != defaults.get(path)):
             found[" ".join(path).replace("_", " ")] = value
     found["cohort"] = config.cohort_size
     return found
