@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -87,13 +89,33 @@ def hosting() -> Iterator[AggregatorHost]:
         host.stop()
 
 
-def send(
-    url: str, method: str, path: str, body: bytes = b"", key: SigningKey = COORDINATOR, **changes: Any
-) -> httpx.Response:
-    """One request as the coordinator would sign it, with headers (or the body) changed afterwards."""
+def signed_headers(method: str, path: str, body: bytes, key: SigningKey = COORDINATOR) -> dict[str, str]:
+    """What authenticates a request."""
     private = Ed25519PrivateKey.from_private_bytes(key.private_bytes())
-    headers = sign_request(private, device_id_of(bytes.fromhex(key.public)), method, path, body)
-    headers |= {"content-type": "application/json"} | changes.pop("headers", {})
-    headers = {name: value for name, value in headers.items() if value is not None}
+    return sign_request(private, device_id_of(bytes.fromhex(key.public)), method, path, body)
+
+
+def send(
+    url: str,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    *,
+    key: SigningKey = COORDINATOR,
+    headers: Mapping[str, str | None] = MappingProxyType({}),
+    sent: bytes | None = None,
+) -> httpx.Response:
+    """One signed request, with headers (or what is sent as the body) changed afterwards."""
+    changed = {**signed_headers(method, path, body, key), **headers}
+    kept = {name: value for name, value in changed.items() if value is not None}
     with httpx.Client(trust_env=False) as client:
-        return client.request(method, url + path, content=changes.pop("body", body), headers=headers)
+        return client.request(method, url + path, content=body if sent is None else sent, headers=kept)
+
+
+def begin(url: str, method: str, path: str, headers: Mapping[str, str]) -> str:
+    """A request whose body never comes: the first line of the answer."""
+    name, port = url.removeprefix("http://").split(":")
+    lines = [f"{method} {path} HTTP/1.1", "host: here", *(f"{k}: {v}" for k, v in headers.items()), "", ""]
+    with socket.create_connection((name, int(port)), timeout=30) as connection:
+        connection.sendall("\r\n".join(lines).encode())
+        return connection.recv(4096).decode().splitlines()[0]

@@ -115,11 +115,10 @@ def epsilon_lower_bound(guesses: Guesses, delta: float, error: float) -> float:
 
 
 def guess(scores: Float64Array, made: int) -> npt.NDArray[np.int8]:
-    """Guess the coins about which the scores are most decided.
+    """Guess the coins about which the scores are most decided: those farthest from the scores' median.
 
     Args:
-        scores: float64[m]; larger means rather in. Their centre does not matter: the upper half of the guesses goes to
-            the largest ones, the lower half to the smallest.
+        scores: float64[m]; larger means rather in. The median stands for "cannot tell".
         made: How many to guess, from 0 to m.
 
     Returns:
@@ -127,11 +126,10 @@ def guess(scores: Float64Array, made: int) -> npt.NDArray[np.int8]:
     """
     if not 0 <= made <= len(scores):
         raise ConfigurationError(f"{made} guesses about {len(scores)} canaries")
-    order = np.argsort(scores, kind="stable")
     guesses = np.zeros(len(scores), np.int8)
-    lower = made // 2
-    guesses[order[:lower]] = -1
-    guesses[order[len(scores) - (made - lower) :]] = 1
+    centred = scores - np.median(scores) if len(scores) else scores
+    decided = np.argsort(-np.abs(centred), kind="stable")[:made]
+    guesses[decided] = np.where(centred[decided] > 0, 1, -1)
     return guesses
 
 

@@ -30,6 +30,7 @@ STORIES = [
     ("async.md",),
     ("robustness.md",),
     ("aggregation.md",),
+    ("privacy.md",),
 ]
 
 PLAYED_ELSEWHERE = {"server.md": "tests/unit/test_server_config.py, with a bundle and a model at hand"}

@@ -69,6 +69,8 @@ def test_the_bound_is_above_the_truth_as_seldom_as_stated(epsilon: float):
 def test_guesses_go_to_the_extremes():
     guesses = guess(np.array([0.1, 5.0, -3.0, 0.0, 2.0]), 3)
     assert guesses.tolist() == [0, 1, -1, 0, 1]
+    # Scores may be centred anywhere.
+    assert guess(np.array([0.1, 5.0, -3.0, 0.0, 2.0]) + 100, 2).tolist() == [0, 1, -1, 0, 0]
     assert count_right(guesses, np.array([True, True, True, False, False])) == Guesses(5, 3, 1)
 
 
