@@ -104,6 +104,14 @@ def _corrected(
     return replace(aggregate, values=correction.correct(aggregate.values, ages, scales, denominator))
 
 
+def _stated(loss: float) -> float:
+    """What a device says of its loss, as far as it can be put in order: anybody may say anything.
+
+    A loss that is not finite is read back as NaN. One below 0 is as good as none, and no reason to stop a task.
+    """
+    return max(0.0, loss) if math.isfinite(loss) else math.inf
+
+
 def _watched(task: Task, state: Standing, outcome: RoundOutcome, closing: Closing, norm: float | None) -> RoundOutcome:
     """The outcome with the divergence detector's verdict.
 
@@ -116,11 +124,7 @@ def _watched(task: Task, state: Standing, outcome: RoundOutcome, closing: Closin
         return outcome
     loss = None
     if not task.settings.withholds_loss:
-        # A loss that is not finite is read back as NaN, which has no place in an order.
-        losses = [
-            r.report.train_loss if math.isfinite(r.report.train_loss) else math.inf for r in closing.counted if r.report
-        ]
-        loss = statistics.median(losses)
+        loss = statistics.median(_stated(r.report.train_loss) for r in closing.counted if r.report)
     detector = DivergenceDetector(factor=settings.factor, patience=settings.patience)
     before = (
         DivergenceState()
