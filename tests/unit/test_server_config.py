@@ -118,7 +118,7 @@ def stated(page):
 
 def as_stated(name, value):
     match value:
-        case None:
+        case None | ():
             return {"task.concurrency": "buffer_size", "task.refill_at": "concurrency"}.get(name, "none")
         case bool():
             return str(value).lower()
