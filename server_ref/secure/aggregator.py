@@ -194,16 +194,19 @@ class Aggregator:
             stored = self._current_run(connection, statement)
             if stored is None:
                 self._examine(connection, statement, layout.size)
-        if stored is None or stored.contribution is None:
+        if stored is None:
             drawn = make_contribution(statement, self._config, self._keys, layout, self._random)
             kept = self._store.put(pack_contribution(drawn))
             with self._store.transaction() as connection:
                 # Nobody has seen what was just drawn: if another call was faster, its noise is the one that counts.
                 stored = self._current_run(connection, statement)
-                if stored is None or stored.contribution is None:
-                    stored = replace(stored or _begun(statement), contribution=kept)
+                if stored is None:
+                    stored = replace(_begun(statement), contribution=kept)
                     queries.save_round(connection, stored)
-        return unpack_contribution(self._store.get(stored.contribution or ""))
+        if stored.contribution is None:
+            # Drawn anew, it could be added to the same sum a second time, and the two sums be averaged.
+            raise AnswerDiscarded(f"the noise for round {statement.round_id} is no longer kept")
+        return unpack_contribution(self._store.get(stored.contribution))
 
     def commit(self, statement: RoundStatement, noise: Sequence[NoiseShare]) -> CommitSignature:
         """See ``AggregatorPort``."""
@@ -350,7 +353,7 @@ class Aggregator:
         )
         return AggregateShare(self._keys.sign(header), payload)
 
-    def _shares(self, part: Sequence[SetEntry]) -> Iterator[tuple[int, bytes]]:
+    def _shares(self, part: Sequence[SetEntry]) -> Iterator[tuple[int, bytes | memoryview]]:
         """Weight and plaintext of each report's share, a few at a time."""
         for at in range(0, len(part), _AT_ONCE):
             entries = part[at : at + _AT_ONCE]

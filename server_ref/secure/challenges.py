@@ -157,7 +157,7 @@ class Challenges:
         coefficients = field.expand(challenge_seed(request), layout.share_length - 1)
         values = []
         for report in reports:
-            share = decode_share(self._store.get_share(report), layout, self._config.index)
+            share = decode_share(bytes(self._store.get_share(report)), layout, self._config.index)
             values.append(masked_parity(share, coefficients, field))
         return self._keys.sign(
             CheckAnswer(

@@ -98,6 +98,8 @@ class AggregatorPort(Protocol):
         Raises:
             ParametersBelowPinned, SumOutOfRange, WeightTooLarge, CohortTooSmall, PartitionRefused, DuplicateEntry,
             ContributorsRefused, StaleRun, RoundCommitted: The statement is not one that could be signed.
+            UnknownReport, ReportSpent, ParticipationsExhausted, BudgetSpent: The set cannot be summed here.
+            AnswerDiscarded: The round is too long ago. Its noise is never drawn a second time.
         """
         ...
 

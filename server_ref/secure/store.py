@@ -95,9 +95,9 @@ class AggregatorStore:
         self.blobs.put(_share_key(digest), share)
         return None
 
-    def get_share(self, report: StoredReport) -> bytes:
+    def get_share(self, report: StoredReport) -> bytes | memoryview:
         """The share of a report that is still kept."""
-        return bytes(self.blobs.get(_share_key(report.digest))) if report.share is None else report.share
+        return self.blobs.get(_share_key(report.digest)) if report.share is None else report.share
 
     def drop_shares(self, digests: Iterable[str]) -> None:
         """Remove the blobs of these reports' shares, where there are any."""
