@@ -148,7 +148,7 @@ class SecureLayout:
         return 8 + self.max_header_bytes + self.payload_bytes
 
 
-def encode_shares(shares: SeededShares, layout: SecureLayout) -> list[bytes]:
+def encode_shares(shares: SeededShares, layout: SecureLayout) -> list[bytes | memoryview]:
     """What is sealed to each aggregator, in order.
 
     Raises:
@@ -156,9 +156,17 @@ def encode_shares(shares: SeededShares, layout: SecureLayout) -> list[bytes]:
     """
     if len(shares.seeds) != layout.num_seeds or any(len(each) != layout.share_length for each in shares.vectors):
         raise ShapeMismatch(f"these are not shares of {layout.length} coordinates")
-    vectors = (np.ascontiguousarray(each, "<u8").reshape(-1).view(np.uint8).data for each in shares.vectors)
-    # Joined, so that each vector is copied once.
-    return [*(_SEED + seed for seed in shares.seeds), *(b"".join((_VECTOR, each)) for each in vectors)]
+    return [*(_SEED + seed for seed in shares.seeds), *map(_encoded_vector, shares.vectors)]
+
+
+def _encoded_vector(vector: FieldVector) -> memoryview:
+    data = np.ascontiguousarray(vector, "<u8").reshape(-1).view(np.uint8)
+    # An array, because numpy asks for large pages: touching a ``bytes`` object for the first time takes longer than
+    # all the rest that becomes of a share.
+    encoded = np.empty(1 + data.size, np.uint8)
+    encoded[0] = _VECTOR[0]
+    encoded[1:] = data
+    return encoded.data
 
 
 def decode_share(plaintext: bytes, layout: SecureLayout, index: int) -> FieldVector:
