@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError, MalformedShare, ShapeMismatch
-from client_sdk.protocol.field import SEED_BYTES, Field, FieldVector
+from client_sdk.protocol.field import SEED_BYTES, Field, FieldVector, with_room
 from client_sdk.protocol.frames import Frame
 from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.sealing import SealingSuite
@@ -160,13 +160,14 @@ def encode_shares(shares: SeededShares, layout: SecureLayout) -> list[bytes | me
 
 
 def _encoded_vector(vector: FieldVector) -> memoryview:
-    data = np.ascontiguousarray(vector, "<u8").reshape(-1).view(np.uint8)
-    # An array, because numpy asks for large pages: touching a ``bytes`` object for the first time takes longer than
-    # all the rest that becomes of a share.
-    encoded = np.empty(1 + data.size, np.uint8)
-    encoded[0] = _VECTOR[0]
-    encoded[1:] = data
-    return encoded.data
+    encoded = with_room(vector)
+    if encoded is None:
+        data = np.ascontiguousarray(vector, "<u8").reshape(-1).view(np.uint8)
+        # An array, because numpy asks for large pages: touching a new ``bytes`` object takes longer than copying.
+        encoded = np.empty(8 + data.size, np.uint8)
+        encoded[8:] = data
+    encoded[7] = _VECTOR[0]
+    return encoded[7:].data
 
 
 def decode_share(plaintext: bytes, layout: SecureLayout, index: int) -> FieldVector:
