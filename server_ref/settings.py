@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,6 +40,35 @@ def read_toml(path: Path, anchored: Iterable[str]) -> dict[str, Any]:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = path.parent / table[key]
     return values
+
+
+def toml_table(name: str, values: Mapping[str, Any]) -> list[str]:
+    """The lines of a table, then those of the tables inside it.
+
+    Args:
+        name: Dotted name of the table.
+        values: Booleans, numbers, and what has a text; None leaves a setting out.
+    """
+    lines = ["", f"[{name}]"]
+    tables = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            tables += toml_table(f"{name}.{key}", value)
+        elif value is not None:
+            lines.append(f"{key} = {toml_value(value)}")
+    return lines + tables
+
+
+def toml_value(value: Any) -> str:  # noqa: ANN401 - strings, paths and numbers
+    """A value as TOML writes it."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case _:
+            # A JSON string without escaped non-ASCII characters is a TOML basic string.
+            return json.dumps(str(value), ensure_ascii=False)
 
 
 def layered(settings: type[S], values: Mapping[str, Any], overrides: Mapping[str, Any]) -> S:

@@ -4,44 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import obstore
-import sqlalchemy as sa
 
 from server_ref.secure.errors import AggregatorUnavailable
 from server_ref.secure.keys import Peers
 from server_ref.secure.port import AggregatorPort
 from server_ref.secure.round import SecureRound
 from server_ref.secure.round_messages import RoundState, SealedReport, SecureSum
-from server_ref.secure.store import AggregatorStore
-from server_ref.store.blobs import BlobStore
 from tests.secure_parties import Parties, Upload
 
 OPERATIONS = ("bind", "deliver", "challenge_commit", "challenge_reveal", "check", "contribute", "commit", "answer")
 """Those of a round, in order."""
-
-
-def quick_store(folder: Path) -> AggregatorStore:
-    """A store that survives the end of its process, but not a power cut: flushing is what takes the time."""
-    store = AggregatorStore(folder, QuickBlobs(folder / "blobs"))
-
-    @sa.event.listens_for(store.engine, "connect")
-    def _no_flush(connection: Any, _record: object) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
-
-    store.engine.dispose()
-    return store
-
-
-class QuickBlobs(BlobStore):
-    """Blobs that are written and not flushed."""
-
-    def put(self, key: str, data: bytes) -> None:
-        obstore.put(self._store, key, data)
 
 
 class MemoryJournal:

@@ -233,7 +233,7 @@ class _Split:
         self._lib = lib
         self._scheme = scheme
         self._length = length
-        self.outputs = [scheme.field.empty(length) for _ in range(scheme.num_shares - scheme.threshold + 1)]
+        self.outputs = [scheme.field.empty(length, room=True) for _ in range(scheme.num_shares - scheme.threshold + 1)]
         self.ok = True
 
     def drawn(self, seeds: Sequence[bytes]) -> Iterator[tuple[int, list[FieldVector]]]:

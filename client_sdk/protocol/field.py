@@ -10,6 +10,7 @@ from outside goes through ``from_bytes`` or ``require``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -110,9 +111,10 @@ class Field:
 
     # --- vectors -------------------------------------------------------------------------------------------------
 
-    def empty(self, size: int) -> FieldVector:
-        """A vector to be written."""
-        return np.empty((size, self.limbs) if self.limbs > 1 else size, np.uint64)
+    def empty(self, size: int, *, room: bool = False) -> FieldVector:
+        """A vector to be written; with ``room``, after a spare word of the same memory (see ``with_room``)."""
+        words = np.empty(self.limbs * size + room, np.uint64)[int(room) :]
+        return words.reshape(size, self.limbs) if self.limbs > 1 else words
 
     def zeros(self, size: int) -> FieldVector:
         """Zeros."""
@@ -339,6 +341,19 @@ class Field:
         """As ``expand``, piece by piece: each call fills a contiguous vector with what comes next."""
         fill = key_stream(seed)
         return lambda out: draw(out, self._top_word, fill)
+
+
+def with_room(vector: FieldVector) -> npt.NDArray[np.uint8] | None:
+    """The bytes of a vector that was made with ``room``, after the eight of its spare word; None for another vector.
+
+    What precedes an encoded vector in a message is written there, and the vector itself is not copied.
+    """
+    words = vector.base
+    if not (isinstance(words, np.ndarray) and words.dtype == np.uint64 and words.size == vector.size + 1):
+        return None
+    after = words[1:]
+    same = after.__array_interface__["data"] == vector.__array_interface__["data"]
+    return words.view(np.uint8) if same and vector.flags.c_contiguous and sys.byteorder == "little" else None
 
 
 MERSENNE_61: Final = Field("m61", 61, 1)

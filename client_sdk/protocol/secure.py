@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError, MalformedShare, ShapeMismatch
-from client_sdk.protocol.field import SEED_BYTES, Field, FieldVector
+from client_sdk.protocol.field import SEED_BYTES, Field, FieldVector, with_room
 from client_sdk.protocol.frames import Frame
 from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.sealing import SealingSuite
@@ -148,7 +148,7 @@ class SecureLayout:
         return 8 + self.max_header_bytes + self.payload_bytes
 
 
-def encode_shares(shares: SeededShares, layout: SecureLayout) -> list[bytes]:
+def encode_shares(shares: SeededShares, layout: SecureLayout) -> list[bytes | memoryview]:
     """What is sealed to each aggregator, in order.
 
     Raises:
@@ -156,9 +156,18 @@ def encode_shares(shares: SeededShares, layout: SecureLayout) -> list[bytes]:
     """
     if len(shares.seeds) != layout.num_seeds or any(len(each) != layout.share_length for each in shares.vectors):
         raise ShapeMismatch(f"these are not shares of {layout.length} coordinates")
-    vectors = (np.ascontiguousarray(each, "<u8").reshape(-1).view(np.uint8).data for each in shares.vectors)
-    # Joined, so that each vector is copied once.
-    return [*(_SEED + seed for seed in shares.seeds), *(b"".join((_VECTOR, each)) for each in vectors)]
+    return [*(_SEED + seed for seed in shares.seeds), *map(_encoded_vector, shares.vectors)]
+
+
+def _encoded_vector(vector: FieldVector) -> memoryview:
+    encoded = with_room(vector)
+    if encoded is None:
+        data = np.ascontiguousarray(vector, "<u8").reshape(-1).view(np.uint8)
+        # An array, because numpy asks for large pages: touching a new ``bytes`` object takes longer than copying.
+        encoded = np.empty(8 + data.size, np.uint8)
+        encoded[8:] = data
+    encoded[7] = _VECTOR[0]
+    return encoded[7:].data
 
 
 def decode_share(plaintext: bytes, layout: SecureLayout, index: int) -> FieldVector:

@@ -14,14 +14,16 @@ from dataclasses import replace
 
 from sqlalchemy.engine import Connection
 
-from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.errors import BudgetExceeded, ConfigurationError
 from client_sdk.protocol.field import FieldVector
 from client_sdk.protocol.secure import SecureLayout
 from server_ref.aggregation.accounting import DistributedRelease
 from server_ref.secure import queries, tables
 from server_ref.secure.challenges import Challenges
+from server_ref.secure.distance_messages import ZeroKeys, ZeroKeyShare
 from server_ref.secure.errors import (
     AnswerDiscarded,
+    CheckRefused,
     ContributorsRefused,
     NotCommitted,
     ParametersBelowPinned,
@@ -59,18 +61,21 @@ from server_ref.secure.messages import (
     Verdict,
 )
 from server_ref.secure.noise_shares import make_contribution, sum_received
+from server_ref.secure.parameters import CheckingMode
+from server_ref.secure.projection_messages import ProjectionShare
 from server_ref.secure.queries import StoredRound
 from server_ref.secure.rules import check_statement
 from server_ref.secure.store import AggregatorStore
 from server_ref.secure.sums import weighted_sum
 from server_ref.secure.wire import pack_answer, pack_contribution, unpack_answer, unpack_contribution
+from server_ref.secure.zero_keys import ZeroKeyDealer
 
 _AT_ONCE = 32
 """Shares whose rows are read together; the small ones lie in them."""
 
 
 class Aggregator:
-    """One aggregator of n. Satisfies ``AggregatorPort``; safe for concurrent calls.
+    """One aggregator of n. Satisfies ``AggregatorPort`` and ``ProjectionPort``; safe for concurrent calls.
 
     Args:
         config: What it pins. Nothing of it is ever taken from the coordinator.
@@ -134,6 +139,11 @@ class Aggregator:
             bound = self._load_task(connection) or self._config.task
             if bound is not None and bound != task:
                 raise TaskMismatch(f"the aggregator serves task {bound.task_id}, not {task.task_id} or another layout")
+            if self._pinned.checking is CheckingMode.PROJECTIONS:
+                try:
+                    self._pinned.projection_settings(task.size)
+                except BudgetExceeded as e:
+                    raise TaskMismatch(str(e)) from e
             queries.save_task(connection, task.model_dump_json())
         return self.describe()
 
@@ -182,6 +192,21 @@ class Aggregator:
         _task, layout = self._task()
         return self._challenges.check(request, layout)
 
+    def deal_zero_keys(self, transcript_sha256: str) -> ZeroKeys:
+        """See ``ProjectionPort``."""
+        task, layout = self._task()
+        return self._challenges.deal_keys(transcript_sha256, self._dealer(task, layout))
+
+    def open_projections(self, request: CheckRequest, keys: Sequence[ZeroKeyShare]) -> ProjectionShare:
+        """See ``ProjectionPort``."""
+        task, layout = self._task()
+        return self._challenges.open_projections(request, keys, layout, self._dealer(task, layout))
+
+    def _dealer(self, task: TaskBinding, layout: SecureLayout) -> ZeroKeyDealer:
+        if self._pinned.checking is not CheckingMode.PROJECTIONS:
+            raise CheckRefused(f"projections and norms are not opened in the checking mode {self._pinned.checking}")
+        return ZeroKeyDealer(self._config, self._keys, task.task_id, layout.scheme)
+
     # --- the sum -----------------------------------------------------------------------------------------------
 
     def contribute(self, statement: RoundStatement) -> NoiseContribution:
@@ -194,16 +219,19 @@ class Aggregator:
             stored = self._current_run(connection, statement)
             if stored is None:
                 self._examine(connection, statement, layout.size)
-        if stored is None or stored.contribution is None:
+        if stored is None:
             drawn = make_contribution(statement, self._config, self._keys, layout, self._random)
             kept = self._store.put(pack_contribution(drawn))
             with self._store.transaction() as connection:
                 # Nobody has seen what was just drawn: if another call was faster, its noise is the one that counts.
                 stored = self._current_run(connection, statement)
-                if stored is None or stored.contribution is None:
-                    stored = replace(stored or _begun(statement), contribution=kept)
+                if stored is None:
+                    stored = replace(_begun(statement), contribution=kept)
                     queries.save_round(connection, stored)
-        return unpack_contribution(self._store.get(stored.contribution or ""))
+        if stored.contribution is None:
+            # Drawn anew, it could be added to the same sum a second time, and the two sums be averaged.
+            raise AnswerDiscarded(f"the noise for round {statement.round_id} is no longer kept")
+        return unpack_contribution(self._store.get(stored.contribution))
 
     def commit(self, statement: RoundStatement, noise: Sequence[NoiseShare]) -> CommitSignature:
         """See ``AggregatorPort``."""
@@ -350,7 +378,7 @@ class Aggregator:
         )
         return AggregateShare(self._keys.sign(header), payload)
 
-    def _shares(self, part: Sequence[SetEntry]) -> Iterator[tuple[int, bytes]]:
+    def _shares(self, part: Sequence[SetEntry]) -> Iterator[tuple[int, bytes | memoryview]]:
         """Weight and plaintext of each report's share, a few at a time."""
         for at in range(0, len(part), _AT_ONCE):
             entries = part[at : at + _AT_ONCE]

@@ -10,14 +10,18 @@ an honest aggregator in common, which reveals for one of two transcripts at most
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
+import numpy as np
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.field import Field, FieldVector
 from client_sdk.protocol.secure import SecureLayout, decode_share
 from server_ref.secure import queries
+from server_ref.secure.distance_messages import ZeroKeys, ZeroKeyShare
 from server_ref.secure.errors import AlreadyChallenged, ChallengeMismatch, DuplicateEntry, UnknownReport
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.messages import (
@@ -30,10 +34,19 @@ from server_ref.secure.messages import (
     RevealRequest,
     challenge_seed,
     nonce_commitment,
+    projection_seed,
 )
-from server_ref.secure.queries import StoredChallenge, StoredReport
+from server_ref.secure.projection_messages import ProjectionHeader, ProjectionShare
+from server_ref.secure.projections import project
+from server_ref.secure.queries import StoredChallenge
 from server_ref.secure.store import AggregatorStore
 from server_ref.secure.sums import KERNELS
+from server_ref.secure.wire import pack, unpack
+from server_ref.secure.zero_keys import ZeroKeyDealer
+from server_ref.secure.zero_sharing import Subset, fingerprint, held_by, key_holders, zero_shares
+
+_AT_ONCE: Final = 4
+"""Shares in memory together: the rows of a projection are expanded once for all of them."""
 
 
 class Challenges:
@@ -94,19 +107,49 @@ class Challenges:
     def check(self, request: CheckRequest, layout: SecureLayout) -> CheckAnswer:
         """The masked parity value of each report of the transcript."""
         with self._store.transaction() as connection:
-            stored = queries.load_challenge(connection, transcript=request.transcript_sha256)
-            if stored is None or stored.reveal_json is None:
-                raise ChallengeMismatch("this aggregator has revealed its nonce for no such transcript")
-            challenged = ChallengeRequest.model_validate_json(stored.request_json)
-            reports = queries.load_reports(connection, [ref.report_id for ref in challenged.reports], shares=True)
+            stored, revealed = self._revealed(connection, request.transcript_sha256)
         if stored.answer_json is None:
             # Only nonces that open this transcript's commitments pass, so there is only one answer.
-            self._check_nonces(request, RevealRequest.model_validate_json(stored.reveal_json))
-            answer = self._answer(request, [reports[ref.report_id] for ref in challenged.reports], layout)
-            stored = replace(stored, answer_json=answer.model_dump_json())
+            self._check_nonces(request, revealed)
+            answer_json = self._answer(request, stored, layout).model_dump_json()
             with self._store.transaction() as connection:
+                stored, _ = self._revealed(connection, request.transcript_sha256)
+                stored = replace(stored, answer_json=answer_json)
                 queries.save_challenge(connection, stored)
         return CheckAnswer.model_validate_json(stored.answer_json or "")
+
+    def deal_keys(self, transcript_sha256: str, dealer: ZeroKeyDealer) -> ZeroKeys:
+        """This aggregator's part of the zero keys for the norms of a transcript that it revealed its nonce for."""
+        with self._store.transaction() as connection:
+            self._revealed(connection, transcript_sha256)
+        return dealer.deal(transcript_sha256)
+
+    def open_projections(
+        self, request: CheckRequest, dealt: Sequence[ZeroKeyShare], layout: SecureLayout, dealer: ZeroKeyDealer
+    ) -> ProjectionShare:
+        """Shares of the projections and norms of each report of the transcript."""
+        with self._store.transaction() as connection:
+            stored, revealed = self._revealed(connection, request.transcript_sha256)
+        if stored.projections is None:
+            self._check_nonces(request, revealed)
+            keys = dealer.collect(request.transcript_sha256, dealt)
+            made = self._projected(request, stored, layout, keys)
+            kept = self._store.put(pack(made.header, [made.payload]))
+            with self._store.transaction() as connection:
+                # Other keys would hide the same norms in another way: whatever was kept first is the answer.
+                stored, _ = self._revealed(connection, request.transcript_sha256)
+                if stored.projections is None:
+                    stored = replace(stored, projections=kept)
+                    queries.save_challenge(connection, stored)
+        header, (payload,) = unpack(ProjectionHeader, self._store.get(stored.projections or ""))
+        return ProjectionShare(header, bytes(payload))
+
+    @staticmethod
+    def _revealed(connection: Connection, transcript_sha256: str) -> tuple[StoredChallenge, RevealRequest]:
+        stored = queries.load_challenge(connection, transcript=transcript_sha256)
+        if stored is None or stored.reveal_json is None:
+            raise ChallengeMismatch("this aggregator has revealed its nonce for no such transcript")
+        return stored, RevealRequest.model_validate_json(stored.reveal_json)
 
     def _commitment(self, stored: StoredChallenge) -> ChallengeCommitment:
         index = self._config.index
@@ -152,13 +195,44 @@ class Challenges:
             ):
                 raise ChallengeMismatch(f"aggregator {nonce.index} has not revealed its nonce for this transcript")
 
-    def _answer(self, request: CheckRequest, reports: list[StoredReport], layout: SecureLayout) -> CheckAnswer:
+    def _shares(self, stored: StoredChallenge, layout: SecureLayout) -> Iterator[list[FieldVector]]:
+        """The shares of the challenge's reports in order, a few at a time."""
+        ids = [ref.report_id for ref in ChallengeRequest.model_validate_json(stored.request_json).reports]
+        for at in range(0, len(ids), _AT_ONCE):
+            some = ids[at : at + _AT_ONCE]
+            with self._store.transaction() as connection:
+                reports = queries.load_reports(connection, some, shares=True)
+            plaintexts = [bytes(self._store.get_share(reports[report_id])) for report_id in some]
+            yield [decode_share(plaintext, layout, self._config.index) for plaintext in plaintexts]
+
+    def _projected(
+        self, request: CheckRequest, stored: StoredChallenge, layout: SecureLayout, keys: Mapping[Subset, bytes]
+    ) -> ProjectionShare:
+        field, me = layout.scheme.field, self._config.index
+        seed = projection_seed(request)
+        projections: list[FieldVector] = []
+        norms: list[int] = []
+        for shares in self._shares(stored, layout):
+            updates = [share[: layout.size] for share in shares]
+            projections += project(updates, seed, field)
+            norms += [KERNELS.inner(update, update, field) for update in updates]
+        masked = field.add(field.from_ints(norms), zero_shares(keys, me, layout.scheme, len(norms)))
+        payload = field.to_bytes(np.concatenate([*projections, masked]))
+        header = ProjectionHeader(
+            index=me,
+            transcript_sha256=request.transcript_sha256,
+            key_fingerprints=tuple(fingerprint(keys[s]) for s in held_by(me, key_holders(layout.scheme))),
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            signature=UNSIGNED,
+        )
+        return ProjectionShare(self._keys.sign(header), payload)
+
+    def _answer(self, request: CheckRequest, stored: StoredChallenge, layout: SecureLayout) -> CheckAnswer:
         field = layout.scheme.field
         coefficients = field.expand(challenge_seed(request), layout.share_length - 1)
-        values = []
-        for report in reports:
-            share = decode_share(self._store.get_share(report), layout, self._config.index)
-            values.append(masked_parity(share, coefficients, field))
+        values = [
+            masked_parity(share, coefficients, field) for shares in self._shares(stored, layout) for share in shares
+        ]
         return self._keys.sign(
             CheckAnswer(
                 index=self._config.index,

@@ -19,42 +19,30 @@ Source: J. So, B. Guler, A. S. Avestimehr, "Byzantine-Resilient Secure Federated
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
 
-from client_sdk.protocol import sealing
-from client_sdk.protocol.errors import ConfigurationError, SealingFailed, ShapeMismatch
+from client_sdk.protocol.errors import ConfigurationError, ShapeMismatch
 from client_sdk.protocol.field import Field
 from client_sdk.protocol.mersenne import FieldVector
 from client_sdk.protocol.shamir import Scheme
 from server_ref.aggregation.blocks import run_parts
-from server_ref.secure.canonical import encode
 from server_ref.secure.distance_messages import (
     DistanceHeader,
     DistanceRequest,
     DistanceShare,
-    ZeroKeyHeader,
     ZeroKeys,
     ZeroKeyShare,
 )
 from server_ref.secure.distance_rules import DistanceSettings
-from server_ref.secure.errors import CohortTooSmall, DistancesRefused, ZeroKeyRejected
+from server_ref.secure.errors import CohortTooSmall, DistancesRefused
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.messages import UNSIGNED
 from server_ref.secure.parameters import CheckingMode, PinnedParameters
-from server_ref.secure.zero_sharing import (
-    KEY_BYTES,
-    Subset,
-    dealt_by,
-    derive_key,
-    fingerprint,
-    held_by,
-    key_holders,
-    zero_shares,
-)
+from server_ref.secure.zero_keys import ZeroKeyDealer
+from server_ref.secure.zero_sharing import fingerprint, held_by, key_holders, zero_shares
 
 _COLUMNS: Final = 8192
 """Of a two-limb difference at a time."""
@@ -103,7 +91,7 @@ class SecretDistances:
         self._size = size
         self._scheme = Scheme(config.parameters.threshold, config.parameters.num_aggregators, self._settings.field)
         self._subsets = key_holders(self._scheme)
-        self._secret = hmac.digest(keys.signing.private_bytes(), b"pocketfed zero keys v1", "sha256")
+        self._dealer = ZeroKeyDealer(config, keys, task_id, self._scheme)
 
     def __repr__(self) -> str:
         return f"SecretDistances(aggregator {self._config.index})"
@@ -115,20 +103,7 @@ class SecretDistances:
             DistancesRefused, CohortTooSmall: The reports are not compared here.
         """
         self._require(request)
-        me = self._config.index
-        sealed = []
-        for receiver in self._scheme.indices:
-            keys = b"".join(self._own_key(request, s) for s in dealt_by(me, receiver, self._subsets))
-            nothing = receiver == me or not keys
-            info = self._info(request, me, receiver)
-            sealed.append(b"" if nothing else sealing.seal(keys, self._config.sealing_key(receiver), info))
-        header = ZeroKeyHeader(
-            request_sha256=request.sha256(),
-            sender=me,
-            sealed_sha256=tuple(hashlib.sha256(each).hexdigest() for each in sealed),
-            signature=UNSIGNED,
-        )
-        return ZeroKeys(self._keys.sign(header), tuple(sealed))
+        return self._dealer.deal(request.sha256())
 
     def answer(
         self, request: DistanceRequest, dealt: Sequence[ZeroKeyShare], rows: Sequence[FieldVector]
@@ -149,7 +124,7 @@ class SecretDistances:
         self._require(request)
         if len(rows) != len(request.reports):
             raise ShapeMismatch(f"{len(rows)} shares for {len(request.reports)} reports")
-        keys = self._keys_of(request, dealt)
+        keys = self._dealer.collect(request.sha256(), dealt)
         me, field = self._config.index, self._scheme.field
         shares = squared_distances(rows, self._size, field)
         masked = field.add(shares, zero_shares(keys, me, self._scheme, request.num_pairs))
@@ -169,42 +144,6 @@ class SecretDistances:
         least = self._config.parameters.min_cohort
         if len(request.reports) < least:
             raise CohortTooSmall(f"{len(request.reports)} reports are fewer than the minimum of {least}")
-
-    def _own_key(self, request: DistanceRequest, subset: Subset) -> bytes:
-        return derive_key(self._secret, bytes.fromhex(request.sha256()), subset)
-
-    def _info(self, request: DistanceRequest, sender: int, receiver: int) -> bytes:
-        return encode("zero-key-info", [self._task_id, request.sha256(), sender, receiver])
-
-    def _keys_of(self, request: DistanceRequest, dealt: Sequence[ZeroKeyShare]) -> dict[Subset, bytes]:
-        me = self._config.index
-        keys = {s: self._own_key(request, s) for s in held_by(me, self._subsets) if s[0] == me}
-        by_dealer = {share.header.sender: share for share in dealt}
-        for dealer in sorted({s[0] for s in held_by(me, self._subsets)} - {me}):
-            if dealer not in by_dealer:
-                raise ZeroKeyRejected(f"the keys of aggregator {dealer} are missing")
-            keys |= self._opened(request, by_dealer[dealer])
-        return keys
-
-    def _opened(self, request: DistanceRequest, share: ZeroKeyShare) -> dict[Subset, bytes]:
-        header, me = share.header, self._config.index
-        if header.request_sha256 != request.sha256():
-            raise ZeroKeyRejected(f"the keys of aggregator {header.sender} were made for another comparison")
-        if not self._config.signed(header.sender, header.signed_bytes(), header.signature):
-            raise ZeroKeyRejected(f"the keys of aggregator {header.sender} are not signed by its pinned key")
-        if (
-            len(header.sealed_sha256) != self._scheme.num_shares
-            or hashlib.sha256(share.sealed).hexdigest() != header.sealed_sha256[me - 1]
-        ):
-            raise ZeroKeyRejected(f"the keys of aggregator {header.sender} are not what it sealed for this aggregator")
-        subsets = dealt_by(header.sender, me, self._subsets)
-        try:
-            plaintext = sealing.open(share.sealed, self._keys.sealing, self._info(request, header.sender, me))
-        except SealingFailed as e:
-            raise ZeroKeyRejected(f"the keys of aggregator {header.sender} cannot be opened") from e
-        if len(plaintext) != KEY_BYTES * len(subsets):
-            raise ZeroKeyRejected(f"aggregator {header.sender} sealed keys of another number")
-        return {s: plaintext[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i, s in enumerate(subsets)}
 
 
 def squared_distances(rows: Sequence[FieldVector], size: int, field: Field) -> FieldVector:

@@ -1,74 +1,84 @@
-"""All aggregators of a task in the coordinator's own process: for trying things out, and for simulations."""
+"""All aggregators in the coordinator's own process: the arithmetic and the rules of secret sharing without its secrecy.
+
+For development, and for operators who want the private sums and the ledgers but have no other parties. Whoever has this
+process or its folder has all keys and all shares.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 from client_sdk.protocol.sealing import SealingSuite
 from server_ref.secure.aggregator import Aggregator
-from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
-from server_ref.secure.keys import Peers, create_keys, load_keys, public_part
+from server_ref.secure.identity import AggregatorConfig
+from server_ref.secure.keys import Peers, create_keys, load_keys
 from server_ref.secure.messages import TaskBinding
 from server_ref.secure.parameters import PinnedParameters
 from server_ref.secure.store import AggregatorStore
 
-NO_SECRECY: Final = (
-    "All aggregators run in this process: sums are exact, and noised as configured, but whoever operates this server "
-    "can read every update. For secrecy, run each aggregator as a service of its own, under another party."
+_log = logging.getLogger("pocketfed.secure")
+
+NO_SECRECY = (
+    "all %d aggregators run in this process: nobody who can read its memory or %s is kept from single updates. "
+    "Run `pocketfed aggregator` at other parties for secrecy from the operator"
 )
 
 
+@dataclass(frozen=True)
 class EmbeddedAggregators:
-    """n aggregators over n stores in one folder; each with keys of its own, made the first time and kept.
-
-    They follow the same rules as in processes of their own, so that what works here works there. What they do not give
-    is secrecy from whoever runs the process: see ``NO_SECRECY``, which a server says at its start.
+    """n aggregators in this process.
 
     Attributes:
-        ports: The aggregators, in order of their indices.
+        ports: The aggregators, that with index 1 first.
         peers: Their public keys.
-
-    Args:
-        folder: Keys, databases and blobs.
-        parameters: What all of them pin.
-        suite: How everything is sealed.
-        task: The task to serve; None to be bound later.
-        random: The operating system's randomness.
-
-    Raises:
-        ConfigurationError: The folder belongs to other aggregators, parameters or another task.
     """
 
-    def __init__(
-        self,
+    ports: tuple[Aggregator, ...]
+    peers: Peers
+    _stores: tuple[AggregatorStore, ...]
+
+    @classmethod
+    def open(
+        cls,
         folder: Path,
         parameters: PinnedParameters,
         *,
         suite: SealingSuite = SealingSuite.X25519,
         task: TaskBinding | None = None,
-        random: Callable[[int], bytes] = os.urandom,
-    ) -> None:
-        keys = [_keys(folder / f"aggregator-{i}.key", i, suite) for i in range(1, parameters.num_aggregators + 1)]
-        self.peers = Peers.of([public_part(own, i) for i, own in enumerate(keys, 1)])
-        self._stores: list[AggregatorStore] = []
+    ) -> Self:
+        """Open the aggregators of a folder; at the first time, make their keys. Says that this gives no secrecy.
+
+        Args:
+            folder: Below the server's ``data_dir``.
+            parameters: What all of them pin; says how many there are.
+            suite: How everything is sealed.
+            task: The task to serve; None to serve the first that they are bound to.
+
+        Raises:
+            ConfigurationError: The folder belongs to other aggregators, or was begun with other parameters.
+        """
+        _log.warning(NO_SECRECY, parameters.num_aggregators, folder)
+        indices = range(1, parameters.num_aggregators + 1)
+        homes = {i: folder / f"aggregator-{i}" for i in indices}
+        peers = Peers.of([create_keys(homes[i] / "keys.json", i, suite)[0] for i in indices])
+        stores: list[AggregatorStore] = []
         ports: list[Aggregator] = []
         try:
-            for i, own in enumerate(keys, 1):
-                config = AggregatorConfig(
-                    index=i, parameters=parameters, suite=suite, peers=self.peers.peers, task=task
-                )
-                self._stores.append(AggregatorStore(folder / f"aggregator-{i}"))
-                ports.append(Aggregator(config, own, self._stores[-1], random))
+            for i in indices:
+                config = AggregatorConfig(index=i, parameters=parameters, suite=suite, peers=peers.peers, task=task)
+                stores.append(AggregatorStore(homes[i]))
+                ports.append(Aggregator(config, load_keys(homes[i] / "keys.json", i, suite), stores[-1]))
         except BaseException:
-            self.close()
+            for store in stores:
+                store.close()
             raise
-        self.ports = tuple(ports)
+        return cls(tuple(ports), peers, tuple(stores))
 
     def close(self) -> None:
-        """Close all stores."""
+        """Close their databases."""
         for store in self._stores:
             store.close()
 
@@ -79,8 +89,3 @@ class EmbeddedAggregators:
     def __exit__(self, *_: object) -> None:
         """``close``."""
         self.close()
-
-
-def _keys(path: Path, index: int, suite: SealingSuite) -> AggregatorKeys:
-    create_keys(path, index, suite)
-    return load_keys(path, index, suite)

@@ -175,10 +175,17 @@ class DistancesRefused(AggregatorRefusal):
 
 
 class ZeroKeyRejected(AggregatorRefusal):
-    """A key for hiding distances is missing, replaced, or made for another comparison."""
+    """A key for shares of zero is missing, replaced, or made for another request."""
 
     slug = "zero-key-rejected"
-    title = "A key for hiding distances does not belong to this comparison."
+    title = "A key for shares of zero does not belong to this request."
+
+
+class CheckRefused(AggregatorRefusal):
+    """The aggregator's checking mode does not open this."""
+
+    slug = "check-refused"
+    title = "The aggregator does not open this."
 
 
 class AnswerRejected(ProtocolError):
@@ -210,6 +217,10 @@ class NotEnoughAggregators(SecureRoundError):
         self.stage = stage
         self.needed = needed
         self.live = live
+
+
+class ProjectionsInconsistent(SecureRoundError):
+    """The aggregators' answers are no projections of the same shares: somebody dealt different keys."""
 
 
 class DistancesInconsistent(SecureRoundError):

@@ -242,6 +242,11 @@ def challenge_seed(request: CheckRequest) -> bytes:
     return bytes.fromhex(digest("seed", [request.transcript_sha256, *fields]))
 
 
+def projection_seed(request: CheckRequest) -> bytes:
+    """The 32-byte seed of the projections' rows, in the checking mode ``projections``."""
+    return bytes.fromhex(digest("projection-seed", [challenge_seed(request)]))
+
+
 class CheckAnswer(Message):
     """One aggregator's masked parity values.
 

@@ -7,17 +7,21 @@ the privacy of the sum.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import StrEnum
 from fractions import Fraction
 from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
+from client_sdk.protocol.errors import BudgetExceeded, ConfigurationError
+from client_sdk.protocol.field import Field as PrimeField
 from client_sdk.protocol.messages import Message, Variance
 from client_sdk.protocol.privacy import NOISE_TAIL, EncodedBounds
 from server_ref.aggregation.batch import Adjacency
 from server_ref.secure.canonical import digest
 from server_ref.secure.errors import ParametersBelowPinned, SumOutOfRange
+from server_ref.secure.projections import ProjectionSettings
 
 SUM_LIMIT: Final = 2**60 - 1
 """Largest magnitude of a sum with its noise: half of the smallest field, less one bit."""
@@ -175,6 +179,15 @@ class PinnedParameters(Message):
         if self.privacy is not None and self.indicator != (self.privacy.indicator_noise_multiplier is not None):
             raise ValueError("an indicator is shared exactly where it has a noise multiplier of its own")
         self._check_device_noise()
+        if self.checking is CheckingMode.PROJECTIONS:
+            if self.indicator:
+                raise ValueError("the checking mode projections needs a fixed clip norm, and an indicator moves it")
+            try:
+                # The bit budget depends on the task's size: it is checked when one is bound.
+                with suppress(BudgetExceeded):
+                    self.projection_settings(1)
+            except ConfigurationError as e:
+                raise ValueError(str(e)) from e
         return self
 
     def _check_device_noise(self) -> None:
@@ -220,6 +233,22 @@ class PinnedParameters(Message):
     def aggregators_add_noise(self) -> bool:
         """Whether a sum holds noise that the aggregators drew."""
         return self.privacy is not None and self.privacy.noise == "aggregators"
+
+    def projection_settings(self, size: int) -> ProjectionSettings:
+        """What the checking mode ``projections`` depends on, for updates of so many coordinates.
+
+        Raises:
+            ConfigurationError: The mode does not go together with the sharing scheme.
+            BudgetExceeded: An update could wrap around the field and pass.
+        """
+        return ProjectionSettings(
+            num_aggregators=self.num_aggregators,
+            threshold=self.threshold,
+            field=PrimeField.by_name(self.field),
+            bounds=self.bounds,
+            size=size,
+            packing=self.packing,
+        )
 
     def round_parameters(self) -> RoundParameters:
         """What a statement says at least, and what a coordinator normally states."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from server_ref.secure.distance_messages import ZeroKeys, ZeroKeyShare
 from server_ref.secure.messages import (
     AggregateShare,
     AggregatorInfo,
@@ -34,6 +35,36 @@ from server_ref.secure.messages import (
     TaskBinding,
     Verdict,
 )
+from server_ref.secure.projection_messages import ProjectionShare
+
+
+class ProjectionPort(Protocol):
+    """What the checking mode ``projections`` asks of an aggregator besides, between ``challenge_reveal`` and the set.
+
+    Raises:
+        CheckRefused: Both operations, in every other mode.
+    """
+
+    def deal_zero_keys(self, transcript_sha256: str) -> ZeroKeys:
+        """This aggregator's part of the keys that hide all of the norms but their values. To be relayed to the others.
+
+        Raises:
+            ChallengeMismatch: The transcript is not one that this aggregator revealed its nonce for.
+        """
+        ...
+
+    def open_projections(self, request: CheckRequest, keys: Sequence[ZeroKeyShare]) -> ProjectionShare:
+        """Shares of the projections and of the norm of each report of the challenge.
+
+        Args:
+            request: The revealed nonces.
+            keys: For this aggregator, of each dealer that has some for it.
+
+        Raises:
+            ChallengeMismatch: As in ``check``.
+            ZeroKeyRejected: A dealer's keys are missing, forged, or of another transcript.
+        """
+        ...
 
 
 class AggregatorPort(Protocol):
@@ -98,6 +129,8 @@ class AggregatorPort(Protocol):
         Raises:
             ParametersBelowPinned, SumOutOfRange, WeightTooLarge, CohortTooSmall, PartitionRefused, DuplicateEntry,
             ContributorsRefused, StaleRun, RoundCommitted: The statement is not one that could be signed.
+            UnknownReport, ReportSpent, ParticipationsExhausted, BudgetSpent: The set cannot be summed here.
+            AnswerDiscarded: The round is too long ago. Its noise is never drawn a second time.
         """
         ...
 

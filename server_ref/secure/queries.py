@@ -56,6 +56,7 @@ class StoredChallenge:
     reveal_json: str | None = None
     transcript: str | None = None
     answer_json: str | None = None
+    projections: str | None = None
 
 
 def _some(values: Iterable[str]) -> Iterator[list[str]]:

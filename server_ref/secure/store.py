@@ -95,9 +95,9 @@ class AggregatorStore:
         self.blobs.put(_share_key(digest), share)
         return None
 
-    def get_share(self, report: StoredReport) -> bytes:
+    def get_share(self, report: StoredReport) -> bytes | memoryview:
         """The share of a report that is still kept."""
-        return bytes(self.blobs.get(_share_key(report.digest))) if report.share is None else report.share
+        return self.blobs.get(_share_key(report.digest)) if report.share is None else report.share
 
     def drop_shares(self, digests: Iterable[str]) -> None:
         """Remove the blobs of these reports' shares, where there are any."""
@@ -112,6 +112,11 @@ class AggregatorStore:
                 self.blobs.content_key(sha256)
                 for column in (r.contribution, r.accepted, r.noise, r.answer)
                 for sha256 in connection.scalars(sa.select(column).where(column.is_not(None)))
+            }
+            opened = tables.challenges.c.projections
+            named |= {
+                self.blobs.content_key(sha256)
+                for sha256 in connection.scalars(sa.select(opened).where(opened.is_not(None)))
             }
             kept = sa.select(reports.digest).where(reports.kept == 1, reports.share.is_(None))
             named |= {_share_key(digest) for digest in connection.scalars(kept)}

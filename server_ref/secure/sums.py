@@ -13,7 +13,7 @@ KERNELS: Final = CompiledKernels()
 
 
 def weighted_sum(
-    shares: Iterable[tuple[int, bytes]], layout: SecureLayout, index: int, noise: FieldVector | None
+    shares: Iterable[tuple[int, bytes | memoryview]], layout: SecureLayout, index: int, noise: FieldVector | None
 ) -> FieldVector:
     """The sum of weighted shares and noise, without the mask.
 

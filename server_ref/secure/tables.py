@@ -53,6 +53,7 @@ challenges = Table(
     Column("reveal_json", Text),
     Column("transcript", String(64), unique=True),
     Column("answer_json", Text),
+    Column("projections", String(64)),
 )
 
 # `statement` is what noise was drawn for until `signature` is there, and what was signed from then on. `contribution`,

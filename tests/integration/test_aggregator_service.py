@@ -15,8 +15,8 @@ from server_ref.secure.client import HttpAggregator, Patience
 from server_ref.secure.errors import AggregatorUnavailable, AnswerRejected, CohortTooSmall
 from server_ref.secure.identity import SigningKey
 from tests.aggregator_http import COORDINATOR, AggregatorHost, begin, hosting, send, signed_headers
-from tests.secure_parties import Parties, pinned
-from tests.secure_rounds import Coordinator, plain_sum, quick_store
+from tests.secure_parties import Parties, pinned, quick_store
+from tests.secure_rounds import Coordinator, plain_sum
 from tests.web import Answer, Server, problem
 
 STRANGER = SigningKey(bytes(32))

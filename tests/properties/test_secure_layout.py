@@ -48,7 +48,7 @@ def drawn(data: st.DataObject, layout: SecureLayout) -> np.ndarray:
 
 
 def plaintexts(layout: SecureLayout, codes: np.ndarray, seed: bytes = bytes(32)) -> list[bytes]:
-    return encode_shares(share_seeded(layout.secret(codes, seed), layout.scheme), layout)
+    return [bytes(each) for each in encode_shares(share_seeded(layout.secret(codes, seed), layout.scheme), layout)]
 
 
 @given(layouts(), st.data())

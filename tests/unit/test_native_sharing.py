@@ -26,10 +26,11 @@ from client_sdk.protocol.errors import (
     ShapeMismatch,
     UpdateOutOfRange,
 )
-from client_sdk.protocol.field import FIELDS, MERSENNE_61, MERSENNE_127, Field
+from client_sdk.protocol.field import FIELDS, MERSENNE_61, MERSENNE_127, Field, with_room
 from client_sdk.protocol.mersenne import BLOCK
 from client_sdk.protocol.privacy import EncodedBounds, encode_clipped
-from client_sdk.protocol.shamir import NUMPY_KERNELS, Scheme, lagrange_weights, reconstruct, share_seeded
+from client_sdk.protocol.secure import SecureLayout, encode_shares
+from client_sdk.protocol.shamir import NUMPY_KERNELS, Scheme, SeededShares, lagrange_weights, reconstruct, share_seeded
 from tests import sharing_oracle as oracle
 
 OK, INVALID_ARGUMENT, NOT_CANONICAL, REJECTED, OUT_OF_RANGE = 0, 1, 2, 3, 4
@@ -76,6 +77,10 @@ def vector(field: Field, size: int) -> np.ndarray:
 
 def seeds_of(scheme: Scheme) -> list[bytes]:
     return [bytes([i]) * 32 for i in range(1, scheme.threshold)]
+
+
+def vectors_of(secret: np.ndarray, scheme: Scheme) -> list[np.ndarray]:
+    return NUMPY_KERNELS.split_seeded(secret, seeds_of(scheme), scheme)
 
 
 def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
@@ -226,6 +231,24 @@ def test_shares_are_made_of_fresh_seeds_only(lib: ctypes.CDLL):
     with pytest.raises(MalformedShare):
         native.share_update(update, bounds, np.array([2**61 - 1], np.uint64), scheme, kernels=kernels)
     assert "vectors" not in repr(first)
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[1], SCHEMES[6]], ids=str)
+def test_shares_are_sealed_from_where_they_were_made(kernels: native.NativeKernels, scheme: Scheme):
+    layout = SecureLayout(scheme, 40)
+    secret = vector(scheme.field, layout.length)
+    ours, theirs = kernels.split_seeded(secret, seeds_of(scheme), scheme), vectors_of(secret, scheme)
+    before = [share.copy() for share in ours]
+    encoded = encode_shares(SeededShares(tuple(seeds_of(scheme)), tuple(ours)), layout)
+    assert list(map(bytes, encoded)) == list(
+        map(bytes, encode_shares(SeededShares(tuple(seeds_of(scheme)), tuple(theirs)), layout))
+    )
+    assert same(ours, before)
+    for share, plaintext in zip(ours, encoded[scheme.threshold - 1 :], strict=True):
+        assert np.shares_memory(share, np.frombuffer(plaintext, np.uint8))
+    # What only looks like such a vector is copied.
+    for other in (ours[0][::-1], ours[0][1:], ours[0].copy(), np.append(secret[:1], ours[0], axis=0)[1:][::-1][::-1]):
+        assert with_room(other) is None or np.array_equal(with_room(other)[8:], other.reshape(-1).view(np.uint8))
 
 
 # --- words that are no elements ----------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def facts(number: int) -> dict[str, object]:
 
 def plaintexts(parties: Parties) -> list[bytes]:
     secret = parties.layout.secret(np.arange(parties.layout.num_values), os.urandom(32))
-    return encode_shares(share_seeded(secret, parties.layout.scheme), parties.layout)
+    return [bytes(each) for each in encode_shares(share_seeded(secret, parties.layout.scheme), parties.layout)]
 
 
 @pytest.mark.parametrize("suite", SealingSuite)

@@ -123,6 +123,21 @@ def test_noise_is_asked_of_contributors_only(parties):
     assert len(parties.commit(parties.statement(uploads, contributors=(1, 2, 3)))) == 5
 
 
+def test_noise_that_is_too_coarse_for_integers_is_refused(tmp_path):
+    """Below three steps of the grid a sum of discrete Gaussians is not accounted for, the indicator's like the update's."""
+    for name, changes in {
+        "update": {"fraction_bits": 0, "privacy": pinned_privacy(noise_multiplier=5.1)},
+        "indicator": {"indicator": True, "privacy": pinned_privacy(indicator_noise_multiplier=5.1)},
+    }.items():
+        parties = Parties(tmp_path / name, pinned(**changes))
+        uploads = parties.uploads(range(3))
+        with pytest.raises(ParametersBelowPinned, match="below 3 grid steps"):
+            parties[1].contribute(parties.statement(uploads))
+        # With fewer contributors each draws more: 5.1 / sqrt(1) is enough.
+        assert parties[1].contribute(parties.statement(uploads, contributors=(1, 2, 3)))
+        parties.close()
+
+
 def test_a_task_without_noise_has_no_contributors(plain):
     statement = plain.statement(plain.uploads(range(3))).model_copy(update={"contributors": (1, 2, 3)})
     with pytest.raises(ContributorsRefused):

@@ -28,8 +28,8 @@ from server_ref.secure.errors import (
 from server_ref.secure.messages import AggregateShare, CheckAnswer
 from server_ref.secure.parameters import CheckingMode
 from server_ref.secure.round_messages import Parity, Phase, RoundState
-from tests.secure_parties import Parties, Upload, pinned, pinned_privacy
-from tests.secure_rounds import OPERATIONS, Coordinator, plain_sum, quick_store, reports
+from tests.secure_parties import Parties, Upload, pinned, pinned_privacy, quick_store
+from tests.secure_rounds import OPERATIONS, Coordinator, plain_sum, reports
 
 LONG_RUN = {"max_rounds": 1000, "epsilon": 100.0}
 STEPS = [(operation, after) for operation in OPERATIONS for after in (False, True)]

@@ -223,6 +223,9 @@ def test_answers_and_unused_reports_are_kept_for_so_many_rounds(tmp_path):
         parties[1].answer(0, old)
     with pytest.raises(AnswerDiscarded):
         parties.restart(1).answer(0, old)
+    # Nor is noise drawn anew for a sum that others may still be asked to open.
+    with pytest.raises(AnswerDiscarded):
+        parties[1].contribute(parties.statement(first))
     with pytest.raises(RoundCommitted):
         parties[1].contribute(parties.statement(first, run=1))
     late = parties.uploads([61], 4)
@@ -281,4 +284,17 @@ def test_calls_at_once_get_one_noise(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         drawn = list(pool.map(lambda _: parties[1].contribute(made), range(8)))
     assert all(each == drawn[0] for each in drawn)
+    parties.close()
+
+
+def test_the_noise_of_a_round_that_was_never_signed_is_not_drawn_a_second_time_either(tmp_path):
+    parties = Parties(tmp_path, pinned(privacy=pinned_privacy(epsilon=9.0)))
+    first = parties.uploads(range(2))
+    abandoned = parties.statement(first)
+    parties[1].contribute(abandoned)
+    for round_id in range(1, 4):
+        uploads = parties.uploads(range(10 * round_id, 10 * round_id + 2), round_id)
+        parties.run(parties.statement(uploads, round_id=round_id))
+    with pytest.raises(AnswerDiscarded):
+        parties[1].contribute(abandoned)
     parties.close()
