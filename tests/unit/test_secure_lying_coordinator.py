@@ -124,7 +124,7 @@ def test_noise_is_asked_of_contributors_only(parties):
 
 
 def test_noise_that_is_too_coarse_for_integers_is_refused(tmp_path):
-    """Below three steps of the grid a sum of discrete Gaussians is not accounted for, the indicator's like the update's."""
+    """Below three steps of the grid a sum of discrete Gaussians is not accounted for; so for the indicator's noise."""
     for name, changes in {
         "update": {"fraction_bits": 0, "privacy": pinned_privacy(noise_multiplier=5.1)},
         "indicator": {"indicator": True, "privacy": pinned_privacy(indicator_noise_multiplier=5.1)},
