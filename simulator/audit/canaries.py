@@ -83,9 +83,11 @@ def every_other(count: int, clip_norm: float) -> Norms:
 
 def ladder(count: int, clip_norm: float) -> Norms:
     """Every canary has a norm of its own around the clip norm, another in every round: a quantile shows whose it is."""
+    # By the golden section, so that rounds find their quantile at canaries far from one another.
+    stride = max(1, round(count * 0.618))
 
     def norms(round_id: int) -> Float64Array:
-        ranks = (np.arange(count) + round_id * (count // 7 + 1)) % count
+        ranks = (np.arange(count) + round_id * stride) % count
         return np.asarray(clip_norm * (0.5 + ranks / count))
 
     return norms

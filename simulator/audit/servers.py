@@ -7,6 +7,7 @@ If the audit did not refute it, passing the audit would mean nothing.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -29,9 +30,11 @@ from server_ref.aggregation import (
 )
 from server_ref.aggregation.accounting import LedgerKeeper, PrivacyBudget, PrivacyLedger
 from server_ref.aggregation.adaptive_clipping import AdaptiveClipNorm
+from server_ref.aggregation.bucketed import BucketNoise, BucketSums
+from server_ref.aggregation.buckets import BucketedRule
 from server_ref.aggregation.calibration import calibrate
 from server_ref.aggregation.noise import CentralNoise
-from server_ref.aggregation.stages import Clip, Noise
+from server_ref.aggregation.stages import Clip, Noise, Reduce
 from simulator.audit.canaries import LENGTH
 from simulator.audit.one_run import QUANTILE, Claimed, Published, Server
 
@@ -58,6 +61,7 @@ class Recipe:
         adaptive: Whether the clip norm follows the updates' norms.
         rounds_paid: For how many of T rounds the noise is calibrated.
         clip: The clip stage for a clip norm.
+        rule: A robust rule on noised buckets, instead of the mean.
         noise: From the product's noise stage to the one that is used.
         raw_quantile: Whether the next clip norm is a quantile of the updates' norms as they are.
     """
@@ -65,6 +69,7 @@ class Recipe:
     adaptive: bool = False
     rounds_paid: Callable[[int], int] = lambda rounds: rounds
     clip: Callable[[float], Clip] = ClipGlobal
+    rule: BucketedRule | None = None
     noise: Callable[[Noise], Noise] = lambda noise: noise
     raw_quantile: bool = False
 
@@ -79,8 +84,8 @@ class _PipelineServer:
         budget = PrivacyBudget(epsilon=EPSILON if paid == rounds else _UNCHECKED, delta=DELTA, participations=rounds)
         self._recipe = recipe
         self._keeper = LedgerKeeper(PrivacyLedger(budget=budget))
-        self._noise_multiplier = calibrate(EPSILON, DELTA, participations=paid)
-        self._noise = recipe.noise(CentralNoise(self._noise_multiplier, self._keeper, indicators=recipe.adaptive))
+        self._z = calibrate(EPSILON, DELTA, participations=paid)
+        self._noise = recipe.noise(CentralNoise(self._z, self._keeper, indicators=recipe.adaptive))
         self._facts = Facts(size, UpdateKind.DELTA, capacity=clients, count=clients)
         self._norm = AdaptiveClipNorm(clip_norm=CLIP_NORM)
         self._round = 0
@@ -91,10 +96,12 @@ class _PipelineServer:
 
     def round(self, updates: Iterator[Float32Array]) -> Published:
         clip = self._recipe.clip(self.clip_norm)
-        reduce = ExactMean(
-            "fixed" if isinstance(clip, ClipGlobal) else "float", noise_multiplier=self._noise_multiplier
-        )
-        pipeline = Pipeline.build(clip, reduce, self._noise, Sgd(), facts=self._facts, private=True)
+        reduce: Reduce = ExactMean("fixed" if isinstance(clip, ClipGlobal) else "float", noise_multiplier=self._z)
+        noise = self._noise
+        if self._recipe.rule is not None:
+            reduce = BucketSums(self._recipe.rule, os.urandom(16), self._z)
+            noise = BucketNoise(noise, self._recipe.rule)
+        pipeline = Pipeline.build(clip, reduce, noise, Sgd(), facts=self._facts, private=True)
         fold = pipeline.start()
         norms = []
         batch = []
@@ -212,6 +219,7 @@ def _claimed(name: str, recipe: Recipe) -> Claimed:
 REAL: Final = (
     _claimed("private pipeline", Recipe()),
     _claimed("private pipeline, adaptive clipping", Recipe(adaptive=True)),
+    _claimed("private pipeline, median of 9 noised buckets", Recipe(rule=BucketedRule(9, 3, "median"))),
 )
 """What has to stand the audit."""
 

@@ -31,6 +31,7 @@ STORIES = [
     ("robustness.md",),
     ("aggregation.md",),
     ("privacy.md",),
+    ("audit.md",),
 ]
 
 PLAYED_ELSEWHERE = {"server.md": "tests/unit/test_server_config.py, with a bundle and a model at hand"}
