@@ -11,7 +11,7 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.messages import SecurePlan
 from server_ref.config import AggregatorsConfig, ServerConfig
 from server_ref.secure.compiled import CompiledKernels
-from server_ref.secure.embedded import NO_SECRECY, EmbeddedAggregators
+from server_ref.secure.embedded import EmbeddedAggregators
 from server_ref.secure.keys import Peers, create_coordinator_key, read_public
 from server_ref.secure.port import AggregatorPort
 from server_ref.secure.round import SecureRound
@@ -58,8 +58,7 @@ def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRou
     embedded: EmbeddedAggregators | None = None
     ports: Sequence[AggregatorPort]
     if config.aggregators.mode == "embedded":
-        _log.warning(NO_SECRECY)
-        embedded = EmbeddedAggregators(config.data_dir / EMBEDDED_FOLDER, sharing.pinned, suite=sharing.suite)
+        embedded = EmbeddedAggregators.open(config.data_dir / EMBEDDED_FOLDER, sharing.pinned, suite=sharing.suite)
         ports, peers = embedded.ports, embedded.peers
     else:
         ports, peers = _remote(config)
