@@ -30,6 +30,8 @@ def serve(config: ServerConfig, *, on_event: Callable[[str], None] | None = None
         Exit status.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # One line for each request to an aggregator would drown what an operator looks for.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("pocketfed.serve").info(
         "opening %s; the first start after an installation compiles the kernels, which takes some ten seconds",

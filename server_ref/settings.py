@@ -59,13 +59,15 @@ def toml_table(name: str, values: Mapping[str, Any]) -> list[str]:
     return lines + tables
 
 
-def toml_value(value: Any) -> str:  # noqa: ANN401 - strings, paths and numbers
+def toml_value(value: Any) -> str:  # noqa: ANN401 - strings, paths, numbers, lists of them
     """A value as TOML writes it."""
     match value:
         case bool():
             return "true" if value else "false"
         case int() | float():
             return repr(value)
+        case list() | tuple():
+            return f"[{', '.join(map(toml_value, value))}]"
         case _:
             # A JSON string without escaped non-ASCII characters is a TOML basic string.
             return json.dumps(str(value), ensure_ascii=False)

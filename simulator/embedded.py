@@ -13,12 +13,13 @@ CONFIG_FILE: Final = "config.toml"
 LOG_FILE: Final = "server.log"
 
 
-def write_server_config(folder: Path, task: dict[str, Any]) -> Path:
+def write_server_config(folder: Path, task: dict[str, Any], aggregators: dict[str, Any] | None = None) -> Path:
     """Write the configuration of an embedded server on the virtual clock.
 
     Args:
         folder: The server's folder; database and blobs go below it.
         task: Settings of the task, as ``pocketfed serve`` documents them; None leaves one out.
+        aggregators: Where its aggregators run, if not in its own process.
 
     Returns:
         The file.
@@ -30,6 +31,7 @@ def write_server_config(folder: Path, task: dict[str, Any]) -> Path:
         "port = 0",
         'clock = "virtual"',
         "exit_with_stdin = true",
+        *([] if aggregators is None else toml_table("aggregators", aggregators)),
         *toml_table("task", task),
     ]
     folder.mkdir(parents=True, exist_ok=True)

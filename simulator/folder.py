@@ -23,6 +23,7 @@ WORKLOAD_FILE: Final = "workload.json"
 BUNDLE_FOLDER: Final = "bundle"
 SERVER_FOLDER: Final = "server"
 MEMORY_FOLDER: Final = "memory"
+AGGREGATORS_FOLDER: Final = "aggregators"
 RESULTS_FILE: Final = "results.json"
 REPORT_FILE: Final = "report.html"
 _LOCK_FILE: Final = ".lock"
@@ -34,6 +35,7 @@ _OURS: Final = frozenset(
         BUNDLE_FOLDER,
         SERVER_FOLDER,
         MEMORY_FOLDER,
+        AGGREGATORS_FOLDER,
         RESULTS_FILE,
         REPORT_FILE,
         _LOCK_FILE,

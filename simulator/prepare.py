@@ -258,13 +258,16 @@ class Prepared:
         return cls(bundle, costs, settings, task)
 
 
-def write_server(folder: RunFolder, dataset: Dataset, task: dict[str, Any]) -> Path:
+def write_server(
+    folder: RunFolder, dataset: Dataset, task: dict[str, Any], aggregators: dict[str, Any] | None = None
+) -> Path:
     """Write the embedded server's validation data and configuration.
 
     Args:
         folder: The run's.
         dataset: Brings the validation data.
         task: ``task_settings``.
+        aggregators: Where its aggregators run, if not in its own process.
 
     Returns:
         The configuration file.
@@ -274,7 +277,7 @@ def write_server(folder: RunFolder, dataset: Dataset, task: dict[str, Any]) -> P
     validation = server / "validation.npz"
     np.savez(validation, x=dataset.validation.x, y=dataset.validation.y)
     files = {"bundle": f"../{BUNDLE_FOLDER}", "validation_data": validation.name}
-    return write_server_config(server, {**files, **task})
+    return write_server_config(server, {**files, **task}, aggregators)
 
 
 def check_fit(manifest: Manifest, dataset: Dataset) -> None:

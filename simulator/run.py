@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from client_sdk.runtime import load_program
 from client_sdk.session_state import RetryPolicy
 from client_sdk.transport import HttpTransport, Transport, open_client
 from server_ref.evaluation import ProgramEvaluator
+from server_ref.task import Task
 from simulator.adversaries import AttackPlan
 from simulator.config import SimulationConfig
 from simulator.devices import SdkDevices
 from simulator.embedded import EmbeddedServer
 from simulator.ending import Ending, played, results_of
 from simulator.fleet import VirtualFleet
-from simulator.folder import JOURNAL_FILE, MEMORY_FOLDER, RunFolder
+from simulator.folder import AGGREGATORS_FOLDER, JOURNAL_FILE, MEMORY_FOLDER, RunFolder
 from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
 from simulator.loopback import LoopbackConnections, LoopbackTransport
@@ -147,11 +148,45 @@ class _Attempt:
 
     def embedded(self) -> tuple[RunMonitor, Ending]:
         """Against a server of our own, in virtual time."""
-        config, population = self.folder.config, self.fleet.population
         with self._beginning():
             prepared = Prepared.of(self.folder, self.fleet, self.options.say)
-            server_config = write_server(self.folder, self.fleet.dataset, prepared.settings)
-        self.options.say("server: starting on loopback, on virtual time")
+        with contextlib.ExitStack() as stack:
+            with self._beginning():
+                aggregators = self._aggregators(prepared.task, stack)
+                server_config = write_server(self.folder, self.fleet.dataset, prepared.settings, aggregators)
+            self.options.say("server: starting on loopback, on virtual time")
+            return self._against(server_config, prepared)
+
+    def _aggregators(self, task: Task, stack: contextlib.ExitStack) -> dict[str, Any] | None:
+        """Start aggregators in processes of their own, where the run asks for them: what the server is told of them."""
+        if task.sharing is None or self.folder.config.aggregators == "embedded":
+            return None
+        from server_ref.secure.launch import (  # noqa: PLC0415 - for runs that ask for it
+            COORDINATOR_FILE,
+            PEERS_FILE,
+            launch_aggregators,
+        )
+
+        place = self.folder.path / AGGREGATORS_FOLDER
+        sharing = task.sharing
+        self.options.say(f"aggregators: starting {sharing.pinned.num_aggregators} processes on loopback")
+        processes = launch_aggregators(
+            sharing.pinned,
+            place,
+            suite=sharing.suite,
+            task=sharing.binding(task.task_id, task.manifest.parameter_table_sha256),
+        )
+        stack.enter_context(processes)
+        return {
+            "mode": "remote",
+            "urls": [port.url for port in processes.ports],
+            "peers_file": f"../{AGGREGATORS_FOLDER}/{PEERS_FILE}",
+            "key_file": f"../{AGGREGATORS_FOLDER}/{COORDINATOR_FILE}",
+        }
+
+    def _against(self, server_config: Path, prepared: Prepared) -> tuple[RunMonitor, Ending]:
+        """Against the server that a configuration starts."""
+        config, population = self.folder.config, self.fleet.population
         with (
             EmbeddedServer(server_config) as server,
             ServerView(server.url) as view,
