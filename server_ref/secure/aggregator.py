@@ -20,11 +20,14 @@ from client_sdk.protocol.secure import SecureLayout
 from server_ref.aggregation.accounting import DistributedRelease
 from server_ref.secure import queries, tables
 from server_ref.secure.challenges import Challenges
-from server_ref.secure.distance_messages import ZeroKeys, ZeroKeyShare
+from server_ref.secure.comparisons import Comparisons
+from server_ref.secure.distance_messages import DistanceRequest, DistanceShare, ZeroKeys, ZeroKeyShare
+from server_ref.secure.distances import SecretDistances, distance_settings
 from server_ref.secure.errors import (
     AnswerDiscarded,
     CheckRefused,
     ContributorsRefused,
+    DistancesRefused,
     NotCommitted,
     ParametersBelowPinned,
     ParticipationsExhausted,
@@ -75,7 +78,9 @@ _AT_ONCE = 32
 
 
 class Aggregator:
-    """One aggregator of n. Satisfies ``AggregatorPort`` and ``ProjectionPort``; safe for concurrent calls.
+    """One aggregator of n; safe for concurrent calls.
+
+    Satisfies ``AggregatorPort``, and ``ProjectionPort`` and ``DistancePort`` where these are pinned.
 
     Args:
         config: What it pins. Nothing of it is ever taken from the coordinator.
@@ -86,6 +91,7 @@ class Aggregator:
     Raises:
         ConfigurationError: The keys are not those that the others pin for this index, or the store belongs to another
             aggregator, task or set of parameters.
+        BudgetExceeded: Distances are pinned, and could wrap around the field.
     """
 
     def __init__(
@@ -104,6 +110,9 @@ class Aggregator:
         self._random = random
         self._intake = Intake(config, keys, store)
         self._challenges = Challenges(config, keys, store, random)
+        self._comparisons = Comparisons(config.index, store)
+        if config.parameters.distances:
+            distance_settings(config.parameters)
         self._claim_store()
         store.sweep()
         if config.task is not None:
@@ -206,6 +215,21 @@ class Aggregator:
         if self._pinned.checking is not CheckingMode.PROJECTIONS:
             raise CheckRefused(f"projections and norms are not opened in the checking mode {self._pinned.checking}")
         return ZeroKeyDealer(self._config, self._keys, task.task_id, layout.scheme)
+
+    def deal_distance_keys(self, request: DistanceRequest) -> ZeroKeys:
+        """See ``DistancePort``."""
+        distances, _layout = self._distances()
+        return self._comparisons.deal(request, distances)
+
+    def compare(self, request: DistanceRequest, keys: Sequence[ZeroKeyShare]) -> DistanceShare:
+        """See ``DistancePort``."""
+        return self._comparisons.answer(request, keys, *self._distances())
+
+    def _distances(self) -> tuple[SecretDistances, SecureLayout]:
+        task, layout = self._task()
+        if not self._pinned.distances:
+            raise DistancesRefused("this aggregator does not pin distances")
+        return SecretDistances(self._config, self._keys, task.task_id, task.size), layout
 
     # --- the sum -----------------------------------------------------------------------------------------------
 

@@ -142,6 +142,8 @@ class PinnedParameters(Message):
         max_weight: W, the least that a statement says.
         indicator: Whether devices share an adaptive-clipping indicator.
         checking: How far shares are checked.
+        distances: Whether distances between updates are opened, for Krum; ``DISTANCE_LEAKAGE`` says what that gives
+            away.
         privacy: None for a task without noise.
     """
 
@@ -159,6 +161,7 @@ class PinnedParameters(Message):
     max_weight: int = Field(1, ge=1, lt=2**40)
     indicator: bool = False
     checking: CheckingMode = CheckingMode.TRUST_DEVICES
+    distances: bool = False
     privacy: PinnedPrivacy | None = None
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from server_ref.secure.distance_messages import ZeroKeys, ZeroKeyShare
+from server_ref.secure.distance_messages import DistanceRequest, DistanceShare, ZeroKeys, ZeroKeyShare
 from server_ref.secure.messages import (
     AggregateShare,
     AggregatorInfo,
@@ -63,6 +63,32 @@ class ProjectionPort(Protocol):
         Raises:
             ChallengeMismatch: As in ``check``.
             ZeroKeyRejected: A dealer's keys are missing, forged, or of another transcript.
+        """
+        ...
+
+
+class DistancePort(Protocol):
+    """What distances between updates ask of an aggregator besides, once all reports of a cohort are checked.
+
+    Raises:
+        DistancesRefused: Both operations, where they are not pinned, or a report was compared within another cohort.
+        UnknownReport: A report is not kept here.
+        CohortTooSmall: Too few reports.
+    """
+
+    def deal_distance_keys(self, request: DistanceRequest) -> ZeroKeys:
+        """This aggregator's part of the keys that hide all but the distances. To be relayed to the others."""
+        ...
+
+    def compare(self, request: DistanceRequest, keys: Sequence[ZeroKeyShare]) -> DistanceShare:
+        """Masked shares of the distance of every pair of reports. Binds the reports to this cohort.
+
+        Args:
+            request: The cohort.
+            keys: For this aggregator, of each dealer that has some for it.
+
+        Raises:
+            ZeroKeyRejected: A dealer's keys are missing, forged, or of another comparison.
         """
         ...
 

@@ -30,6 +30,7 @@ class StoredReport:
     share: bytes | None = None
     signed_in: int | None = None
     challenge: str | None = None
+    compared: str | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,17 @@ def save_challenge(connection: Connection, stored: StoredChallenge) -> None:
             index_elements=["challenge"], set_={name: statement.excluded[name] for name in names}
         )
     )
+
+
+def load_comparison(connection: Connection, request: str) -> str | None:
+    """The blob with the answer to a comparison, once given."""
+    c = tables.comparisons.c
+    return connection.scalar(sa.select(c.answer).where(c.request == request))
+
+
+def save_comparison(connection: Connection, request: str, answer: str) -> None:
+    """Insert the answer to a comparison."""
+    connection.execute(sa.insert(tables.comparisons).values(request=request, answer=answer))
 
 
 def load_events(connection: Connection) -> list[str]:

@@ -107,16 +107,12 @@ class AggregatorStore:
     def sweep(self) -> None:
         """Remove blobs that no row names."""
         r, reports = tables.rounds.c, tables.reports.c
+        others = (tables.challenges.c.projections, tables.comparisons.c.answer)
         with self.transaction() as connection:
             named = {
                 self.blobs.content_key(sha256)
-                for column in (r.contribution, r.accepted, r.noise, r.answer)
+                for column in (r.contribution, r.accepted, r.noise, r.answer, *others)
                 for sha256 in connection.scalars(sa.select(column).where(column.is_not(None)))
-            }
-            opened = tables.challenges.c.projections
-            named |= {
-                self.blobs.content_key(sha256)
-                for sha256 in connection.scalars(sa.select(opened).where(opened.is_not(None)))
             }
             kept = sa.select(reports.digest).where(reports.kept == 1, reports.share.is_(None))
             named |= {_share_key(digest) for digest in connection.scalars(kept)}

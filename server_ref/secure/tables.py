@@ -35,6 +35,7 @@ reports = Table(
     Column("share", LargeBinary),
     Column("signed_in", BigInteger, index=True),
     Column("challenge", String(64)),
+    Column("compared", String(64)),
 )
 
 participations = Table(
@@ -54,6 +55,13 @@ challenges = Table(
     Column("transcript", String(64), unique=True),
     Column("answer_json", Text),
     Column("projections", String(64)),
+)
+
+comparisons = Table(
+    "comparisons",
+    metadata,
+    Column("request", String(64), primary_key=True),
+    Column("answer", String(64), nullable=False),
 )
 
 # `statement` is what noise was drawn for until `signature` is there, and what was signed from then on. `contribution`,
