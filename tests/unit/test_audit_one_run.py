@@ -15,9 +15,9 @@ import pytest
 
 from client_sdk.cli import main
 from client_sdk.protocol.errors import ConfigurationError
+from server_ref.aggregation import Adjacency
 from simulator.audit.canaries import LENGTH, Canaries, always, every_other, ladder
-from simulator.audit.claims import calibrated, sqrt_ratio
-from simulator.audit.neighbours import check
+from simulator.audit.neighbours import Claim, check
 from simulator.audit.one_run import AuditPlan, Claimed, Published, audit
 from simulator.audit.report import Findings, as_markdown
 from simulator.audit.servers import CLIP_NORM, PLANTED, REAL
@@ -107,7 +107,10 @@ def test_plans_that_show_nothing_are_refused(arguments: tuple):
 
 
 def test_the_page_names_what_should_not_be():
-    wrong = [check(c) for c in calibrated("planted", sqrt_ratio)]
+    wrong = [
+        check(Claim("planted", adjacency, 0.5, lambda rows: rows.sum(axis=0).astype(np.float64), 1.0, 2, 3, 4))
+        for adjacency in (Adjacency.ZERO_OUT, Adjacency.REPLACE_ONE)
+    ]
     open_server = audit(Claimed("open", lambda *_: Open(), 1.0, 1e-5), AuditPlan(64, 128, 4, seed=3))
     silent = audit(Claimed("silent", lambda *_: Silent(), 1.0, 1e-5), AuditPlan(64, 128, 4, seed=3))
     good = Findings([], wrong, [silent], [open_server], SMALL, SMALL)
@@ -132,6 +135,7 @@ def test_the_command_writes_the_page_and_its_exit_status_says_whether_all_is_wel
     page = tmp_path / "page.md"
     command = ["audit", "--canaries", "64", "--size", "128", "--rounds", "3", "--planted-rounds", "3", "--seed", "1"]
     monkeypatch.setattr("simulator.audit.claims.all_claims", list)
+    monkeypatch.setattr("simulator.audit.claims.calibrated", lambda *_: [])
     for real, planted, status in ((good, bad, 0), (bad, good, 1)):
         monkeypatch.setattr("simulator.audit.servers.REAL", real)
         monkeypatch.setattr("simulator.audit.servers.PLANTED", planted)
