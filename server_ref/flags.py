@@ -143,8 +143,7 @@ def _add_privacy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="rounds that count a device at most; the fewer, the less noise (default: all)",
     )
-    add("--adaptive-clipping", action="store_true", help="let the clip norm follow a private quantile of the norms")
-    add("--target-quantile", type=float, metavar="Q", help="updates that it leaves as they are (default: 0.5)")
+    add("--buckets", type=int, metavar="R", help="noised sums of disjoint groups, from which a robust --rule makes one")
     add(
         "--secure",
         metavar="TofN",
@@ -154,10 +153,9 @@ def _add_privacy_flags(parser: argparse.ArgumentParser) -> None:
     add("--packing", type=int, choices=(1, 2), help="coordinates in a share; 2 halves the upload (default: 1)")
     add(
         "--checks",
-        choices=("trust-devices", "projections", "buckets"),
+        choices=("trust-devices", "projections"),
         help="what is checked of updates that nobody sees (default: trust-devices)",
     )
-    add("--buckets", type=int, metavar="R", help="sums that a robust --rule chooses from, with --checks buckets")
     add("--minimum-cohort", type=int, metavar="N", help="fewest reports that a sum may be opened of (default: 2)")
 
 
@@ -207,8 +205,7 @@ def _privacy(args: argparse.Namespace) -> dict[str, Any]:
         noise_multiplier=args.noise_multiplier,
         adjacency=args.adjacency,
         max_participations=args.max_participations,
-        adaptive_clipping=args.adaptive_clipping or None,
-        target_quantile=args.target_quantile,
+        buckets=args.buckets,
     )
     noise = args.noise
     if noise is None and (args.epsilon is not None or args.noise_multiplier is not None):
@@ -221,7 +218,6 @@ def _secure(args: argparse.Namespace) -> dict[str, Any]:
         field=args.field,
         packing=args.packing,
         checks=args.checks,
-        buckets=args.buckets,
         minimum_cohort=args.minimum_cohort,
     )
     if args.secure is None:

@@ -33,11 +33,9 @@ class PrivacyConfig(_Section):
     max_participations: int | None = Field(
         None, ge=1, description="rounds that count a device at most; default: all of them"
     )
-    adaptive_clipping: bool = Field(
-        default=False, description="let the clip norm follow a private estimate of a quantile of the norms"
+    buckets: int | None = Field(
+        None, ge=2, description="noised sums of disjoint groups of reports, from which a robust rule makes one"
     )
-    target_quantile: float = Field(0.5, gt=0, lt=1, description="updates that adaptive clipping leaves as they are")
-    clip_learning_rate: float = Field(0.2, gt=0, le=2, description="how fast adaptive clipping follows")
 
     @property
     def enabled(self) -> bool:
@@ -49,8 +47,8 @@ class PrivacyConfig(_Section):
         given = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
         if self.enabled and len(given) != 1:
             raise ValueError("differential privacy needs either epsilon (and delta) or noise_multiplier, not both")
-        if not self.enabled and (given or self.adaptive_clipping):
-            wanted = given[0] if given else "adaptive_clipping"
+        if not self.enabled and (given or self.buckets is not None):
+            wanted = given[0] if given else "buckets"
             raise ValueError(f"{wanted} is given, but nobody adds noise: set privacy.noise to server or aggregators")
         return self
 
@@ -66,10 +64,9 @@ class SecureConfig(_Section):
     field: Literal["m61", "m127"] = Field("m61", description="prime field: 2^61 - 1 or 2^127 - 1")
     packing: Literal[1, 2] = Field(1, description="coordinates in one field element; 2 needs one aggregator more")
     suite: Literal["x25519", "mlkem768-x25519"] = Field("x25519", description="how shares are sealed; or post-quantum")
-    checks: Literal["trust-devices", "projections", "buckets"] = Field(
+    checks: Literal["trust-devices", "projections"] = Field(
         "trust-devices", description="what is checked of an update that nobody sees"
     )
-    buckets: int | None = Field(None, ge=2, description="with checks = buckets: sums that a robust rule chooses from")
     minimum_cohort: int = Field(2, ge=2, description="fewest reports that a sum may be opened of")
 
     @model_validator(mode="after")
@@ -78,8 +75,6 @@ class SecureConfig(_Section):
             raise ValueError(f"threshold {self.threshold} of {self.num_aggregators} aggregators can never be reached")
         if self.threshold + self.packing - 1 > self.num_aggregators:
             raise ValueError(f"packing {self.packing} needs {self.threshold + 1} of {self.num_aggregators} aggregators")
-        if (self.checks == "buckets") != (self.buckets is not None):
-            raise ValueError("buckets goes with checks = buckets, and that with it")
         return self
 
     @classmethod

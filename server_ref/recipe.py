@@ -5,6 +5,9 @@ The server and the simulator's cohort engine build the same objects here, so tha
 
 from __future__ import annotations
 
+import math
+import os
+
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Manifest
@@ -20,6 +23,8 @@ from server_ref.aggregation.admission import (
     ValidateFacts,
 )
 from server_ref.aggregation.batch import Facts, Visibility
+from server_ref.aggregation.bucketed import BucketNoise, BucketSums
+from server_ref.aggregation.buckets import BucketedRule
 from server_ref.aggregation.errors import IndividualUpdatesNeeded
 from server_ref.aggregation.noise import CentralNoise
 from server_ref.aggregation.pipeline import Pipeline
@@ -68,13 +73,14 @@ def build_pipeline(
         max_abs=config.max_abs,
     )
     schedule = _schedule(config)
+    reduce, noise = _reduce_and_noise(config, schedule.derive(facts).max_scale, privacy, keeper)
     return Pipeline.build(
         schedule,
         ValidateFacts(max_normaliser=_max_normaliser(config.plan)),
         _decode(compression_of(config)),
         _clip(config, manifest),
-        _reduce(config, schedule.derive(facts).max_scale, privacy),
-        _noise(privacy, keeper),
+        reduce,
+        noise,
         _apply(config),
         facts=facts,
         private=privacy is not None,
@@ -84,10 +90,10 @@ def build_pipeline(
 def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pipeline:
     """The pipeline of a task whose updates are summed by aggregators: this server sees sums only."""
     settings = config.aggregation
-    if settings.rule != "mean":
+    if settings.rule != "mean" and config.privacy.buckets is None:
         raise IndividualUpdatesNeeded(
             f"{settings.rule} looks at single updates, and with task.secure this server sees their sum only: choose "
-            "the mean, or leave task.secure out"
+            "the mean, let the rule choose among noised sums (task.privacy.buckets), or leave task.secure out"
         )
     if config.plan.algorithm in {"scaffold", "fednova"}:
         raise ConfigurationError(
@@ -113,10 +119,41 @@ def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pi
     return Pipeline.build(schedule, SharedSum(bounds), noise, _apply(config), facts=facts, private=privacy is not None)
 
 
-def _noise(privacy: PrivacyPlan | None, keeper: LedgerKeeper | None) -> Noise:
+def bucketed_rule(config: TaskConfig) -> BucketedRule | None:
+    """The rule that looks at noised sums; None where none does.
+
+    Raises:
+        ConfigurationError: Buckets for the mean, which needs none, or a rule that does not stand so many of them.
+    """
+    settings, buckets = config.aggregation, config.privacy.buckets
+    if buckets is None:
+        return None
+    if settings.rule == "mean":
+        raise ConfigurationError(
+            "buckets are for a robust rule to choose from: set task.aggregation.rule, or leave task.privacy.buckets out"
+        )
+    if settings.num_byzantine is None and settings.byzantine_fraction is None:
+        raise ConfigurationError(
+            "nobody can be counted in noised sums: say how many dishonest devices the rule stands "
+            "(task.aggregation.num_byzantine)"
+        )
+    dishonest = settings.num_byzantine
+    if dishonest is None:
+        dishonest = math.floor((settings.byzantine_fraction or 0.0) * config.buffer_size)
+    return BucketedRule(buckets, dishonest, settings.rule, RuleOptions(m=settings.selected))
+
+
+def _reduce_and_noise(
+    config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None, keeper: LedgerKeeper | None
+) -> tuple[Reduce, Noise]:
     if privacy is None or keeper is None:
-        return NoNoise()
-    return CentralNoise(privacy.noise_multiplier, keeper, privacy.budget.adjacency)
+        return _reduce(config, max_scale, privacy), NoNoise()
+    noise = CentralNoise(privacy.noise_multiplier, keeper, privacy.budget.adjacency)
+    rule = bucketed_rule(config)
+    if rule is None:
+        return _reduce(config, max_scale, privacy), noise
+    # Who meets whom in a bucket is drawn anew in each process, and known to nobody before the buffer is full.
+    return BucketSums(rule, os.urandom(32), privacy.noise_per_clip_norm), BucketNoise(noise, rule)
 
 
 def compression_of(config: TaskConfig) -> CompressionSpec | None:

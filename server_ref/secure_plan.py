@@ -80,6 +80,12 @@ class SharingPlan:
                 "shares of one sum are at the same coordinates, which change with the round: compression of shared "
                 "updates needs synchronous rounds (max_staleness = 0)"
             )
+        buckets = config.privacy.buckets
+        if buckets is not None and (settings.checks != "trust-devices" or config.staleness.max_staleness > 0):
+            raise ConfigurationError(
+                "buckets of shared updates need synchronous rounds (max_staleness = 0) and no other check: each is a "
+                "sum of its own"
+            )
         bounds = grid_of(config, max_scale, privacy)
         pinned = PinnedParameters(
             num_aggregators=settings.num_aggregators,
@@ -87,12 +93,12 @@ class SharingPlan:
             field=settings.field,
             packing=settings.packing,
             min_cohort=min(settings.minimum_cohort, config.buffer_size),
-            min_bucket=2 if settings.buckets is not None else None,
-            max_parts=settings.buckets or 1,
+            min_bucket=None if buckets is None else 2,
+            max_parts=buckets or 1,
             clip_norm=bounds.clip_norm,
             fraction_bits=bounds.fraction_bits,
             max_weight=config.max_weight * max_scale,
-            checking=CheckingMode(settings.checks),
+            checking=CheckingMode(settings.checks) if buckets is None else CheckingMode.BUCKETS,
             privacy=_pinned_privacy(config, privacy),
         )
         return cls(settings, pinned, shared_size(config.compression, size))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -15,13 +16,13 @@ from client_sdk.protocol.errors import StorageUnavailable
 from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.secure import shared_codec
 from server_ref.aggregation.batch import Aggregate, Float64Array, PrivateAggregate, Update
+from server_ref.aggregation.buckets import BucketedRule, assign_buckets
 from server_ref.aggregation.shared_sum import SharedSum
 from server_ref.assignments import AssignmentRecord
+from server_ref.recipe import bucketed_rule
 from server_ref.secure.messages import ShareHeader, ciphertext_id
 from server_ref.secure.round_messages import SealedReport, SecureSum
 from server_ref.task import Task
-
-_ONE_PART: Final = 0
 
 
 class SecureRounds(Protocol):
@@ -58,6 +59,7 @@ class SharedBuffer:
         self._rounds = rounds
         self._load = load
         self._codec = shared_codec(task.compression, task.pipeline.entry.size)
+        self._rule = bucketed_rule(task.settings)
 
     def reset(self) -> None:
         """Nothing is kept."""
@@ -71,10 +73,33 @@ class SharedBuffer:
         Raises:
             PocketfedError: By its class; nothing was released, and the buffer closes later.
         """
-        found = self._rounds.run(version, [self._sealed(record, version) for record in counted])
-        return self._task.pipeline.release(self._aggregate(found, counted, version))
+        places = self._places(counted)
+        found = self._rounds.run(version, [self._sealed(r, version, places.get(r.number, 0)) for r in counted])
+        released = [
+            self._task.pipeline.release(self._aggregate(found, part, counted, version))
+            for part in range(len(found.sums))
+        ]
+        if self._rule is None:
+            (only,) = released
+            return only
+        return self._combined(self._rule, released)
 
-    def _sealed(self, record: AssignmentRecord, version: int) -> SealedReport:
+    def _places(self, counted: Sequence[AssignmentRecord]) -> dict[int, int]:
+        """Which bucket each report is in: drawn when the reports are fixed, and kept with the set that is signed."""
+        if self._rule is None:
+            return {}
+        buckets = assign_buckets([r.number for r in counted], self._rule.num_buckets, os.urandom(32))
+        return {number: place for place, numbers in enumerate(buckets) for number in numbers}
+
+    @staticmethod
+    def _combined(rule: BucketedRule, released: Sequence[Aggregate]) -> Aggregate:
+        ages: Counter[str] = Counter()
+        for each in released:
+            ages.update(each.measurements["staleness"])
+        found = rule.combine(released)
+        return replace(found, measurements={**released[0].measurements, **found.measurements, "staleness": dict(ages)})
+
+    def _sealed(self, record: AssignmentRecord, version: int, part: int) -> SealedReport:
         if record.report is None:
             raise StorageUnavailable(f"assignment {record.assignment_id} has no report to read back")
         shares = self._load(record)
@@ -93,18 +118,18 @@ class SharedBuffer:
             # Read again for each aggregator: a cohort's shares need not fit into memory at once.
             return bytes(self._load(record)[index - 1])
 
-        return SealedReport(header, load, record.weight * scale)
+        return SealedReport(header, load, record.weight * scale, part)
 
-    def _aggregate(self, found: SecureSum, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
+    def _aggregate(self, found: SecureSum, part: int, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
         pipeline, parameters = self._task.pipeline, found.statement.parameters
-        within = set(found.counted[_ONE_PART])
+        within = set(found.counted[part])
         records = [r for r in counted if r.report is not None and r.report.report_id in within]
         noise = None
         if self._task.privacy is not None:
             # In steps of the grid: a multiple of what one update can add to the sum.
             stddev = parameters.noise_multiplier * parameters.max_weight * parameters.bound
             noise = (stddev, self._task.privacy.budget.adjacency)
-        codes = found.sums[_ONE_PART]
+        codes = found.sums[part]
         ages = Counter(str(version - r.model_version) for r in records)
         opened = cast("SharedSum", pipeline.reduce).aggregate(
             codes,
