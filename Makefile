@@ -53,7 +53,7 @@ NATIVE_STAMP := $(STAMPS)/native-$(NATIVE_KEY)
 # Replace the older stamps of one kind by the new one.
 stamp = rm -f $(STAMPS)/$(1)-* && touch $@
 
-.PHONY: help setup demo test test-slow check format bench bench-large bench-leak robustness audit docs clean distclean
+.PHONY: help setup demo test test-slow check format bench bench-large bench-leak robustness private audit docs clean distclean
 
 help: ## list the targets
 	@echo 'pocketfed: make TARGET'
@@ -140,6 +140,10 @@ robustness: setup ## rules against attacks on digits (some minutes; goes on wher
 	@$(BIN)/pocketfed robustness --rules $(ROBUSTNESS_RULES) --seeds 1,2 --out $(ROBUSTNESS_OUT)
 	@cp $(ROBUSTNESS_OUT)/robustness-table.md docs/ && cp $(ROBUSTNESS_OUT)/img/robustness*.svg docs/img/
 	@echo 'robustness: open $(CURDIR)/$(ROBUSTNESS_OUT)/report.html'
+
+private: setup ## what epsilon = 1 costs on Fashion-MNIST with 12,000 devices (some minutes), into docs/private-accuracy.md
+	@$(BIN)/pocketfed data fashion-mnist
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/benchmarks/study_private.py
 
 audit: setup ## try to refute the claimed privacy (some minutes), into docs/audit-summary.md
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/pocketfed audit --out docs/audit-summary.md
