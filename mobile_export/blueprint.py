@@ -17,10 +17,19 @@ import client_sdk.protocol.program
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.frames import encode_frame
 from client_sdk.protocol.program import ParameterSpec, Role
+from client_sdk.protocol.shamir import Scheme
 from mobile_export.checks import parameter_table
 from mobile_export.decompositions import DecompositionTable
 from mobile_export.errors import UnsupportedModel
-from mobile_export.methods import INPUT_NAMES, Loss, Methods
+from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES, Loss, Methods
+from mobile_export.sharing import (
+    SHARE_METHOD,
+    check_share,
+    example_inputs,
+    share_function,
+    share_inputs,
+    share_outputs,
+)
 from mobile_export.toolchain import trace, versions
 
 # The command line, the names to import, and models: what matters of a model is in its graphs.
@@ -29,12 +38,14 @@ _NO_PART_OF_AN_EXPORT = ("__init__.py", "cli.py", "models.py")
 
 @dataclass(frozen=True)
 class TracedMethod:
-    """One method as a flat graph of ATen operators, with the example inputs it was traced on."""
+    """One method as a flat graph of ATen operators, the example inputs it was traced on, and its tensors' names."""
 
     role: Role
     batch_size: int
     graph: torch.fx.GraphModule
     inputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,7 @@ def draw_blueprint(
     model_name: str | None,
     constants: Mapping[str, int | float],
     decompositions: DecompositionTable,
+    share: Scheme | None = None,
     traced: Callable[[str], None],
 ) -> Blueprint:
     """Check a model and its options (those of ``export_program``), and trace every method.
@@ -109,7 +121,7 @@ def draw_blueprint(
         ConfigurationError: Options that do not fit together.
     """
     roles = method_roles(batch_sizes)
-    _check_constants(constants, roles)
+    _check_constants(constants, {**roles, SHARE_METHOD: None})
     parameters = parameter_table(model)
     shape = _feature_shape(model, example_batch, feature_shape)
     functions = Methods(model, loss, parameters)
@@ -117,8 +129,14 @@ def draw_blueprint(
     methods: dict[str, TracedMethod] = {}
     for name, (role, batch_size) in roles.items():
         inputs = _example_inputs(role, batch_size, parameters, shape)
-        methods[name] = TracedMethod(role, batch_size, trace(functions.function(role), inputs, decompositions), inputs)
+        graph = trace(functions.function(role), inputs, decompositions)
+        methods[name] = TracedMethod(role, batch_size, graph, inputs, INPUT_NAMES[role], OUTPUT_NAMES[role])
         traced(name)
+    if share is not None:
+        methods[SHARE_METHOD] = _share_method(
+            share, parameters[-1].offset + parameters[-1].num_elements, decompositions
+        )
+        traced(SHARE_METHOD)
     return Blueprint(
         model_name=model_name or type(model).__name__,
         feature_shape=shape,
@@ -130,12 +148,21 @@ def draw_blueprint(
     )
 
 
+def _share_method(scheme: Scheme, size: int, decompositions: DecompositionTable) -> TracedMethod:
+    check_share(scheme, size)
+    inputs = example_inputs(scheme, size)
+    graph = trace(share_function(scheme), inputs, decompositions)
+    return TracedMethod(Role.SHARE, 1, graph, inputs, share_inputs(scheme), share_outputs(scheme))
+
+
 def method_roles(batch_sizes: Mapping[Role, Sequence[int]]) -> dict[str, tuple[Role, int]]:
     """Method name (``{role}_b{batch_size}``) -> role and batch size, roles in their own order, sizes ascending.
 
     Raises:
         ConfigurationError: No method at all, or a batch size below 1.
     """
+    if Role.SHARE in batch_sizes:
+        raise ConfigurationError("the share method has no batch size: ask for it with share=, a Scheme")
     roles = {f"{role.value}_b{b}": (role, b) for role in Role for b in sorted(set(batch_sizes.get(role, ())))}
     if not roles:
         raise ConfigurationError("name at least one batch size for one of the roles grad, train, evaluate, infer")

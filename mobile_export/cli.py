@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Role
+from client_sdk.protocol.shamir import Scheme
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,6 +75,12 @@ def export_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namesp
         "(default: grad=8,32 train=8,32 evaluate=256 infer=1,32)",
     )
     parser.add_argument(
+        "--share",
+        type=_scheme,
+        metavar="TofN",
+        help="add a method that splits an update into N shares, of which T open a sum, e.g. 3of5 (default: none)",
+    )
+    parser.add_argument(
         "--loss", metavar="MODULE:CALLABLE", help="per-example loss (logits, y) -> [B] (default: cross-entropy)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: %(default)s)")
@@ -102,6 +109,7 @@ def _run(args: argparse.Namespace) -> int:
             feature_shape=args.feature_shape,
             num_classes=args.classes,
             model_name=None if ":" in args.model else args.model,
+            share=args.share,
             runtime=args.runtime,
             use_cache=not args.no_cache,
             progress=progress,
@@ -217,6 +225,17 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _batch_sizes(text: str) -> dict[Role, tuple[int, ...]]:
     role, equals, sizes = text.partition("=")
-    if not equals or role not in {r.value for r in Role}:
-        raise argparse.ArgumentTypeError(f"write ROLE=N[,N...] with one of {', '.join(Role)}; got {text!r}")
+    roles = [r.value for r in Role if r is not Role.SHARE]
+    if not equals or role not in roles:
+        raise argparse.ArgumentTypeError(f"write ROLE=N[,N...] with one of {', '.join(roles)}; got {text!r}")
     return {Role(role): _sizes(sizes)}
+
+
+def _scheme(text: str) -> Scheme:
+    threshold, of, num_shares = text.partition("of")
+    if not (of and threshold.isdecimal() and num_shares.isdecimal()):
+        raise argparse.ArgumentTypeError(f"write TofN, as in 3of5; got {text!r}")
+    try:
+        return Scheme(int(threshold), int(num_shares))
+    except ConfigurationError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e

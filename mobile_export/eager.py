@@ -6,6 +6,9 @@ from the autograd tape instead of a traced ``torch.func`` transform.
 
 from __future__ import annotations
 
+from itertools import combinations_with_replacement
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,7 +16,9 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from client_sdk.protocol.program import Manifest, Role
+from client_sdk.protocol.field import MERSENNE_61
+from client_sdk.protocol.program import NORM_LIMB_BITS, Manifest, MethodSpec, Role
+from client_sdk.protocol.sharing_kernels import extrapolate
 from mobile_export.methods import Loss
 
 
@@ -40,6 +45,8 @@ class EagerProgram:
         """Run one method by name; see ``Program.run``."""
         spec = self._manifest.named(method)
         spec.check_inputs(inputs)
+        if spec.role is Role.SHARE:
+            return _share(spec, *inputs)
         arguments = {s.name: torch.tensor(a) for s, a in zip(spec.inputs, inputs, strict=True)}
         match spec.role:
             case Role.GRAD:
@@ -88,6 +95,24 @@ class EagerProgram:
             torch.tensor([float(correct)]),
             torch.tensor([float(keep.sum())]),
         )
+
+
+def _share(
+    spec: MethodSpec,
+    update: npt.NDArray[Any],
+    clip_factor: npt.NDArray[Any],
+    scale: npt.NDArray[Any],
+    *drawn: npt.NDArray[Any],
+) -> tuple[npt.NDArray[np.generic], ...]:
+    """The protocol's own code on the same codes; the limbs by Python's integers."""
+    clipped = (update.astype(np.float64) * clip_factor).astype(np.float32)
+    codes = np.rint(clipped.astype(np.float64) * scale).astype(np.int64)
+    size = 1 << NORM_LIMB_BITS
+    limbs = [(int(c) % size, int(c) // size % size, int(c) // size**2) for c in codes]
+    norm = [sum(limb[i] * limb[j] for limb in limbs) for i, j in combinations_with_replacement(range(3), 2)]
+    values = [MERSENNE_61.from_signed(codes), *(np.ascontiguousarray(v).view(np.uint64) for v in drawn)]
+    shares = extrapolate(values, len(spec.outputs) - 1, MERSENNE_61)
+    return (np.array(norm, np.int64), *(share.view(np.int64) for share in shares))
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from client_sdk.protocol.folders import cache_folder
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Role
+from client_sdk.protocol.shamir import Scheme
 from mobile_export.blueprint import Blueprint, draw_blueprint, method_roles
 from mobile_export.bundle import ProgramBundle, refuse_foreign_folder, replacing_folder
 from mobile_export.cache import PARITY_FILE, ExportCache, copy_bundle
@@ -71,6 +72,7 @@ def export_program(
     num_classes: int | None = None,
     model_name: str | None = None,
     constants: Mapping[str, int | float] | None = None,
+    share: Scheme | None = None,
     parity: bool = True,
     tolerance: float = TOLERANCE,
     runtime: Runtime = "auto",
@@ -103,6 +105,8 @@ def export_program(
         num_classes: Number of logits to expect; what the model gives by default.
         model_name: Name to show; the class's by default.
         constants: Numbers to ship with the program, as constant methods and in the manifest.
+        share: Add the method ``share``, for devices that have no native kernels to split an update with; how it splits:
+            modulo 2**61 - 1, without packing.
         parity: Run the parity gate (see ``check_parity``). Without it the program is only opened once.
         tolerance: Largest relative error that the gate allows.
         runtime: Adapter that opens the program.
@@ -124,7 +128,7 @@ def export_program(
     target = Path(out_dir)
     refuse_foreign_folder(target)
     checks = REPEATS + 1 if parity else 0
-    steps = _Steps(len(method_roles(batch_sizes)) * (2 + checks) + 1, progress)
+    steps = _Steps((len(method_roles(batch_sizes)) + (share is not None)) * (2 + checks) + 1, progress)
     blueprint = draw_blueprint(
         model,
         loss or cross_entropy,
@@ -135,6 +139,7 @@ def export_program(
         model_name=model_name,
         constants=constants or {},
         decompositions=decomposition_table() if decompositions is None else decompositions,
+        share=share,
         traced=lambda method: steps.finish("trace", method),
     )
     key = blueprint.content_key()

@@ -14,7 +14,6 @@ from client_sdk.protocol.program import (
     parameter_table_hash,
 )
 from mobile_export.blueprint import Blueprint
-from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
 from mobile_export.toolchain import read_plans, versions
 
 _DTYPES = {
@@ -83,18 +82,18 @@ def build_manifest(program: bytes, blueprint: Blueprint, content_key: str) -> Ma
     methods: list[MethodSpec] = []
     for name, traced in blueprint.methods.items():
         role, plan = traced.role, planned[name]
-        if len(plan.inputs) != len(INPUT_NAMES[role]) or len(plan.outputs) != len(OUTPUT_NAMES[role]):
+        if len(plan.inputs) != len(traced.input_names) or len(plan.outputs) != len(traced.output_names):
             raise ManifestError(
                 f"{name} takes {len(plan.inputs)} inputs and gives {len(plan.outputs)} outputs; a {role.value} method "
-                f"takes {list(INPUT_NAMES[role])} and gives {list(OUTPUT_NAMES[role])}"
+                f"takes {list(traced.input_names)} and gives {list(traced.output_names)}"
             )
         methods.append(
             MethodSpec(
                 name=name,
                 role=role,
                 batch_size=traced.batch_size,
-                inputs=_specs(INPUT_NAMES[role], plan.inputs),
-                outputs=_specs(OUTPUT_NAMES[role], plan.outputs),
+                inputs=_specs(traced.input_names, plan.inputs),
+                outputs=_specs(traced.output_names, plan.outputs),
                 planned_memory_bytes=plan.planned_memory_bytes,
             )
         )

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from client_sdk.protocol.errors import ConfigurationError, ProgramExecutionError
+from client_sdk.protocol.field import MERSENNE_61
 from client_sdk.protocol.program import PROGRAM_FILE, Float32Array, Manifest, MethodSpec, ParameterSpec, Program, Role
 from mobile_export.bundle import ProgramBundle
 from mobile_export.eager import EagerProgram
@@ -226,7 +227,10 @@ class _Gate:
     ) -> list[_Difference]:
         differences = []
         for spec, a, e in zip(method.outputs, actual, expected, strict=True):
-            if spec.name in {"grad_sum", "w"}:
+            if spec.dtype == "int64":
+                # Integers are right or wrong.
+                differences.append(_Difference(spec.name, 0.0 if np.array_equal(a, e) else np.inf))
+            elif spec.name in {"grad_sum", "w"}:
                 parameter, error = parameter_error(a, e, self._manifest.parameters)
                 differences.append(_Difference(f"{spec.name}[{parameter}]", error))
             else:
@@ -241,6 +245,8 @@ class _Gate:
     ) -> bool:
         """Whether rounding-sized changes of the weights move eager PyTorch's own outputs beyond the tolerance."""
         w, *rest = inputs
+        if method.role is Role.SHARE:
+            return False
         for _ in range(_PERTURBATIONS):
             noise = self._rng.uniform(-_PERTURBATION, _PERTURBATION, w.shape)
             moved = self._eager.run(method.name, (w * (1 + noise)).astype(np.float32), *rest)
@@ -250,6 +256,8 @@ class _Gate:
 
     def _draw(self, method: MethodSpec, variant: int, kept: int) -> Arrays:
         """Inputs for a method: ``kept`` unmasked examples, garbage in the masked ones."""
+        if method.role is Role.SHARE:
+            return self._draw_split(method, variant)
         batch = method.batch_size
         keep = np.zeros(batch, dtype=bool)
         keep[self._rng.permutation(batch)[:kept]] = True
@@ -263,6 +271,21 @@ class _Gate:
         if method.role is Role.TRAIN:
             values["lr"] = self._learning_rate(method, values)
         return tuple(np.ascontiguousarray(values[s.name]) for s in method.inputs)
+
+    def _draw_split(self, method: MethodSpec, variant: int) -> Arrays:
+        """An update, a factor and a scale, for codes of two bits up to sixty, and field elements with the edges."""
+        size = self._manifest.num_parameters
+        update = self._rng.standard_normal(size).astype(np.float32)
+        factor, bits = ((1.0, 40), (0.37, 2), (1.0, 59), (1e-9, 24))[variant % 4]
+        peak = max(1.0, float(np.abs(update).max()) * factor)
+        scale = 2.0 ** min(bits, 59 - np.ceil(np.log2(peak)))
+        drawn = [self._rng.integers(0, MERSENNE_61.modulus, size) for _ in method.inputs[3:]]
+        edges = np.array([0, MERSENNE_61.modulus - 1])
+        for i, elements in enumerate(drawn):
+            elements[: 2 * size // 3] = np.where(
+                self._rng.random(2 * size // 3) < 0.1, edges[i % 2], elements[: 2 * size // 3]
+            )
+        return (update, np.array([factor]), np.array([scale]), *drawn)
 
     def _features(self, batch: int, variant: int) -> Float32Array:
         """Standard normal values; non-negative ones; or zeros in a third of the examples and negative values."""

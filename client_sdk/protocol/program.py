@@ -11,10 +11,16 @@ grad       w[d], x[B, ...], y[B], mask[B]        grad_sum[d], loss_sum[1], count
 train      w[d], lr[1], x[B, ...], y[B], mask    w[d], loss_sum[1]
 evaluate   w[d], x[B, ...], y[B], mask[B]        loss_sum[1], correct[1], count[1]
 infer      w[d], x[B, ...]                       logits[B, ...]
+share      update[d], clip_factor[1], scale[1],  norm_limbs[6], share_t[d], ..., share_n[d]
+           share_1[d], ..., share_(t-1)[d]
 =========  ====================================  =========================================
 
 ``grad`` returns *sums* over the unmasked examples, so that accumulation over slices equals one big batch;
 ``train`` is the fused step ``w - lr * grad_sum / count``. ``y`` is int64, everything else float32.
+
+``share``, which a program need not have, clips and encodes an update and splits it modulo 2**61 - 1: see
+``norm_squared`` and ``mobile_export.sharing``. Shares and ``norm_limbs`` are int64, the factors float64. It has no
+batch size; its manifest entry says 1.
 """
 
 from __future__ import annotations
@@ -36,6 +42,9 @@ PROGRAM_FILE = "program.pte"
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 
+NORM_LIMB_BITS: Final = 20
+"""Of the two lower limbs that a code is taken apart into, ``code = low + middle * 2**20 + high * 2**40``."""
+
 Float32Array = npt.NDArray[np.float32]
 
 
@@ -46,6 +55,7 @@ class Role(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
     INFER = "infer"
+    SHARE = "share"
 
 
 class _Frozen(BaseModel):
@@ -104,6 +114,22 @@ class ParameterSpec(_Frozen):
     def num_elements(self) -> int:
         """Number of scalars."""
         return math.prod(self.shape)
+
+
+def norm_squared(norm_limbs: npt.NDArray[np.int64]) -> int:
+    """The codes' squared norm, exactly, from the sums of products of their limbs that ``share`` gives.
+
+    Args:
+        norm_limbs: int64 ``[6]``: sums of low*low, low*middle, low*high, middle*middle, middle*high, high*high.
+    """
+    ll, lm, lh, mm, mh, hh = norm_limbs.tolist()
+    return int(
+        ll
+        + (2 * lm << NORM_LIMB_BITS)
+        + (2 * lh + mm << 2 * NORM_LIMB_BITS)
+        + (2 * mh << 3 * NORM_LIMB_BITS)
+        + (hh << 4 * NORM_LIMB_BITS)
+    )
 
 
 def parameter_table_hash(parameters: tuple[ParameterSpec, ...]) -> str:

@@ -91,7 +91,7 @@ def test_another_loss_takes_the_place_of_cross_entropy():
     torch.testing.assert_close(loss_sum, ((model(x)[:, 0] - y) ** 2).sum().detach().reshape(1))
 
 
-@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("role", INPUT_NAMES)
 def test_a_method_has_the_named_inputs_and_outputs(role):
     methods, w, x, y = make("mlp")
     values = {"w": w, "lr": torch.ones(1), "x": x, "y": y, "mask": torch.ones(6)}
