@@ -115,10 +115,17 @@ class TaskConfig(_Section):
         """Combinations that mean nothing; what the mathematics rules out is refused by the pipeline."""
         if (self.privacy.enabled or self.secure is not None) and self.aggregation.clip_norm is None:
             raise ValueError("updates that are shared or noised need a bound: set aggregation.clip_norm")
-        if self.privacy.noise == "aggregators" and self.secure is None:
-            raise ValueError("aggregators can add noise to shares only: set task.secure, or privacy.noise = server")
+        if self.privacy.noise in {"aggregators", "devices"} and self.secure is None:
+            raise ValueError(
+                f"{self.privacy.noise} can add noise to shares only: set task.secure, or privacy.noise = server"
+            )
         if self.privacy.noise == "server" and self.secure is not None:
             raise ValueError("this server sees no sum without noise to add some: set privacy.noise = aggregators")
+        if self.privacy.honest_devices is not None:
+            if self.privacy.honest_devices > self.buffer_size:
+                raise ValueError("honest_devices cannot be more than the reports of a sum (buffer_size)")
+            if self.staleness.max_staleness > 0:
+                raise ValueError("the noise of devices would be weighted by their age: set max_staleness = 0")
         return self
 
     @property

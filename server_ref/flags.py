@@ -129,8 +129,14 @@ def _add_privacy_flags(parser: argparse.ArgumentParser) -> None:
     add("--noise-multiplier", type=float, metavar="Z", help="the noise itself, in clip norms, instead of --epsilon")
     add(
         "--noise",
-        choices=("server", "aggregators"),
+        choices=("server", "aggregators", "devices"),
         help="who adds it (default: the server; with --secure the aggregators)",
+    )
+    add(
+        "--honest-devices",
+        type=int,
+        metavar="N",
+        help="with --noise devices: so many of each sum's are relied on to have added theirs",
     )
     add(
         "--adjacency",
@@ -204,6 +210,7 @@ def _privacy(args: argparse.Namespace) -> dict[str, Any]:
         delta=args.delta,
         noise_multiplier=args.noise_multiplier,
         adjacency=args.adjacency,
+        honest_devices=args.honest_devices,
         max_participations=args.max_participations,
         buckets=args.buckets,
     )

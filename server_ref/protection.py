@@ -19,8 +19,11 @@ class PrivacyConfig(_Section):
     times, which the server enforces: who is chosen is no secret, so that no amplification by sampling is claimed.
     """
 
-    noise: Literal["none", "server", "aggregators"] = Field(
-        "none", description="who adds noise to a round's sum; aggregators: of secret-shared updates"
+    noise: Literal["none", "server", "aggregators", "devices"] = Field(
+        "none", description="who adds noise to a round's sum; aggregators and devices: of secret-shared updates"
+    )
+    honest_devices: int | None = Field(
+        None, ge=1, description="with noise by devices: so many of each sum's are relied on to have added theirs"
     )
     epsilon: float | None = Field(None, gt=0, allow_inf_nan=False, description="budget of the whole task")
     delta: float = Field(1e-5, gt=0, lt=1, description="chance that epsilon does not hold; below 1 / devices")
@@ -47,6 +50,8 @@ class PrivacyConfig(_Section):
         given = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
         if self.enabled and len(given) != 1:
             raise ValueError("differential privacy needs either epsilon (and delta) or noise_multiplier, not both")
+        if (self.noise == "devices") != (self.honest_devices is not None):
+            raise ValueError("honest_devices goes with noise = devices, and that with it")
         if not self.enabled and (given or self.buckets is not None):
             wanted = given[0] if given else "buckets"
             raise ValueError(f"{wanted} is given, but nobody adds noise: set privacy.noise to server or aggregators")

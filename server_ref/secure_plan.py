@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Self
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.field import Field
 from client_sdk.protocol.messages import SecurePlan
-from client_sdk.protocol.privacy import EncodedBounds, choose_private_grid
+from client_sdk.protocol.privacy import EncodedBounds, choose_private_grid, noise_variance
 from client_sdk.protocol.sealing import SealingSuite
 from client_sdk.protocol.secure import SecureLayout, shared_size
 from client_sdk.protocol.shamir import Scheme
@@ -35,11 +37,16 @@ def grid_of(config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None) -> 
     clip_norm = config.aggregation.clip_norm
     if clip_norm is None:
         raise ConfigurationError("a sum on the grid needs a bound on each update: set task.aggregation.clip_norm")
+    noise = 0.0
+    if privacy is not None:
+        # Where devices add it and all of them are honest, there is more of it than was relied on.
+        surplus = 1.0 if config.privacy.honest_devices is None else config.buffer_size / config.privacy.honest_devices
+        noise = privacy.noise_per_clip_norm * math.sqrt(surplus)
     return choose_private_grid(
         clip_norm=clip_norm,
         max_count=config.capacity,
         max_weight=config.max_weight * max_scale,
-        noise_multiplier=0.0 if privacy is None else privacy.noise_per_clip_norm,
+        noise_multiplier=noise,
         threshold=1 if config.secure is None else config.secure.threshold,
     )
 
@@ -92,14 +99,14 @@ class SharingPlan:
             threshold=settings.threshold,
             field=settings.field,
             packing=settings.packing,
-            min_cohort=min(settings.minimum_cohort, config.buffer_size),
+            min_cohort=min(max(settings.minimum_cohort, config.privacy.honest_devices or 0), config.buffer_size),
             min_bucket=None if buckets is None else 2,
             max_parts=buckets or 1,
             clip_norm=bounds.clip_norm,
             fraction_bits=bounds.fraction_bits,
             max_weight=config.max_weight * max_scale,
             checking=CheckingMode(settings.checks) if buckets is None else CheckingMode.BUCKETS,
-            privacy=_pinned_privacy(config, privacy),
+            privacy=_pinned_privacy(config, privacy, bounds),
         )
         return cls(settings, pinned, shared_size(config.compression, size))
 
@@ -120,7 +127,8 @@ class SharingPlan:
             packing=pinned.packing,
             fraction_bits=pinned.fraction_bits,
             clip_norm=pinned.clip_norm,
-            noise="none" if pinned.privacy is None else "aggregators",
+            noise="none" if pinned.privacy is None else pinned.privacy.noise,
+            noise_variance=None if pinned.privacy is None else pinned.privacy.device_noise_variance,
             max_participations=max_participations,
             suite=self.suite,
             aggregator_keys=tuple(sealing_keys),
@@ -144,10 +152,15 @@ class SharingPlan:
         return SecureLayout(scheme, self.size, self.pinned.indicator, self.suite)
 
 
-def _pinned_privacy(config: TaskConfig, privacy: PrivacyPlan | None) -> PinnedPrivacy | None:
+def _pinned_privacy(config: TaskConfig, privacy: PrivacyPlan | None, bounds: EncodedBounds) -> PinnedPrivacy | None:
     if privacy is None:
         return None
-    budget = privacy.budget
+    budget, honest = privacy.budget, config.privacy.honest_devices
+    variance = None
+    if honest is not None:
+        each = noise_variance(bounds, noise_multiplier=privacy.noise_per_clip_norm, contributors=honest)
+        # Upwards to a whole number: what devices are told has to be short.
+        variance = str(Fraction(math.ceil(each)))
     return PinnedPrivacy(
         noise_multiplier=privacy.noise_per_clip_norm,
         max_rounds=config.rounds,
@@ -155,4 +168,7 @@ def _pinned_privacy(config: TaskConfig, privacy: PrivacyPlan | None) -> PinnedPr
         epsilon=budget.epsilon,
         delta=budget.delta,
         adjacency=budget.adjacency,
+        noise="aggregators" if honest is None else "devices",
+        device_noise_variance=variance,
+        honest_devices=honest,
     )

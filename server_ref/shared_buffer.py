@@ -127,7 +127,8 @@ class SharedBuffer:
         noise = None
         if self._task.privacy is not None:
             # In steps of the grid: a multiple of what one update can add to the sum.
-            stddev = parameters.noise_multiplier * parameters.max_weight * parameters.bound
+            multiplier = self._task.privacy.noise_per_clip_norm
+            stddev = multiplier * parameters.max_weight * parameters.bound
             noise = (stddev, self._task.privacy.budget.adjacency)
         codes = found.sums[part]
         ages = Counter(str(version - r.model_version) for r in records)

@@ -292,6 +292,7 @@ _FLAGS = {
     "privacy.delta": "--delta",
     "privacy.noise": "--noise",
     "privacy.noise_multiplier": "--noise-multiplier",
+    "privacy.honest_devices": "--honest-devices",
     "privacy.adjacency": "--adjacency",
     "privacy.max_participations": "--max-participations",
     "privacy.buckets": "--buckets",

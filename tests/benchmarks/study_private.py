@@ -72,8 +72,8 @@ def page(rows: list[tuple[int, SimulationResults, SimulationResults]], devices: 
     mean, most = 100 * statistics.mean(lost), 100 * max(lost)
     lines += [
         "",
-        f"Lost on average: {mean:.2f} points, at most {most:.2f} (allowed: {100 * BAR:.0f}). On {os.cpu_count()} cores,",
-        f"{platform.machine()}.",
+        f"Lost on average: {mean:.2f} points, at most {most:.2f} (allowed: {100 * BAR:.0f}).",
+        f"Measured on {os.cpu_count()} cores, {platform.machine()}.",
         "",
         "```",
         command(devices, rounds, rows[0][0], PLAIN) + " --out DIR",
