@@ -42,8 +42,8 @@ from server_ref.secure.messages import (
     TaskBinding,
 )
 from server_ref.secure.panel import Panel, Replies, most_common
-from server_ref.secure.parameters import PinnedParameters, RoundParameters
-from server_ref.secure.port import AggregatorPort
+from server_ref.secure.parameters import CheckingMode, PinnedParameters, RoundParameters
+from server_ref.secure.port import FullPort
 from server_ref.secure.recovery import open_sums, read_answer
 from server_ref.secure.round_check import ReportCheck
 from server_ref.secure.round_messages import (
@@ -72,7 +72,8 @@ class SecureRound:
         parameters: What all aggregators pin.
         task: The task that they serve.
         journal: Keeps the state of rounds.
-        parity: Whether reports' shares are checked against each other.
+        parity: Whether reports' shares are checked against each other. In the mode ``projections`` they are, whatever
+            this says.
         correct: Demand enough aggregators for correcting a wrong answer. Wrong answers are looked for anyway.
         kernels: What computes on shares.
 
@@ -82,7 +83,7 @@ class SecureRound:
 
     def __init__(
         self,
-        ports: Sequence[AggregatorPort],
+        ports: Sequence[FullPort],
         peers: Peers,
         parameters: PinnedParameters,
         task: TaskBinding,
@@ -101,6 +102,9 @@ class SecureRound:
         wanted = [Stage.COMMIT, Stage.OPEN, Stage.CONTRIBUTE]
         wanted += [Stage.CHECK] if parity is Parity.REQUIRED else []
         wanted += [Stage.CORRECT] if correct else []
+        if parameters.checking is CheckingMode.PROJECTIONS:
+            wanted.append(Stage.PROJECTIONS)
+            parity = Parity.REQUIRED
         self.table.require_possible(*wanted)
         self._panel = Panel(dict(enumerate(ports, 1)), peers.peers, parameters, task)
         self._parameters = parameters
@@ -110,9 +114,7 @@ class SecureRound:
         self._kernels = kernels
         self._layout = secure_layout(parameters, task, peers.suite)
         self._delivery = Delivery(self._panel, self.table, self._layout)
-        self._check = ReportCheck(
-            self._panel, self.table, self._layout.scheme, self._save, required=parity is Parity.REQUIRED
-        )
+        self._check = ReportCheck(self._panel, self.table, self._layout, self._save, required=parity is Parity.REQUIRED)
         self._noise: dict[int, NoiseContribution] = {}
 
     def close(self) -> None:
@@ -247,7 +249,7 @@ class SecureRound:
         )
 
     def _ask_noise(self, statement: RoundStatement, by_id: Mapping[str, SealedReport]) -> Replies[NoiseContribution]:
-        def contribute(port: AggregatorPort, index: int) -> NoiseContribution:
+        def contribute(port: FullPort, index: int) -> NoiseContribution:
             return read_contribution(port.contribute(statement), index, statement, self._panel.peers)
 
         question = self._delivery.with_reports(contribute, statement, by_id)
@@ -262,7 +264,7 @@ class SecureRound:
         noise = self._noise_for(statement, by_id)
         if noise is not None:
 
-            def commit(port: AggregatorPort, index: int) -> CommitSignature:
+            def commit(port: FullPort, index: int) -> CommitSignature:
                 signature = port.commit(statement, [one.for_receiver(index) for one in noise])
                 return self._authentic(signature, index, statement)
 

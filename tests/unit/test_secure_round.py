@@ -431,6 +431,39 @@ def test_a_required_check_waits_for_who_cuts_it_short(with_parameters, operation
     np.testing.assert_array_equal(found.sums[0], plain_sum(made))
 
 
+@pytest.mark.parametrize("threshold", [2, 3])
+def test_an_update_that_is_longer_than_it_claims_does_not_count_in_the_mode_projections(with_parameters, threshold):
+    parameters = pinned(checking=CheckingMode.PROJECTIONS, threshold=threshold, privacy=None)
+    coordinator = with_parameters(parameters, parity=Parity.OFF)
+    made = coordinator.uploads()
+    bound = parameters.bounds.norm_bound
+    longest = coordinator.parties.upload(900, [bound, 0, 0, 0, 0, 0])
+    too_long = coordinator.parties.upload(901, [bound, 1, 0, 0, 0, 0])
+    wraps_around = coordinator.parties.upload(902, [2**60 - 7, 0, 0, 0, 0, 0])
+    found = coordinator.run([*made, longest, too_long, wraps_around])
+    np.testing.assert_array_equal(found.sums[0], plain_sum([*made, longest]))
+    assert found.rejected == {u.header.report_id: "projections" for u in (too_long, wraps_around)}
+
+
+@pytest.mark.parametrize("operation", ["deal_zero_keys", "open_projections"])
+def test_projections_wait_for_all_that_they_need(with_parameters, operation):
+    coordinator = with_parameters(pinned(checking=CheckingMode.PROJECTIONS, privacy=None))
+    made = coordinator.uploads()
+    coordinator.port(2).fail_at(operation)
+    with pytest.raises(NotEnoughAggregators, match="open projections and norms takes 5"):
+        coordinator.run(made)
+    coordinator.recover()
+    coordinator.replace()
+    np.testing.assert_array_equal(coordinator.run(made).sums[0], plain_sum(made))
+
+
+def test_keys_that_the_dealer_did_not_sign_are_not_passed_on(with_parameters):
+    coordinator = with_parameters(pinned(checking=CheckingMode.PROJECTIONS, privacy=None))
+    coordinator.port(1).alter["deal_zero_keys"] = lambda keys: replace(keys, sealed=keys.sealed[::-1])
+    with pytest.raises(NotEnoughAggregators, match="the keys of aggregator 1 are missing"):
+        coordinator.run(coordinator.uploads())
+
+
 # --- a coordinator that dies -------------------------------------------------------------------------------------
 
 
