@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from client_sdk.protocol.secure import SecureLayout
 from client_sdk.protocol.shamir import Scheme
@@ -29,19 +28,11 @@ from server_ref.secure.parity import ParityVerdict, judge, read_check
 from server_ref.secure.port import FullPort
 from server_ref.secure.projection_opening import judge_projections
 from server_ref.secure.projections import ProjectionSettings
-from server_ref.secure.round_messages import Challenge, RoundState, SealedReport
+from server_ref.secure.round_messages import Challenge, RoundState, SaveState, SealedReport
 from server_ref.secure.stages_table import Stage, StagesTable
 from server_ref.secure.zero_key_relay import ask_dealers, keys_for
 
 _log = logging.getLogger("pocketfed.secure")
-
-
-class SaveState(Protocol):
-    """Keeps a round's state durably."""
-
-    def __call__(self, state: RoundState, **changes: Any) -> RoundState:  # noqa: ANN401 - fields of the state
-        """The state with the changes, kept."""
-        ...
 
 
 class ReportCheck:
