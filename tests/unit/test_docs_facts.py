@@ -23,7 +23,7 @@ from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
 from simulator.cli import given_settings
 from simulator.config import SimulationConfig
 from simulator.population import TIERS
-from simulator.results import RoundResult, SimulationResults, TierResult
+from simulator.results import PrivacyResult, RoundResult, SecrecyResult, SimulationResults, TierResult
 from tests.devices import make_assignment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +133,8 @@ def test_every_flag_named_in_the_text_exists(path: Path):
         ("| field | holds |", SimulationResults),
         ("| field of a round | holds |", RoundResult),
         ("| field of a tier | holds |", TierResult),
+        ("| field of `privacy` | holds |", PrivacyResult),
+        ("| field of `secrecy` | holds |", SecrecyResult),
     ],
 )
 def test_the_fields_of_the_results_are_listed(header: str, model: Any):
