@@ -303,7 +303,7 @@ def test_the_noise_of_a_round_that_was_never_signed_is_not_drawn_a_second_time_e
 
 @pytest.mark.parametrize("inline_bytes", [0, store.INLINE_BYTES], ids=["blobs", "rows"])
 def test_an_answer_that_another_call_gives_meanwhile_is_given_too(tmp_path, monkeypatch, inline_bytes):
-    """A coordinator gave up waiting and asks again while the first call still sums: the second lets go of the shares."""
+    """A coordinator gave up waiting and asks again while the first call sums: the second lets go of the shares."""
     monkeypatch.setattr(store, "INLINE_BYTES", inline_bytes)
     parties = Parties(tmp_path)
     signatures = parties.commit(parties.statement(parties.uploads(range(3))))
