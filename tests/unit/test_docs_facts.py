@@ -63,7 +63,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words:
-            end = next((i for i, word in enumerate(words) if word in {"&&", "|", ";", "&"}), len(words))
+            end = next((i for i, word in enumerate(words) if word in {"&&", "|", ";", "&", ">"}), len(words))
             call, words = words[:end], words[end + 1 :]
             if call and call[0].rpartition("/")[2] == "pocketfed":
                 yield call[1:]
@@ -113,7 +113,14 @@ def test_a_flag_that_does_not_exist_is_found(capsys: pytest.CaptureFixture[str])
     assert "--cohorts" in capsys.readouterr().err
 
 
-FLAGS = {flag for name in COMMANDS for flag in parser_of(name)._option_string_actions} | {"--version"}
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Those of a command and of its actions."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    inner = [flags_of(each) for action in actions for each in action.choices.values()]
+    return set(parser._option_string_actions).union(*inner)
+
+
+FLAGS = {flag for name in COMMANDS for flag in flags_of(parser_of(name))} | {"--version"}
 OTHERS = {"--index-url", "--errors", "--check"}  # pip's, and the benchmarks'
 
 
