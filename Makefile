@@ -83,11 +83,11 @@ $(DEPS_STAMP): $(TORCH_STAMP)
 	@$(call stamp,deps)
 
 $(NATIVE_STAMP): $(DEPS_STAMP)
-	@echo 'setup 4/4: compiling the native ExecuTorch shim (about ten seconds)'
+	@echo 'setup 4/4: compiling the native libraries: the ExecuTorch shim, the sharing kernels (about ten seconds)'
 	@if $(BIN)/python -m client_sdk.native.build >/dev/null; then $(call stamp,native); else \
-	  echo 'setup: no native runtime (the reason is above). Everything works without it: devices use the official' >&2; \
-	  echo 'setup: ExecuTorch bindings, which load torch (about 290 MiB a process instead of 80). To get it, mend the' >&2; \
-	  echo 'setup: cause and run make setup again.' >&2; fi
+	  echo 'setup: no native libraries (the reason is above). Everything works without them: devices use the official' >&2; \
+	  echo 'setup: ExecuTorch bindings, which load torch (about 290 MiB a process instead of 80), and split updates into' >&2; \
+	  echo 'setup: shares with numpy, which takes longer. To get them, mend the cause and run make setup again.' >&2; fi
 
 define CHECK_CPU_BUILD
 import importlib.util, pathlib, runpy, sys

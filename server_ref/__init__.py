@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from server_ref.aggregation.errors import PrivacyBudgetExhausted
     from server_ref.aggregation.exact import ExactAccumulator
     from server_ref.aggregation.fixed import Int64Accumulator
+    from server_ref.aggregation.integrated import IntegratedFederatedAggregator
+    from server_ref.aggregation.integrated_config import (
+        AsyncConfig,
+        CompressionConfig,
+        FederatedConfig,
+        PrivacyConfig,
+        SecurityConfig,
+    )
     from server_ref.aggregation.pipeline import Pipeline
     from server_ref.aggregation.plan import AccumulatorPlan
     from server_ref.aggregation.presets import ByzantineRobustAggregator, GradientAggregator
@@ -33,20 +41,26 @@ __all__ = [
     "Accumulator",
     "AccumulatorPlan",
     "AggregatedUpdate",
+    "AsyncConfig",
     "AsyncGradientAggregator",
     "ByzantineRobustAggregator",
     "CompressedGradientAggregator",
+    "CompressionConfig",
     "DPGradientAggregator",
     "DivergenceDetected",
     "ExactAccumulator",
+    "FederatedConfig",
     "GradientAggregator",
     "Int64Accumulator",
     "IntegratedAttackDetector",
+    "IntegratedFederatedAggregator",
     "Pipeline",
     "PrivacyBudgetExhausted",
+    "PrivacyConfig",
     "PrivacyLedger",
     "RenyiPrivacyAccountant",
     "SecureAggregator",
+    "SecurityConfig",
     "SensitivityCalibrator",
     "UpdateKind",
     "WorkerGradient",

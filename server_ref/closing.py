@@ -76,7 +76,7 @@ def close_buffer(task: Task, state: Standing, buffer: Reducible, closing: Closin
         measurements |= aggregate.measurements
         if state.correction is not None:
             aggregate = _corrected(task, state.correction, aggregate, closing, ages)
-            step = aggregate.values
+            step = aggregate.values * task.pipeline.schedule.learning_rate_scale(ages, closing.round_id)
         norm = float(np.linalg.norm(aggregate.values[: optimizer.size]))
         measurements["aggregate_norm"] = norm
         optimizer = task.pipeline.apply(optimizer, aggregate, staleness=ages, round_id=closing.round_id)

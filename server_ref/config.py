@@ -20,6 +20,9 @@ from server_ref.assignments import RoundPolicy
 from server_ref.protection import PrivacyConfig, SecureConfig
 from server_ref.settings import explain, layered, read_toml
 
+_LONGEST_S = 1e9
+"""Seconds: what a message to a device can say."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,12 +86,14 @@ class TaskConfig(_Section):
     buffer_size: int = Field(10, ge=1, description="reports per model update")
     concurrency: int | None = Field(None, ge=1, description="devices at work at once; default: buffer_size")
     refill_at: int | None = Field(None, ge=1, description="free slots before new invitations; default: concurrency")
-    lease_s: float = Field(600.0, gt=0, description="seconds from assignment to deadline")
-    retry_min_s: float = Field(2.0, ge=0, description="shortest wait told to a device that got no work")
-    retry_max_s: float = Field(10.0, ge=0, description="longest wait told to a device that got no work")
+    lease_s: float = Field(600.0, gt=0, le=_LONGEST_S, description="seconds from assignment to deadline")
+    retry_min_s: float = Field(2.0, ge=0, le=_LONGEST_S, description="shortest wait told to a device that got no work")
+    retry_max_s: float = Field(10.0, ge=0, le=_LONGEST_S, description="longest wait told to a device that got no work")
     weight_cap: int = Field(1024, ge=1, le=2**20, description="sample counts above it weigh no more")
     max_abs: float = Field(1024.0, gt=0, le=1e8, description="largest value an update may hold")
-    resolution: float = Field(1e-8, gt=0, description="magnitudes from here on are summed without any rounding")
+    resolution: float = Field(
+        1e-8, ge=2.0**-149, le=1e8, description="magnitudes from here on are summed without any rounding"
+    )
     seed: int = Field(0, ge=0, description="drives shuffles, compression and selection, nothing secret")
     compression: str | None = Field(None, description="of the updates, such as topk:0.01; none by default")
     population: int | None = Field(None, ge=1, description="devices in all; scaffold needs to know")

@@ -410,6 +410,7 @@ class Coordinator:
                 if self._postponed.waiting:
                     return False
                 self._close(closing)
+                self._postponed.done()
         except AWAITED as e:
             _log.warning("the round closes later: %s", e)
             self._postponed.again()

@@ -207,6 +207,8 @@ class DurableState:
             previous = database.model_version(connection, closing.round_id).state_sha256
             database.save_model(connection, version)
             database.save_round(connection, _row(closing, opened_at, superseded, measurements))
+            if self.task.sharing is not None:
+                self.releases.forget(connection, closing.round_id)
             self.flush(connection)
         self.flushed()
         self.model, self.optimizer, self._newest = model, outcome.optimizer, version

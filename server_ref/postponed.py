@@ -25,6 +25,8 @@ class Postponed:
         self._pause_s = 0.0
         self._due = 0.0
         self._timer: threading.Timer | None = None
+        self._stopped = False
+        self._lock = threading.Lock()
 
     @property
     def waiting(self) -> bool:
@@ -35,17 +37,25 @@ class Postponed:
         """It did not work: try later."""
         self._pause_s = min(_LONGEST_S, 2 * self._pause_s or _FIRST_S)
         self._due = self._clock() + self._pause_s
-        self.stop()
-        # A little late, so that it is not too early by a rounding.
-        self._timer = threading.Timer(self._pause_s + 0.01, self._retry)
-        self._timer.daemon = True
-        self._timer.start()
+        with self._lock:
+            self._cancel()
+            if self._stopped:
+                return
+            # A little late, so that it is not too early by a rounding.
+            self._timer = threading.Timer(self._pause_s + 0.01, self._retry)
+            self._timer.daemon = True
+            self._timer.start()
 
     def done(self) -> None:
         """It worked: the next wait is short again."""
         self._pause_s = self._due = 0.0
 
     def stop(self) -> None:
-        """Do not try again."""
+        """Do not try again, whatever fails from here on."""
+        with self._lock:
+            self._stopped = True
+            self._cancel()
+
+    def _cancel(self) -> None:
         if self._timer is not None:
             self._timer.cancel()

@@ -37,6 +37,7 @@ from server_ref.aggregation.server_optim import server_optimizer
 from server_ref.aggregation.shared_sum import SharedSum
 from server_ref.aggregation.stages import Apply, Clip, Decode, Noise, Reduce, Schedule
 from server_ref.aggregation.staleness import BufferedSchedule, SynchronousSchedule
+from server_ref.combinations import check_combinations
 from server_ref.config import TaskConfig
 from server_ref.privacy_plan import PrivacyPlan
 from server_ref.secure_plan import SharingPlan, grid_of
@@ -62,6 +63,8 @@ def build_pipeline(
         ConfigurationError: A setting that cannot be.
     """
     size = update_size(config.plan, manifest.num_parameters)
+    spec = compression_of(config)
+    check_combinations(config, spec, size)
     if config.secure is not None:
         return _of_shares(config, size, privacy)
     facts = Facts(
@@ -77,7 +80,7 @@ def build_pipeline(
     return Pipeline.build(
         schedule,
         ValidateFacts(max_normaliser=_max_normaliser(config.plan)),
-        _decode(compression_of(config)),
+        _decode(spec),
         _clip(config, manifest),
         reduce,
         noise,

@@ -7,7 +7,7 @@ import hashlib
 from pydantic import TypeAdapter
 from sqlalchemy.engine import Connection, Engine
 
-from client_sdk.protocol.errors import StorageUnavailable
+from client_sdk.protocol.errors import StorageUnavailable, UnknownBlob
 from server_ref.aggregation.accounting import GaussianRelease, LedgerKeeper, PrivacyEvent
 from server_ref.aggregation.batch import PrivateAggregate
 from server_ref.clock import Clock
@@ -60,7 +60,11 @@ class ReleaseStore:
         sha256 = self._pending.get(round_id)
         if sha256 is None:
             return None
-        data = bytes(self._blobs.get(_key(sha256)))
+        try:
+            data = bytes(self._blobs.get(_key(sha256)))
+        except UnknownBlob as e:
+            # Its noise is drawn once: without it, the round waits for whoever has a copy.
+            raise StorageUnavailable(f"the release of round {round_id} is missing on disk") from e
         if hashlib.sha256(data).hexdigest() != sha256:
             raise StorageUnavailable(f"the release of round {round_id} is damaged on disk")
         return decode_release(data)
@@ -75,6 +79,10 @@ class ReleaseStore:
         with self._db.begin() as connection:
             database.save_charge(connection, charge)
         self._pending[event.round_id] = sha256
+
+    def forget(self, connection: Connection, round_id: int) -> None:
+        """Delete the state of a secure round, in the transaction that commits it: it is never run again."""
+        database.delete_note(connection, _note(round_id))
 
     def committed(self, round_id: int) -> list[str]:
         """A round is committed: keys of the blobs that nothing can need any more."""

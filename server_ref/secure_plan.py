@@ -87,6 +87,11 @@ class SharingPlan:
                 "shares of one sum are at the same coordinates, which change with the round: compression of shared "
                 "updates needs synchronous rounds (max_staleness = 0)"
             )
+        if settings.minimum_cohort > config.buffer_size:
+            raise ConfigurationError(
+                f"a buffer of {config.buffer_size} reports never reaches the {settings.minimum_cohort} that a sum is "
+                "opened of at least: raise task.buffer_size, or lower task.secure.minimum_cohort (2 or more)"
+            )
         buckets = config.privacy.buckets
         if buckets is not None and (settings.checks != "trust-devices" or config.staleness.max_staleness > 0):
             raise ConfigurationError(
@@ -99,7 +104,7 @@ class SharingPlan:
             threshold=settings.threshold,
             field=settings.field,
             packing=settings.packing,
-            min_cohort=min(max(settings.minimum_cohort, config.privacy.honest_devices or 0), config.buffer_size),
+            min_cohort=max(settings.minimum_cohort, config.privacy.honest_devices or 0),
             min_bucket=None if buckets is None else 2,
             max_parts=buckets or 1,
             clip_norm=bounds.clip_norm,

@@ -13,7 +13,7 @@ from server_ref.config import AggregatorsConfig, ServerConfig
 from server_ref.secure.compiled import CompiledKernels
 from server_ref.secure.embedded import EmbeddedAggregators
 from server_ref.secure.keys import Peers, create_coordinator_key, read_public
-from server_ref.secure.port import AggregatorPort
+from server_ref.secure.port import FullPort
 from server_ref.secure.round import SecureRound
 from server_ref.secure.round_messages import Journal
 from server_ref.task import Task
@@ -56,7 +56,7 @@ def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRou
         raise ConfigurationError("the updates of this task are not shared: set task.secure")
     binding = sharing.binding(task.task_id, task.manifest.parameter_table_sha256)
     embedded: EmbeddedAggregators | None = None
-    ports: Sequence[AggregatorPort]
+    ports: Sequence[FullPort]
     if config.aggregators.mode == "embedded":
         embedded = EmbeddedAggregators.open(config.data_dir / EMBEDDED_FOLDER, sharing.pinned, suite=sharing.suite)
         ports, peers = embedded.ports, embedded.peers
@@ -79,7 +79,7 @@ def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRou
     )
 
 
-def _remote(config: ServerConfig) -> tuple[Sequence[AggregatorPort], Peers]:
+def _remote(config: ServerConfig) -> tuple[Sequence[FullPort], Peers]:
     from server_ref.secure.client import HttpAggregator  # noqa: PLC0415 - an HTTP client, for remote ones only
 
     settings: AggregatorsConfig = config.aggregators

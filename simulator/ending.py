@@ -12,8 +12,9 @@ from simulator.config import SimulationConfig
 from simulator.errors import FleetCannotTrain
 from simulator.monitor import RunMonitor, participation, slow_share
 from simulator.prepare import Fleet
-from simulator.results import DatasetFacts, SimulationResults, versions
+from simulator.results import DatasetFacts, PrivacyResult, SecrecyResult, SimulationResults, versions
 from simulator.sessions import Session
+from simulator.view import PrivacyClaim, Secrecy
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Ending:
         runtime: What ran the model.
         halted: Why training was halted; None if it was not.
         pipeline: Slot -> what happens to updates there.
+        privacy: What is claimed, and spent; None for nothing.
+        secrecy: How updates were shared; None if they were not.
     """
 
     finished: bool
@@ -41,6 +44,8 @@ class Ending:
     runtime: str
     halted: str | None
     pipeline: dict[str, str]
+    privacy: PrivacyClaim | None = None
+    secrecy: Secrecy | None = None
 
 
 def played(run: Callable[[], bool]) -> tuple[bool, str | None]:
@@ -49,6 +54,14 @@ def played(run: Callable[[], bool]) -> tuple[bool, str | None]:
         return run(), None
     except FleetCannotTrain as e:
         return True, str(e)
+
+
+def _secrecy(config: SimulationConfig, told: Secrecy | None) -> SecrecyResult | None:
+    """What the server says, with what is known here: where the aggregators of a server of our own are."""
+    if told is None:
+        return None
+    embedded = told.embedded if config.server is not None else config.aggregators == "embedded"
+    return SecrecyResult(**{**told.model_dump(), "embedded": embedded})
 
 
 def results_of(
@@ -77,6 +90,8 @@ def results_of(
         halted=ending.halted,
         pipeline=ending.pipeline,
         repeatable=config.repeatable,
+        privacy=None if ending.privacy is None else PrivacyResult(**ending.privacy.model_dump()),
+        secrecy=_secrecy(config, ending.secrecy),
         rounds=rounds,
         tiers=monitor.tier_results(fleet.population, ending.counted),
         refusals=monitor.refusals(ending.counted),

@@ -86,22 +86,13 @@ def accuracy(results: SimulationResults) -> Figure:
 def loss(results: SimulationResults) -> Figure:
     """Loss per round: the operator's validation data, and what the devices saw while they trained."""
     rounds = results.rounds
+    shown = [("validation", "validation", "c1", [r.loss for r in rounds])]
+    if any(r.train_loss is not None for r in rounds):
+        shown.append(("on the devices, last local epoch", "devices", "c4", [r.train_loss for r in rounds]))
     return {
         "data": [
-            line(
-                rounds,
-                [r.loss for r in rounds],
-                "validation",
-                "c1",
-                hovertemplate="round %{x}: %{y:.4f}<extra>validation</extra>",
-            ),
-            line(
-                rounds,
-                [r.train_loss for r in rounds],
-                "on the devices, last local epoch",
-                "c4",
-                hovertemplate="round %{x}: %{y:.4f}<extra>devices</extra>",
-            ),
+            line(rounds, values, name, colour, hovertemplate=f"round %{{x}}: %{{y:.4f}}<extra>{short}</extra>")
+            for name, short, colour, values in shown
         ],
         "layout": {
             "xaxis": rounds_axis(rounds),

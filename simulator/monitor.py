@@ -253,6 +253,13 @@ class RunMonitor:
                 aggregate_norm=committed.measurements.aggregate_norm,
                 staleness=committed.measurements.staleness,
                 unchanged=committed.measurements.unchanged,
+                epsilon=committed.measurements.privacy.epsilon,
+                noise_stddev=committed.measurements.privacy.noise_stddev,
+                shares_rejected=committed.measurements.shares_rejected,
+                noise_from=committed.measurements.contributors,
+                opened_by=committed.measurements.answered,
+                tampered=committed.measurements.tampered,
+                integrity=committed.measurements.integrity,
                 model_sha256=committed.model_sha256,
             )
             for r, committed in sorted(self._known.items())

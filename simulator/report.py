@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from client_sdk.atomic import write_atomically
 from client_sdk.protocol.profile import DeviceTier
-from simulator import figures, report_aggregation, tally
+from simulator import figures, report_aggregation, report_privacy, tally
 from simulator.command import command_of
 from simulator.config import SimulationConfig, flat
 from simulator.folder import REPORT_FILE
@@ -58,7 +58,7 @@ def write_report(
                 "loss",
                 "Loss per round",
                 figures.loss(results),
-                "Validation loss of each round's new model, and the mean loss that its devices reported.",
+                _loss_words(results),
             ),
         )
         page.section("Traffic")
@@ -77,6 +77,7 @@ def write_report(
             ),
         )
     report_aggregation.section(page, results, [times[d] for d in range(len(label_counts))], tier_of)
+    report_privacy.section(page, results)
     page.section("Devices")
     if results.rounds:
         page.row(
@@ -122,6 +123,13 @@ def _accuracy_words(results: SimulationResults) -> str:
     return words
 
 
+def _loss_words(results: SimulationResults) -> str:
+    words = "Validation loss of each round's new model"
+    if any(r.train_loss is not None for r in results.rounds):
+        return f"{words}, and the mean loss that its devices reported."
+    return f"{words}. Devices kept their own losses to themselves."
+
+
 def _tier_words(results: SimulationResults) -> str:
     return (
         "; ".join(
@@ -164,6 +172,7 @@ def _head(page: Page, results: SimulationResults) -> None:
         ("received by devices", human_bytes(results.bytes_down), "models and programs", ""),
         ("time of the rounds", human_time(results.seconds), f"{results.clients_per_second:.0f} sessions/s", ""),
     ]
+    cards += report_privacy.cards(results)
     saved = tally.saving(results)
     if saved is not None:
         note = f"{human_bytes(saved.sent)} instead of {human_bytes(saved.dense)}"
@@ -238,5 +247,6 @@ def _rounds_table(results: SimulationResults) -> str:
         "seconds": [number(r.seconds, 2) for r in rounds],
         "closed at (s)": [number(r.closed_at_s, 1) for r in rounds],
         **report_aggregation.extra_columns(results),
+        **report_privacy.extra_columns(results),
     }
     return columns(list(cells), zip(*cells.values(), strict=True))

@@ -28,6 +28,10 @@ _UNCHANGED: Final = {
     "NonFiniteUpdate": "the aggregate was not finite",
     "InvalidUpdate": "the new weights would not have been finite",
     "EmptyAggregate": "nothing was left to aggregate",
+    "CohortTooSmall": "too few reports were left for a sum to be opened",
+    "RoundAbandoned": "too many aggregators can never sign it",
+    "PrivacyBudgetExhausted": "the privacy budget is spent",
+    "BudgetSpent": "the privacy budget is spent, as the aggregators have it",
 }
 
 

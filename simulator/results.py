@@ -15,6 +15,7 @@ from client_sdk.protocol.messages import Sha256
 from client_sdk.protocol.profile import DeviceTier
 from simulator.config import SimulationConfig
 from simulator.folder import RESULTS_FILE
+from simulator.view import PrivacyClaim, Secrecy
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -58,7 +59,30 @@ class RoundResult(_Frozen):
     aggregate_norm: NonNegative | None = Field(description="L2 norm of what they became; null if that failed")
     staleness: dict[Count, Count] = Field(description="age in model versions -> counted reports")
     unchanged: str | None = Field(description="the error that made the round leave the model as it was")
+    epsilon: NonNegative | None = Field(description="spent by this round and all before it; null without noise")
+    noise_stddev: NonNegative | None = Field(
+        description="of the aggregate's noise, per coordinate, as it is accounted for; null without noise"
+    )
+    shares_rejected: dict[str, Count] = Field(description="reason -> reports that aggregators left out of the sum")
+    noise_from: tuple[Count, ...] = Field(description="aggregators that added noise, from 1")
+    opened_by: tuple[Count, ...] = Field(description="aggregators whose answers the sum was opened from")
+    tampered: tuple[Count, ...] = Field(description="those of them that answered wrongly, and were left out")
+    integrity: Literal["unchecked", "checked", "corrected"] | None = Field(
+        description="whether a wrong answer would have shown: not with as few as it takes; null: nothing was shared"
+    )
     model_sha256: Sha256
+
+
+class PrivacyResult(PrivacyClaim):
+    """What the run claims, and what it spent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SecrecyResult(Secrecy):
+    """How the updates were shared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TierResult(_Frozen):
@@ -89,7 +113,7 @@ class SimulationResults(_Frozen):
     ``final_accuracy`` is on the test split, which is read once, after the last round; null in an interrupted run.
     """
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     status: Literal["completed", "interrupted"]
     final_accuracy: Fraction | None
     final_loss: Loss | None
@@ -97,6 +121,8 @@ class SimulationResults(_Frozen):
     halted: str | None = Field(description="why training ended before its last round; null if it did not")
     pipeline: dict[str, str] = Field(description="slot -> what the server does there")
     repeatable: bool = Field(description="whether the same command gives the same model_sha256 on this machine")
+    privacy: PrivacyResult | None = Field(description="differential privacy; null: none is claimed")
+    secrecy: SecrecyResult | None = Field(description="secret sharing; null: the server saw every update")
     rounds: tuple[RoundResult, ...]
     tiers: tuple[TierResult, ...]
     refusals: dict[str, Count] = Field(description="why reports are in no model: problem type -> sessions")

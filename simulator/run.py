@@ -323,6 +323,8 @@ class _Attempt:
                 runtime=type(program).__name__.removesuffix("Program").lower(),
                 halted=task.halted or stuck,
                 pipeline=task.pipeline,
+                privacy=task.privacy,
+                secrecy=task.secure,
             )
         finally:
             program.close()

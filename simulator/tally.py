@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from client_sdk.protocol.errors import LeaseExpired, StaleReport
-from simulator.results import SimulationResults
+from client_sdk.protocol.secure import shared_size
+from simulator.results import RoundResult, SimulationResults
 
 # Nobody's fault: the round was over.
 _TOO_LATE = frozenset({StaleReport.slug, LeaseExpired.slug})
@@ -110,3 +112,53 @@ def selects(results: SimulationResults) -> bool:
     """Whether speed has a say in who takes part."""
     config = results.config
     return config.selection.policy != "any" or config.overselect > 1 or config.max_staleness > 0
+
+
+def noise_lengths(results: SimulationResults) -> list[float | None]:
+    """For each round the L2 length that the noise in its aggregate has by itself, all but exactly.
+
+    In so many coordinates it hardly varies. Aggregators together add more than is accounted for: the account trusts in
+    the noise of all but ``threshold - 1`` of them, who may know their own. None without noise, and where it cannot be
+    known: under a rule on noised buckets, or where a foreign server shares updates of unknown length.
+    """
+    claim, secrecy, config = results.privacy, results.secrecy, results.config
+    if claim is None or claim.buckets is not None or (secrecy is not None and config.server is not None):
+        return [None] * len(results.rounds)
+    size = results.parameters if secrecy is None else shared_size(config.compression, results.parameters)
+    return [_noise_length(r, size, 1 if secrecy is None else secrecy.threshold) for r in results.rounds]
+
+
+def _noise_length(r: RoundResult, size: int, threshold: int) -> float | None:
+    if r.noise_stddev is None:
+        return None
+    contributors = len(r.noise_from)
+    more = contributors / (contributors - threshold + 1) if contributors >= threshold else 1.0
+    return r.noise_stddev * math.sqrt(more * size)
+
+
+def bytes_per_coordinate(results: SimulationResults) -> float | None:
+    """Of the counted reports, everything in them included; None where there were none."""
+    reports = sum(r.reports for r in results.rounds)
+    return sum(r.bytes_counted for r in results.rounds) / (reports * results.parameters) if reports else None
+
+
+def shares_rejected(results: SimulationResults) -> Counter[str]:
+    """Reason -> reports that aggregators left out of a sum."""
+    found = Counter[str]()
+    for r in results.rounds:
+        found.update(r.shares_rejected)
+    return found
+
+
+def tampered(results: SimulationResults) -> dict[int, list[int]]:
+    """Aggregator -> rounds in which its answer was wrong."""
+    found: dict[int, list[int]] = {}
+    for r in results.rounds:
+        for index in r.tampered:
+            found.setdefault(index, []).append(r.round)
+    return dict(sorted(found.items()))
+
+
+def unchecked(results: SimulationResults) -> list[int]:
+    """Rounds whose sum was opened with so few answers that a wrong one would not have shown."""
+    return [r.round for r in results.rounds if r.integrity == "unchecked"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -10,6 +10,41 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.transport import open_client
 from simulator.errors import ServerUnavailable
+
+
+class PrivacyClaim(BaseModel):
+    """Differential privacy of everything that a task releases, at the level of a whole device.
+
+    An epsilon means something only together with the rest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    noise: Literal["server", "aggregators"] = Field(description="who adds it")
+    epsilon: float = Field(ge=0, allow_inf_nan=False, description="budget of the whole task")
+    spent: float = Field(ge=0, allow_inf_nan=False, description="of it, by the releases so far")
+    delta: float = Field(gt=0, lt=1)
+    adjacency: Literal["zero-out", "add-remove", "replace-one"] = Field(description="which cohorts are neighbours")
+    noise_multiplier: float = Field(gt=0, allow_inf_nan=False, description="of a round: noise / sensitivity")
+    participations: int | None = Field(ge=1, description="rounds that count one device at most; null: all")
+    buckets: int | None = Field(None, ge=2, description="noised sums of a round; null: one sum")
+
+
+class Secrecy(BaseModel):
+    """How the updates of a task are shared among aggregators."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    threshold: int = Field(ge=1, description="fewer of the aggregators learn nothing")
+    num_aggregators: int = Field(ge=1)
+    field: str = Field(description="of the shares")
+    packing: int = Field(ge=1, description="coordinates in a share")
+    suite: str = Field(description="how shares are sealed")
+    checks: str = Field(description="what is checked of updates that nobody sees")
+    minimum_cohort: int = Field(ge=1, description="fewest reports that a sum is opened of")
+    embedded: bool | None = Field(
+        None, description="whether all aggregators are in the server's process, whose operator then sees everything"
+    )
 
 
 class TaskView(BaseModel):
@@ -28,6 +63,17 @@ class TaskView(BaseModel):
     pipeline: dict[str, str] = Field(default_factory=dict)
     buffer_size: int
     virtual_clock: bool
+    privacy: PrivacyClaim | None = None
+    secure: Secrecy | None = None
+
+
+class RoundPrivacy(BaseModel):
+    """What the account says of a round."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    epsilon: float | None = Field(None, description="spent by this round and all before it")
+    noise_stddev: float | None = Field(None, description="per coordinate of the aggregate, as it is accounted for")
 
 
 class Measurements(BaseModel):
@@ -44,6 +90,14 @@ class Measurements(BaseModel):
     num_byzantine: int | None = Field(None, description="dishonest updates that the rule reckoned with")
     degraded: bool = Field(default=False, description="whether these are fewer than it was to stand")
     unchanged: str | None = Field(None, description="why the round left the model as it was")
+    privacy: RoundPrivacy = RoundPrivacy()
+    shares_rejected: dict[str, int] = Field(default_factory=dict, description="reason -> reports left out of the sum")
+    contributors: tuple[int, ...] = Field((), description="aggregators that added noise")
+    answered: tuple[int, ...] = Field((), description="aggregators whose answers opened the sum")
+    tampered: tuple[int, ...] = Field((), description="those of them that answered wrongly, and were left out")
+    integrity: Literal["unchecked", "checked", "corrected"] | None = Field(
+        None, description="what is known of the answers"
+    )
 
 
 class CommittedRound(BaseModel):

@@ -6,13 +6,16 @@ The coordinator here is a few lines that do what they are told, so that a test c
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import obstore
 import sqlalchemy as sa
 
 from client_sdk.protocol import sealing
@@ -43,6 +46,7 @@ from server_ref.secure.messages import (
 from server_ref.secure.parameters import PinnedParameters, PinnedPrivacy, RoundParameters
 from server_ref.secure.port import AggregatorPort
 from server_ref.secure.store import AggregatorStore
+from server_ref.store.blobs import BlobStore
 
 SIZE = 6
 TASK = TaskBinding(task_id="7a" * 16, parameter_table_sha256="5c" * 32, size=SIZE)
@@ -69,16 +73,42 @@ def default_codes(number: int, size: int = SIZE) -> list[int]:
     return [(number * 7 + i * 3) % 11 - 5 for i in range(size)]
 
 
+class QuickBlobs(BlobStore):
+    """Blobs that are written and not flushed."""
+
+    def put(self, key: str, data: bytes) -> None:
+        obstore.put(self._store, key, data)
+
+
+@cache
+def _empty_database() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        AggregatorStore(Path(folder)).close()
+        return (Path(folder) / "aggregator.db").read_bytes()
+
+
 def quick_store(folder: Path) -> AggregatorStore:
     """A store that does not wait for the disk: these tests end processes, not power."""
-    store = AggregatorStore(folder)
+    if not (folder / "aggregator.db").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "aggregator.db").write_bytes(_empty_database())
+    store = AggregatorStore(folder, QuickBlobs(folder / "blobs"))
+    hurry(store)
+    return store
+
+
+_COMPILED: dict[Any, Any] = {}
+"""The statements of all stores, which are the same."""
+
+
+def hurry(store: AggregatorStore) -> None:
+    """Wait for no flush of the database, and compile no statement twice."""
     store.engine.dispose()
+    store.engine.update_execution_options(compiled_cache=_COMPILED)
 
     @sa.event.listens_for(store.engine, "connect")
     def _no_flush(connection: Any, _record: object) -> None:
         connection.execute("PRAGMA synchronous=OFF")
-
-    return store
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,12 @@ class Served:
         self.seen: list[str] = []
         self._committed = threading.Condition()
         self._rounds = 0
-        self._tags = itertools.count()
+        self._ids = itertools.count()
         self.coordinator = self._start()
 
     def _start(self) -> Coordinator:
         config = load_config(write_config(self.folder, self.bundle, **self.settings))
-        ids = itertools.count(int.from_bytes(hashlib.sha256(str(self.folder).encode()).digest()[:8], "big"))
-        coordinator = Coordinator(config, WallClock(), lambda: f"{next(ids):032x}", on_event=self._event)
+        coordinator = Coordinator(config, WallClock(), lambda: f"{next(self._ids):032x}", on_event=self._event)
         _hurry(coordinator)
         coordinator.start()
         return coordinator

@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     from server_ref.aggregation.errors import PrivacyBudgetExhausted
     from server_ref.aggregation.exact import ExactAccumulator
     from server_ref.aggregation.fixed import Int64Accumulator
+    from server_ref.aggregation.integrated import IntegratedFederatedAggregator
+    from server_ref.aggregation.integrated_config import (
+        AsyncConfig,
+        CompressionConfig,
+        FederatedConfig,
+        PrivacyConfig,
+        SecurityConfig,
+    )
     from server_ref.aggregation.noise import CentralNoise
     from server_ref.aggregation.pipeline import Pipeline
     from server_ref.aggregation.plan import AccumulatorPlan
@@ -72,6 +80,7 @@ __all__ = [
     "Adjacency",
     "Aggregate",
     "AggregatedUpdate",
+    "AsyncConfig",
     "AsyncGradientAggregator",
     "BaselineMean",
     "BufferedSchedule",
@@ -80,6 +89,7 @@ __all__ = [
     "ClipGlobal",
     "ClipLayers",
     "CompressedGradientAggregator",
+    "CompressionConfig",
     "DPGradientAggregator",
     "DecodeCompressed",
     "DecodeDense",
@@ -89,11 +99,13 @@ __all__ = [
     "ExactMean",
     "ExternalNoise",
     "Facts",
+    "FederatedConfig",
     "GaussianRelease",
     "GradientAggregator",
     "Int64Accumulator",
     "IntegerSum",
     "IntegratedAttackDetector",
+    "IntegratedFederatedAggregator",
     "LedgerKeeper",
     "NoClip",
     "NoNoise",
@@ -101,6 +113,7 @@ __all__ = [
     "Pipeline",
     "PrivacyBudget",
     "PrivacyBudgetExhausted",
+    "PrivacyConfig",
     "PrivacyLedger",
     "PrivacySpent",
     "PrivateAggregate",
@@ -110,6 +123,7 @@ __all__ = [
     "Scaffold",
     "ScheduleShape",
     "SecureAggregator",
+    "SecurityConfig",
     "SensitivityCalibrator",
     "ServerState",
     "Sgd",
@@ -159,6 +173,8 @@ _MODULES = {
     "errors": ("PrivacyBudgetExhausted",),
     "exact": ("ExactAccumulator",),
     "fixed": ("Int64Accumulator",),
+    "integrated": ("IntegratedFederatedAggregator",),
+    "integrated_config": ("AsyncConfig", "CompressionConfig", "FederatedConfig", "PrivacyConfig", "SecurityConfig"),
     "noise": ("CentralNoise",),
     "pipeline": ("Pipeline",),
     "plan": ("AccumulatorPlan",),

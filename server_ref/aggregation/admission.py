@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from client_sdk.protocol.clipping import clip_global, clip_layers, joint_clip_norm
+from client_sdk.protocol.clipping import (
+    LARGEST_CLIP_NORM,
+    SMALLEST_CLIP_NORM,
+    clip_global,
+    clip_layers,
+    joint_clip_norm,
+)
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import (
     ConfigurationError,
@@ -261,8 +267,10 @@ class ClipLayers:
 
 
 def _check_clip_norm(clip_norm: float) -> None:
-    if not 0 < clip_norm < math.inf:
-        raise ConfigurationError(f"clip_norm must be positive and finite, got {clip_norm}")
+    if not SMALLEST_CLIP_NORM <= clip_norm <= LARGEST_CLIP_NORM:
+        raise ConfigurationError(
+            f"clip_norm must lie within {SMALLEST_CLIP_NORM:.2g} and {LARGEST_CLIP_NORM:.2g}, got {clip_norm:g}"
+        )
 
 
 def _seen(stage: DecodeDense | DecodeCompressed | ClipGlobal | ClipLayers, facts: Facts) -> Facts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from server_ref.aggregation.stages import Slot
 if TYPE_CHECKING:
     from server_ref.aggregation.stages import Fold, Noise, Reduce
 
-_SIZES = "bucket_weights"
+BUCKET_WEIGHTS: Final = "bucket_weights"
+"""Measurement that goes from the reduce stage to the noise stage: what each bucket is divided by."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class _BucketFold(HeldUpdates):
             count=len(updates),
             total_weight=sum(u.weight for u in members_of_all),
             sensitivity=_of_sums(self._facts),
-            measurements=measurements_of(members_of_all) | {_SIZES: weights},
+            measurements=measurements_of(members_of_all) | {BUCKET_WEIGHTS: weights},
             integers=together,
         )
 
@@ -157,7 +158,7 @@ class BucketNoise:
             NoiseUnexpected: The aggregate holds no buckets: ``reduce`` is another stage.
             NoiseMissing: The noise stage adds none.
         """
-        weights = aggregate.measurements.get(_SIZES)
+        weights = aggregate.measurements.get(BUCKET_WEIGHTS)
         if weights is None or len(weights) != self.rule.num_buckets:
             raise NoiseUnexpected("there are no buckets to noise; use BucketSums with the same rule in the reduce slot")
         released = self.noise.release(aggregate)

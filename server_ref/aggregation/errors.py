@@ -33,6 +33,14 @@ class UndeclaredRescaling(PipelineError):
     """Single updates are rescaled after clipping by something that is not a declared public weight."""
 
 
+class UnderstatedSensitivity(PipelineError):
+    """A sensitivity is declared that is smaller than the proved one."""
+
+
+class DataDependentSupport(PipelineError):
+    """Noise is asked for, and which coordinates of an update are sent depends on its data."""
+
+
 class CohortDependentAcceptance(PipelineError):
     """Noise is asked for, and whether an update counts depends on the others'."""
 

@@ -103,7 +103,8 @@ class RobustRule:
 
         Raises:
             IndividualUpdatesNeeded: Only a sum is visible.
-            TooManyByzantine: A buffer never holds enough updates to stand the dishonest ones that are assumed.
+            TooManyByzantine: A buffer never holds enough updates to stand the dishonest ones that are assumed, or for
+                the rule at all where their number is estimated.
         """
         if facts.visibility is not Visibility.INDIVIDUAL:
             raise IndividualUpdatesNeeded(
@@ -111,9 +112,8 @@ class RobustRule:
                 "which updates can be seen"
             )
         count = facts.count or facts.capacity
-        assumed = self.assumed(count)
-        if assumed is not None:
-            tolerated(RULES[self.rule], count, assumed, self.options)
+        # An estimate may be 0 and never exceeds what the rule stands: there have to be enough updates for none.
+        tolerated(RULES[self.rule], count, self.assumed(count) or 0, self.options)
         sensitivity = self.sensitivity(facts, count)
         refusal = None
         if facts.norm_bound is not None and sensitivity.get(Adjacency.REPLACE_ONE, 0.0) >= 2 * facts.norm_bound:

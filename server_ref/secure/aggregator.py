@@ -7,18 +7,16 @@ one sum, no second signature for one round, no second charge. No decision depend
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sqlalchemy.engine import Connection
 
-from client_sdk.protocol.errors import BudgetExceeded, ConfigurationError
-from client_sdk.protocol.field import FieldVector
+from client_sdk.protocol.errors import BudgetExceeded, ConfigurationError, UnknownBlob
 from client_sdk.protocol.secure import SecureLayout
-from server_ref.aggregation.accounting import DistributedRelease
 from server_ref.secure import queries, tables
+from server_ref.secure.answers import Answers
 from server_ref.secure.challenges import Challenges
 from server_ref.secure.comparisons import Comparisons
 from server_ref.secure.distance_messages import DistanceRequest, DistanceShare, ZeroKeys, ZeroKeyShare
@@ -29,25 +27,17 @@ from server_ref.secure.errors import (
     ContributorsRefused,
     DistancesRefused,
     NotCommitted,
-    ParametersBelowPinned,
-    ParticipationsExhausted,
-    QuorumMissing,
-    ReportSpent,
-    RoundCommitted,
-    StaleRun,
     TaskMismatch,
     TaskNotBound,
-    UnknownReport,
 )
 from server_ref.secure.identity import AggregatorConfig, AggregatorKeys
 from server_ref.secure.intake import Intake
 from server_ref.secure.layout import secure_layout
-from server_ref.secure.ledger import charge, check_budget, release_of
+from server_ref.secure.ledger import charge
 from server_ref.secure.messages import (
     UNSIGNED,
     AggregateShare,
     AggregatorInfo,
-    AnswerHeader,
     ChallengeCommitment,
     ChallengeNonce,
     ChallengeRequest,
@@ -59,7 +49,6 @@ from server_ref.secure.messages import (
     NoiseShare,
     RevealRequest,
     RoundStatement,
-    SetEntry,
     TaskBinding,
     Verdict,
 )
@@ -67,14 +56,11 @@ from server_ref.secure.noise_shares import make_contribution, sum_received
 from server_ref.secure.parameters import CheckingMode
 from server_ref.secure.projection_messages import ProjectionShare
 from server_ref.secure.queries import StoredRound
+from server_ref.secure.record_rules import current_run, examine, require_quorum
 from server_ref.secure.rules import check_statement
 from server_ref.secure.store import AggregatorStore
-from server_ref.secure.sums import weighted_sum
 from server_ref.secure.wire import pack_answer, pack_contribution, unpack_answer, unpack_contribution
 from server_ref.secure.zero_keys import ZeroKeyDealer
-
-_AT_ONCE = 32
-"""Shares whose rows are read together; the small ones lie in them."""
 
 
 class Aggregator:
@@ -111,6 +97,7 @@ class Aggregator:
         self._intake = Intake(config, keys, store)
         self._challenges = Challenges(config, keys, store, random)
         self._comparisons = Comparisons(config.index, store)
+        self._answers = Answers(config, keys, store)
         if config.parameters.distances:
             distance_settings(config.parameters)
         self._claim_store()
@@ -240,15 +227,15 @@ class Aggregator:
         if self._config.index not in statement.contributors:
             raise ContributorsRefused(f"aggregator {self._config.index} is not among the contributors")
         with self._store.transaction() as connection:
-            stored = self._current_run(connection, statement)
+            stored = current_run(connection, statement)
             if stored is None:
-                self._examine(connection, statement, layout.size)
+                examine(connection, statement, self._pinned, layout.size)
         if stored is None:
             drawn = make_contribution(statement, self._config, self._keys, layout, self._random)
             kept = self._store.put(pack_contribution(drawn))
             with self._store.transaction() as connection:
                 # Nobody has seen what was just drawn: if another call was faster, its noise is the one that counts.
-                stored = self._current_run(connection, statement)
+                stored = current_run(connection, statement)
                 if stored is None:
                     stored = replace(_begun(statement), contribution=kept)
                     queries.save_round(connection, stored)
@@ -261,7 +248,7 @@ class Aggregator:
         """See ``AggregatorPort``."""
         task, layout = self._task()
         with self._store.transaction() as connection:
-            stored = self._current_run(connection, statement)
+            stored = current_run(connection, statement)
         if stored is not None and stored.signature is not None:
             return self._commit_signature(stored)
         check_statement(statement, self._pinned, task.task_id)
@@ -270,9 +257,9 @@ class Aggregator:
         noise_blob = self._store.put(b"".join(map(to_bytes, received))) if received else None
         accepted_blob = self._store.put(statement.model_dump_json().encode())
         with self._store.transaction() as connection:
-            stored = self._current_run(connection, statement) or _begun(statement)
+            stored = current_run(connection, statement) or _begun(statement)
             if stored.signature is None:
-                release = self._examine(connection, statement, layout.size)
+                release = examine(connection, statement, self._pinned, layout.size)
                 if release is not None:
                     charge(connection, release)
                 queries.mark_reports(
@@ -292,75 +279,30 @@ class Aggregator:
             stored = queries.load_round(connection, round_id)
         if stored is None or stored.signature is None:
             raise NotCommitted(f"aggregator {self._config.index} has signed nothing for round {round_id}")
-        self._require_quorum(stored, signatures)
+        require_quorum(stored, signatures, self._config)
         if stored.answer is None:
             if stored.accepted is None:
                 raise AnswerDiscarded(f"round {round_id} is too long ago")
-            share = self._compute_answer(stored, layout)
-            stored = replace(stored, answer=self._store.put(pack_answer(share)))
-            with self._store.transaction() as connection:
-                queries.save_round(connection, stored)
-            self._discard_needless(round_id)
+            stored = self._answered(stored, layout)
+            self._answers.discard_needless(round_id)
         return unpack_answer(self._store.get(stored.answer or ""))
 
-    # --- rules that need the records -------------------------------------------------------------------------------
-
-    @staticmethod
-    def _current_run(connection: Connection, statement: RoundStatement) -> StoredRound | None:
-        """What is stored of this very statement; None if it would begin a new run.
-
-        Raises:
-            RoundCommitted: Another statement was signed for the round.
-            StaleRun: A run as new, or newer, was begun with another statement.
-        """
-        stored = queries.load_round(connection, statement.round_id)
-        if stored is None or stored.statement == statement.sha256:
-            return stored
-        if stored.signature is not None:
-            raise RoundCommitted(f"another statement was signed for round {statement.round_id}")
-        if statement.run <= stored.run:
-            raise StaleRun(f"round {statement.round_id} is in run {stored.run}, for another statement")
-        return None
-
-    def _examine(self, connection: Connection, statement: RoundStatement, size: int) -> DistributedRelease | None:
-        """Refuse a set that cannot be summed here (any more); what summing it costs, in a task with noise."""
-        entries = statement.accepted.entries
-        known = queries.load_reports(connection, [entry.report_id for entry in entries])
-        for entry in entries:
-            report = known.get(entry.report_id)
-            if report is None or (report.digest, report.device_id) != (entry.digest, entry.device_id):
-                raise UnknownReport(f"this aggregator accepted no such report {entry.report_id}")
-            if report.signed_in is not None:
-                raise ReportSpent(f"report {entry.report_id} was in the set of round {report.signed_in}")
-            if not report.kept:
-                raise UnknownReport(f"report {entry.report_id} was not used in time and is no longer kept")
-        largest = max(report.norm_bound for report in known.values())
-        if statement.parameters.bound < largest:
-            raise ParametersBelowPinned(f"bound {statement.parameters.bound} is below a report's own, {largest}")
-        privacy = self._pinned.privacy
-        if privacy is None:
-            return None
-        if privacy.max_participations is not None:
-            counts = queries.load_participations(connection, [entry.device_id for entry in entries])
-            for device_id, count in counts.items():
-                if count >= privacy.max_participations:
-                    raise ParticipationsExhausted(f"device {device_id} was counted {count} times")
-        release = release_of(statement, self._pinned, privacy, size)
-        check_budget(connection, release, privacy)
-        return release
-
-    def _require_quorum(self, stored: StoredRound, signatures: Sequence[CommitSignature]) -> None:
-        valid = {
-            signature.index
-            for signature in signatures
-            if (signature.round_id, signature.statement_sha256) == (stored.round_id, stored.statement)
-            and self._config.signed(signature.index, signature.signed_bytes(), signature.signature)
-        }
-        if len(valid) < self._pinned.effective_quorum:
-            raise QuorumMissing(
-                f"{len(valid)} aggregators have signed the statement of round {stored.round_id}; "
-                f"{self._pinned.effective_quorum} are needed"
-            )
+    def _answered(self, stored: StoredRound, layout: SecureLayout) -> StoredRound:
+        try:
+            share = self._answers.compute(stored, layout)
+        except UnknownBlob:
+            # Another call was faster, and has let go of the shares.
+            with self._store.transaction() as connection:
+                found = queries.load_round(connection, stored.round_id)
+            if found is None or found.answer is None:
+                raise
+            return found
+        kept = self._store.put(pack_answer(share))
+        with self._store.transaction() as connection:
+            found = queries.load_round(connection, stored.round_id) or stored
+            answered = found if found.answer is not None else replace(found, answer=kept)
+            queries.save_round(connection, answered)
+        return answered
 
     # --- what is made ----------------------------------------------------------------------------------------------
 
@@ -380,46 +322,6 @@ class Aggregator:
             statement_sha256=stored.statement,
             signature=stored.signature or UNSIGNED,
         )
-
-    def _compute_answer(self, stored: StoredRound, layout: SecureLayout) -> AggregateShare:
-        statement = RoundStatement.model_validate_json(self._store.get(stored.accepted or ""))
-        field = layout.scheme.field
-        parts = statement.accepted.parts
-        noise: list[FieldVector | None] = [None] * len(parts)
-        if stored.noise is not None:
-            flat = field.from_bytes(self._store.get(stored.noise))
-            noise = [flat[at : at + layout.share_length] for at in range(0, len(flat), layout.share_length)]
-        payload = b"".join(
-            field.to_bytes(weighted_sum(self._shares(part), layout, self._config.index, part_noise))
-            for part, part_noise in zip(parts, noise, strict=True)
-        )
-        header = AnswerHeader(
-            index=self._config.index,
-            round_id=stored.round_id,
-            statement_sha256=stored.statement,
-            payload_sha256=hashlib.sha256(payload).hexdigest(),
-            signature=UNSIGNED,
-        )
-        return AggregateShare(self._keys.sign(header), payload)
-
-    def _shares(self, part: Sequence[SetEntry]) -> Iterator[tuple[int, bytes | memoryview]]:
-        """Weight and plaintext of each report's share, a few at a time."""
-        for at in range(0, len(part), _AT_ONCE):
-            entries = part[at : at + _AT_ONCE]
-            with self._store.transaction() as connection:
-                reports = queries.load_reports(connection, [entry.report_id for entry in entries], shares=True)
-            for entry in entries:
-                yield entry.weight, self._store.get_share(reports[entry.report_id])
-
-    def _discard_needless(self, round_id: int) -> None:
-        """Let go of shares that were summed, and of all that is too old. Rows go first: a blob without one is swept."""
-        before = round_id - self._config.keep_rounds
-        with self._store.transaction() as connection:
-            digests = queries.discardable(connection, before)
-            queries.discard(connection, digests)
-            for old in queries.finished_rounds(connection, before):
-                queries.save_round(connection, replace(old, contribution=None, accepted=None, noise=None, answer=None))
-        self._store.drop_shares(digests)
 
 
 def _begun(statement: RoundStatement) -> StoredRound:

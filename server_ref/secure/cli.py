@@ -71,6 +71,7 @@ def aggregator_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Na
     _add_init(actions.add_parser("init", help="make an aggregator's keys, and a configuration to fill in"))
     _add_peers(actions.add_parser("peers", help="assemble the aggregators' public parts into the peers' file"))
     _add_coordinator(actions.add_parser("coordinator", help="make the coordinator's key"))
+    _add_parameters(actions.add_parser("parameters", help="print what a server's task expects aggregators to pin"))
     return _run
 
 
@@ -163,4 +164,29 @@ def _run_coordinator(args: argparse.Namespace) -> int:
     if not created:
         print(f"{args.key_file} exists and is left as it is", file=sys.stderr)
     print(key.public)
+    return 0
+
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print the tables [parameters] and [parameters.privacy] that the aggregators of a server's task have in their\n"
+        "configurations. Their operators read them before they pin them: from then on nobody can ask for less."
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--server-config", type=Path, required=True, metavar="FILE", help="the configuration of `pocketfed serve`"
+    )
+    parser.set_defaults(run_action=_run_parameters)
+
+
+def _run_parameters(args: argparse.Namespace) -> int:
+    from client_sdk.protocol.errors import ConfigurationError  # noqa: PLC0415
+    from server_ref.config import load_config  # noqa: PLC0415
+    from server_ref.settings import toml_table  # noqa: PLC0415
+    from server_ref.task import load_task  # noqa: PLC0415
+
+    sharing = load_task(load_config(args.server_config).task).sharing
+    if sharing is None:
+        raise ConfigurationError(f"{args.server_config}: the updates of this task are not shared; set task.secure")
+    print("\n".join(toml_table("parameters", sharing.pinned.model_dump(mode="json"))[1:]))
     return 0

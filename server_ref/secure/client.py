@@ -23,6 +23,13 @@ from client_sdk.protocol.errors import ConfigurationError, OversizedBody, Protoc
 from client_sdk.protocol.messages import Message, Problem
 from client_sdk.protocol.signing import device_id_of, sign_request
 from server_ref.secure import wire
+from server_ref.secure.distance_messages import (
+    DistanceHeader,
+    DistanceRequest,
+    DistanceShare,
+    ZeroKeys,
+    ZeroKeyShare,
+)
 from server_ref.secure.errors import AggregatorUnavailable, AnswerRejected
 from server_ref.secure.identity import SigningKey
 from server_ref.secure.messages import (
@@ -43,6 +50,7 @@ from server_ref.secure.messages import (
     TaskBinding,
     Verdict,
 )
+from server_ref.secure.projection_messages import ProjectionHeader, ProjectionShare
 
 JSON: Final = "application/json"
 FRAME: Final = "application/octet-stream"
@@ -83,7 +91,7 @@ class Patience:
 
 
 class HttpAggregator:
-    """Satisfies ``AggregatorPort`` over HTTP; safe for concurrent calls.
+    """Satisfies ``FullPort`` over HTTP; safe for concurrent calls.
 
     Guarantees: each request is signed by the coordinator's key for this aggregator alone; connections are reused;
     replies beyond their limit are cut off while they arrive; redirects are not followed. Besides the port's own errors
@@ -157,6 +165,25 @@ class HttpAggregator:
         """See ``AggregatorPort``."""
         return self._tell(CheckAnswer, "/challenges/answer", request)
 
+    def deal_zero_keys(self, transcript_sha256: str) -> ZeroKeys:
+        """See ``ProjectionPort``."""
+        request = wire.ProjectionKeysRequest(transcript_sha256=transcript_sha256)
+        return self._keys("/projections/keys", request)
+
+    def open_projections(self, request: CheckRequest, keys: Sequence[ZeroKeyShare]) -> ProjectionShare:
+        """See ``ProjectionPort``."""
+        body = wire.pack_projection_request(request, keys)
+        return ProjectionShare(*self._opened(ProjectionHeader, "/projections/answer", body))
+
+    def deal_distance_keys(self, request: DistanceRequest) -> ZeroKeys:
+        """See ``DistancePort``."""
+        return self._keys("/distances/keys", request)
+
+    def compare(self, request: DistanceRequest, keys: Sequence[ZeroKeyShare]) -> DistanceShare:
+        """See ``DistancePort``."""
+        body = wire.pack_compare(request, keys)
+        return DistanceShare(*self._opened(DistanceHeader, "/distances/answer", body))
+
     def contribute(self, statement: RoundStatement) -> NoiseContribution:
         """See ``AggregatorPort``."""
         body = statement.model_dump_json().encode()
@@ -197,6 +224,14 @@ class HttpAggregator:
 
     def _ask(self, reply: type[M], method: str, path: str, body: bytes) -> M:
         return _read(reply, self._exchange(method, path, body, JSON, wire.CONTROL_LIMIT))
+
+    def _keys(self, path: str, request: Message) -> ZeroKeys:
+        body = request.model_dump_json().encode()
+        return _framed(wire.unpack_keys, self._exchange("POST", path, body, JSON, wire.CONTROL_LIMIT))
+
+    def _opened(self, header: type[M], path: str, body: bytes) -> tuple[M, bytes]:
+        reply = self._exchange("POST", path, body, FRAME, self._bounds().opened)
+        return _framed(lambda frame: wire.unpack_opened(header, frame), reply)
 
     def _learn(self, info: AggregatorInfo) -> wire.Limits:
         """How much any honest reply can hold follows from the parameters and the task."""

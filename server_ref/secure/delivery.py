@@ -10,7 +10,7 @@ from client_sdk.protocol.secure import SecureLayout
 from server_ref.secure.errors import AnswerRejected, UnknownReport
 from server_ref.secure.messages import MAX_DELIVERY, RoundStatement, VerdictReason
 from server_ref.secure.panel import Panel
-from server_ref.secure.port import AggregatorPort
+from server_ref.secure.port import FullPort
 from server_ref.secure.round_messages import SealedReport
 from server_ref.secure.stages_table import Stage, StagesTable
 
@@ -76,14 +76,14 @@ class Delivery:
 
     def with_reports(
         self,
-        question: Callable[[AggregatorPort, int], T],
+        question: Callable[[FullPort, int], T],
         statement: RoundStatement,
         by_id: Mapping[str, SealedReport],
-    ) -> Callable[[AggregatorPort, int], T]:
+    ) -> Callable[[FullPort, int], T]:
         """The question, asked again after a delivery where an aggregator does not hold the set's reports (any more)."""
         named = [by_id[entry.report_id] for entry in statement.accepted.entries if entry.report_id in by_id]
 
-        def ask(port: AggregatorPort, index: int) -> T:
+        def ask(port: FullPort, index: int) -> T:
             try:
                 return question(port, index)
             except UnknownReport:
@@ -93,7 +93,7 @@ class Delivery:
 
         return ask
 
-    def _send(self, port: AggregatorPort, index: int, round_id: int, reports: Sequence[SealedReport]) -> Verdicts:
+    def _send(self, port: FullPort, index: int, round_id: int, reports: Sequence[SealedReport]) -> Verdicts:
         held = self._held[index]
         digests = {report.report_id: report.header.digest() for report in reports}
         verdicts: Verdicts = dict.fromkeys(digests)

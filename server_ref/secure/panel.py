@@ -14,7 +14,7 @@ from server_ref.secure.errors import AggregatorRefusal, AnswerRejected, TaskMism
 from server_ref.secure.identity import PeerKeys, signed_by
 from server_ref.secure.messages import AggregatorInfo, TaskBinding
 from server_ref.secure.parameters import PinnedParameters
-from server_ref.secure.port import AggregatorPort
+from server_ref.secure.port import FullPort
 
 _log = logging.getLogger("pocketfed.secure")
 
@@ -61,7 +61,7 @@ class Panel:
 
     def __init__(
         self,
-        ports: Mapping[int, AggregatorPort],
+        ports: Mapping[int, FullPort],
         peers: tuple[PeerKeys, ...],
         parameters: PinnedParameters,
         task: TaskBinding,
@@ -81,9 +81,7 @@ class Panel:
         """Let go of the threads; the ports stay open."""
         self._pool.shutdown()
 
-    def ask(
-        self, indices: Iterable[int], question: Callable[[AggregatorPort, int], T], doing: str = "answer"
-    ) -> Replies[T]:
+    def ask(self, indices: Iterable[int], question: Callable[[FullPort, int], T], doing: str = "answer") -> Replies[T]:
         """Ask several aggregators at once, and wait for all.
 
         Args:
@@ -109,7 +107,7 @@ class Panel:
         """Whether the pinned key of an aggregator made the signature (hex)."""
         return signed_by(self.peers, index, message, signature)
 
-    def _bind(self, port: AggregatorPort, index: int) -> AggregatorInfo:
+    def _bind(self, port: FullPort, index: int) -> AggregatorInfo:
         info = port.bind(self._task)
         peer = self.peers[index - 1]
         if (info.index, info.signing_key, info.sealing_key) != (index, peer.signing_key, peer.sealing_key):

@@ -53,6 +53,9 @@ PRICES: Final[dict[CheckingMode, str]] = {
 class PinnedPrivacy(Message):
     """Differential privacy as an aggregator insists on it.
 
+    Rounds, participations and budget are counted by each aggregator over what it has signed itself, and a sum opens
+    with a quorum: see ``PinnedParameters.overrun`` for what that leaves to a dishonest coordinator.
+
     Attributes:
         noise_multiplier: Noise standard deviation of the sum over its sensitivity ``W B``: at least this.
         max_rounds: T: releases in the whole run.
@@ -221,6 +224,17 @@ class PinnedParameters(Message):
     def effective_quorum(self) -> int:
         """Commit signatures that an answer needs."""
         return self.safe_quorum if self.quorum is None else self.quorum
+
+    @property
+    def overrun(self) -> Fraction:
+        """How many times the pinned number of sums a dishonest coordinator can have, with t - 1 dishonest aggregators.
+
+        Each of the n - t + 1 honest ones signs as many as it pins, and each sum needs quorum - t + 1 of them. 3/2 for 3
+        of 5 with the default quorum, 1 where the quorum is n. With an honest coordinator, who asks everybody, it is 1.
+        A device's own count of its participations holds in any case.
+        """
+        spare = self.threshold - 1
+        return Fraction(self.num_aggregators - spare, max(1, self.effective_quorum - spare))
 
     @property
     def smallest_part(self) -> int:

@@ -183,3 +183,7 @@ class AggregatorPort(Protocol):
             AnswerDiscarded: The round is too long ago.
         """
         ...
+
+
+class FullPort(AggregatorPort, ProjectionPort, DistancePort, Protocol):
+    """All operations, those of every mode: what ``Aggregator`` and ``HttpAggregator`` are."""

@@ -192,7 +192,7 @@ def save_round(connection: Connection, stored: StoredRound) -> None:
 def finished_rounds(connection: Connection, before: int) -> list[StoredRound]:
     """Rounds older than this one that still hold blobs."""
     c = tables.rounds.c
-    held = c.contribution.is_not(None) | c.accepted.is_not(None) | c.noise.is_not(None)
+    held = c.contribution.is_not(None) | c.accepted.is_not(None) | c.noise.is_not(None) | c.answer.is_not(None)
     query = sa.select(tables.rounds).where(c.round_id < before, held)
     return [StoredRound(**row) for row in connection.execute(query).mappings()]
 

@@ -17,33 +17,29 @@ Too few aggregators end a run with ``NotEnoughAggregators``: nothing is released
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.privacy import EncodedBounds
 from client_sdk.protocol.shamir import NUMPY_KERNELS, SharingKernels
+from server_ref.secure.agreement import Agreement, stated
 from server_ref.secure.delivery import Delivery
 from server_ref.secure.errors import (
-    AnswerRejected,
     AnswersInconsistent,
     NotEnoughAggregators,
     RoundAbandoned,
-    SecureRoundError,
-    StaleRun,
 )
 from server_ref.secure.keys import Peers
 from server_ref.secure.layout import secure_layout
 from server_ref.secure.messages import (
     AcceptedSet,
-    CommitSignature,
-    NoiseContribution,
     RoundStatement,
     TaskBinding,
 )
-from server_ref.secure.panel import Panel, Replies, most_common
-from server_ref.secure.parameters import PinnedParameters, RoundParameters
-from server_ref.secure.port import AggregatorPort
+from server_ref.secure.panel import Panel, Replies
+from server_ref.secure.parameters import CheckingMode, PinnedParameters, RoundParameters
+from server_ref.secure.port import FullPort
 from server_ref.secure.recovery import open_sums, read_answer
 from server_ref.secure.round_check import ReportCheck
 from server_ref.secure.round_messages import (
@@ -54,13 +50,11 @@ from server_ref.secure.round_messages import (
     SealedReport,
     SecureSum,
 )
-from server_ref.secure.round_noise import read_contribution
+from server_ref.secure.round_selection import ReportSelection, Select
 from server_ref.secure.rules import check_statement
 from server_ref.secure.stages_table import Stage, StagesTable
 
 _log = logging.getLogger("pocketfed.secure")
-_CATCH_UP: Final = 16
-"""Runs to find one that no aggregator has used, each twice as far ahead as the last."""
 
 
 class SecureRound:
@@ -72,7 +66,9 @@ class SecureRound:
         parameters: What all aggregators pin.
         task: The task that they serve.
         journal: Keeps the state of rounds.
-        parity: Whether reports' shares are checked against each other.
+        parity: Whether reports' shares are checked against each other. In the mode ``projections`` they are, whatever
+            this says.
+        select: Which reports count, by the distances between them; with ``parameters.distances`` only.
         correct: Demand enough aggregators for correcting a wrong answer. Wrong answers are looked for anyway.
         kernels: What computes on shares.
 
@@ -82,13 +78,14 @@ class SecureRound:
 
     def __init__(
         self,
-        ports: Sequence[AggregatorPort],
+        ports: Sequence[FullPort],
         peers: Peers,
         parameters: PinnedParameters,
         task: TaskBinding,
         journal: Journal,
         *,
         parity: Parity = Parity.WHEN_POSSIBLE,
+        select: Select | None = None,
         correct: bool = False,
         kernels: SharingKernels = NUMPY_KERNELS,
     ) -> None:
@@ -101,6 +98,9 @@ class SecureRound:
         wanted = [Stage.COMMIT, Stage.OPEN, Stage.CONTRIBUTE]
         wanted += [Stage.CHECK] if parity is Parity.REQUIRED else []
         wanted += [Stage.CORRECT] if correct else []
+        if parameters.checking is CheckingMode.PROJECTIONS:
+            wanted.append(Stage.PROJECTIONS)
+            parity = Parity.REQUIRED
         self.table.require_possible(*wanted)
         self._panel = Panel(dict(enumerate(ports, 1)), peers.peers, parameters, task)
         self._parameters = parameters
@@ -110,10 +110,9 @@ class SecureRound:
         self._kernels = kernels
         self._layout = secure_layout(parameters, task, peers.suite)
         self._delivery = Delivery(self._panel, self.table, self._layout)
-        self._check = ReportCheck(
-            self._panel, self.table, self._layout.scheme, self._save, required=parity is Parity.REQUIRED
-        )
-        self._noise: dict[int, NoiseContribution] = {}
+        self._check = ReportCheck(self._panel, self.table, self._layout, self._save, required=parity is Parity.REQUIRED)
+        self._selection = None if select is None else ReportSelection(select, self._panel, self.table, self._save)
+        self._agreement = Agreement(self._panel, self.table, self._delivery, self._save)
 
     def close(self) -> None:
         """Let go of the threads; the ports stay open."""
@@ -155,14 +154,14 @@ class SecureRound:
             state = self._fix_set(state, round_id, reports, present.indices, noise_multiplier)
         by_id = {report.report_id: report for report in reports}
         if state.phase is Phase.CONTRIBUTING:
-            state = self._contribute(state, by_id)
+            state = self._agreement.contribute(state, by_id)
         if state.phase is Phase.COMMITTING:
-            state = self._commit(state, by_id, present.indices)
+            state = self._agreement.commit(state, by_id, present.indices)
         try:
             return self._open(state, present)
         except (NotEnoughAggregators, AnswersInconsistent):
             # Who was away when the others signed may be back, and answer too.
-            more = self._commit(state, by_id, present.indices)
+            more = self._agreement.commit(state, by_id, present.indices)
             if more.signatures == state.signatures:
                 raise
             return self._open(more, present)
@@ -193,6 +192,8 @@ class SecureRound:
         state = state.model_copy(update={"rejected": {**state.rejected, **refused}})
         if self._parity is not Parity.OFF:
             state, holders = self._check.run(state, reports, holders)
+        if self._selection is not None:
+            state = self._selection.run(state, self._task.task_id, reports, holders)
         counted = [report for report in reports if report.report_id not in state.rejected]
         parts: list[list[SealedReport]] = [[] for _ in range(1 + max((r.part for r in reports), default=0))]
         for report in counted:
@@ -219,106 +220,10 @@ class SecureRound:
             changes["noise_multiplier"] = noise_multiplier
         return pinned.model_copy(update=changes)
 
-    # --- noise ---
-
-    def _contribute(self, state: RoundState, by_id: Mapping[str, SealedReport]) -> RoundState:
-        """Noise of all contributors, in as many runs as it takes to find contributors that all answer."""
-        self._noise = {}
-        statement = _stated(state)
-        for attempt in range(self._parameters.num_aggregators + _CATCH_UP):
-            replies = self._ask_noise(statement, by_id)
-            if not replies.failed:
-                self._noise = replies.good
-                return self._save(state, phase=Phase.COMMITTING)
-            # Who refuses only because of another run can take part in the next one.
-            refused = {i: e for i, e in replies.refusals().items() if not isinstance(e, StaleRun)}
-            stale = replies.refusals().keys() - refused.keys()
-            left = tuple(i for i in statement.contributors if i in replies.good or i in stale)
-            if self._parameters.num_aggregators - len(refused) < self.table.needed(Stage.CONTRIBUTE):
-                raise most_common(refused.values())
-            self.table.require_live(Stage.CONTRIBUTE, left, replies.why())
-            statement = next_run(statement, left, by=2**attempt if stale else 1)
-            state = self._save(state, statement=statement)
-        raise NotEnoughAggregators(
-            "every run finds another aggregator missing",
-            stage=Stage.CONTRIBUTE,
-            needed=self.table.needed(Stage.CONTRIBUTE),
-            live=statement.contributors,
-        )
-
-    def _ask_noise(self, statement: RoundStatement, by_id: Mapping[str, SealedReport]) -> Replies[NoiseContribution]:
-        def contribute(port: AggregatorPort, index: int) -> NoiseContribution:
-            return read_contribution(port.contribute(statement), index, statement, self._panel.peers)
-
-        question = self._delivery.with_reports(contribute, statement, by_id)
-        return self._panel.ask(statement.contributors, question, "contribute noise")
-
-    # --- the signatures ---
-
-    def _commit(self, state: RoundState, by_id: Mapping[str, SealedReport], live: tuple[int, ...]) -> RoundState:
-        statement = _stated(state)
-        known = {signature.index: signature for signature in state.signatures}
-        replies: Replies[CommitSignature] = Replies()
-        noise = self._noise_for(statement, by_id)
-        if noise is not None:
-
-            def commit(port: AggregatorPort, index: int) -> CommitSignature:
-                signature = port.commit(statement, [one.for_receiver(index) for one in noise])
-                return self._authentic(signature, index, statement)
-
-            question = self._delivery.with_reports(commit, statement, by_id)
-            replies = self._panel.ask([i for i in live if i not in known], question, "sign")
-            known |= replies.good
-        signatures = tuple(known[i] for i in sorted(known))
-        if len(known) >= self.table.needed(Stage.COMMIT):
-            self._noise = {}
-            return self._save(state, phase=Phase.COMMITTED, signatures=signatures)
-        state = self._save(state, signatures=signatures)
-        self._end_if_hopeless(state, replies)
-        why = replies.why() if noise is not None else "the noise of a contributor that does not answer is missing"
-        self.table.require_live(Stage.COMMIT, tuple(sorted(known)), why)
-        return state
-
-    def _noise_for(
-        self, statement: RoundStatement, by_id: Mapping[str, SealedReport]
-    ) -> tuple[NoiseContribution, ...] | None:
-        """What was contributed to this very statement; None if a contributor does not repeat it."""
-        held = self._noise
-        if any(held[i].header.statement_sha256 != statement.sha256 for i in held) or not held:
-            held = self._ask_noise(statement, by_id).good
-        if set(held) != set(statement.contributors):
-            return None
-        self._noise = held
-        return tuple(held[i] for i in statement.contributors)
-
-    def _authentic(self, signature: CommitSignature, index: int, statement: RoundStatement) -> CommitSignature:
-        about = (signature.index, signature.round_id, signature.statement_sha256)
-        if about != (index, statement.round_id, statement.sha256):
-            raise AnswerRejected(f"aggregator {index} signed something else")
-        if not self._panel.signed(index, signature.signed_bytes(), signature.signature):
-            raise AnswerRejected(f"the signature of aggregator {index} is not by its pinned key")
-        return signature
-
-    def _end_if_hopeless(self, state: RoundState, replies: Replies[CommitSignature]) -> None:
-        """Where so many aggregators refuse that a quorum will never sign, say so."""
-        refused = replies.refusals()
-        if self._parameters.num_aggregators - len(refused) >= self.table.needed(Stage.COMMIT):
-            return
-        common = most_common(refused.values())
-        if not state.signatures and len(refused) == len(replies.failed):
-            # Nobody signed, for certain: the round may begin anew, should the reason go away.
-            statement = _stated(state)
-            self._save(state, phase=Phase.CONTRIBUTING, statement=next_run(statement, statement.contributors))
-            raise common
-        self._save(state, phase=Phase.ABANDONED)
-        raise RoundAbandoned(
-            f"round {state.round_id} can never be signed by enough aggregators: {replies.why()}"
-        ) from common
-
     # --- the sum ---
 
     def _open(self, state: RoundState, present: Replies[Any]) -> SecureSum:
-        statement = _stated(state)
+        statement = stated(state)
         replies = self._panel.ask(
             present.indices,
             lambda port, index: read_answer(
@@ -350,22 +255,3 @@ class SecureRound:
                 "missing": {i: type(e).__name__ for i, e in sorted({**present.failed, **replies.failed}.items())},
             },
         )
-
-
-def next_run(statement: RoundStatement, contributors: tuple[int, ...], by: int = 1) -> RoundStatement:
-    """The same set for another run, perhaps with other contributors."""
-    # A copy would keep the cached hash of the original.
-    return RoundStatement(
-        task_id=statement.task_id,
-        round_id=statement.round_id,
-        run=statement.run + by,
-        contributors=contributors,
-        accepted=statement.accepted,
-        parameters=statement.parameters,
-    )
-
-
-def _stated(state: RoundState) -> RoundStatement:
-    if state.statement is None:
-        raise SecureRoundError(f"the journal of round {state.round_id} has no statement in phase {state.phase}")
-    return state.statement

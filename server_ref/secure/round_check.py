@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
 
+from client_sdk.protocol.secure import SecureLayout
 from client_sdk.protocol.shamir import Scheme
 from server_ref.secure.errors import AlreadyChallenged, AnswerRejected, SecureRoundError
 from server_ref.secure.messages import (
@@ -23,20 +23,16 @@ from server_ref.secure.messages import (
     RevealRequest,
 )
 from server_ref.secure.panel import Panel
+from server_ref.secure.parameters import CheckingMode
 from server_ref.secure.parity import ParityVerdict, judge, read_check
-from server_ref.secure.port import AggregatorPort
-from server_ref.secure.round_messages import Challenge, RoundState, SealedReport
+from server_ref.secure.port import FullPort
+from server_ref.secure.projection_opening import judge_projections
+from server_ref.secure.projections import ProjectionSettings
+from server_ref.secure.round_messages import Challenge, RoundState, SaveState, SealedReport
 from server_ref.secure.stages_table import Stage, StagesTable
+from server_ref.secure.zero_key_relay import ask_dealers, keys_for
 
 _log = logging.getLogger("pocketfed.secure")
-
-
-class SaveState(Protocol):
-    """Keeps a round's state durably."""
-
-    def __call__(self, state: RoundState, **changes: Any) -> RoundState:  # noqa: ANN401 - fields of the state
-        """The state with the changes, kept."""
-        ...
 
 
 class ReportCheck:
@@ -45,17 +41,22 @@ class ReportCheck:
     Args:
         panel: The aggregators.
         table: Of what is needed.
-        scheme: Of the shares.
+        layout: Of the shares.
         save: Keeps the state durably, with changes.
-        required: Whether a round waits for an aggregator that cuts its check short.
+        required: Whether a round waits for an aggregator that cuts its check short. In the mode ``projections`` it
+            does.
     """
 
-    def __init__(self, panel: Panel, table: StagesTable, scheme: Scheme, save: SaveState, *, required: bool) -> None:
+    def __init__(
+        self, panel: Panel, table: StagesTable, layout: SecureLayout, save: SaveState, *, required: bool
+    ) -> None:
         self._panel = panel
         self._table = table
-        self._scheme = scheme
+        self._scheme = layout.scheme
         self._save = save
-        self._required = required
+        projected = table.parameters.checking is CheckingMode.PROJECTIONS
+        self._projections = table.parameters.projection_settings(layout.size) if projected else None
+        self._required = required or projected
 
     def run(
         self, state: RoundState, reports: Sequence[SealedReport], holders: tuple[int, ...]
@@ -69,7 +70,7 @@ class ReportCheck:
             SecureRoundError, AlreadyChallenged: The check is required and cannot be had (now).
         """
         if self._required:
-            self._table.require_live(Stage.CHECK, holders)
+            self._table.require_live(Stage.CHECK if self._projections is None else Stage.PROJECTIONS, holders)
         elif len(holders) < self._table.needed(Stage.CHECK):
             return state.model_copy(update={"parity": "too few aggregators"}), holders
         challenged = {ref.report_id for each in state.challenges for ref in each.request.reports}
@@ -90,13 +91,18 @@ class ReportCheck:
         challenges = (*state.challenges[:number], fixed, *state.challenges[number + 1 :])
         state = self._save(state, challenges=challenges)
         spare = len(holders) > self._table.needed(Stage.COMMIT)
-        verdict = check(fixed, self._panel, self._table, self._scheme, spare=spare)
+        nonces = reveal(fixed, self._panel)
+        verdict = check(fixed, nonces, self._panel, self._table, self._scheme, spare=spare)
         for index in verdict.liars:
             _log.error("aggregator %d spoils the check of most reports, and is left out", index)
-        bad = [fixed.request.reports[position].report_id for position in verdict.bad_reports]
-        rejected = {**state.rejected, **dict.fromkeys(bad, "parity")}
+        reports = [ref.report_id for ref in fixed.request.reports]
+        rejected = dict.fromkeys((reports[position] for position in verdict.bad_reports), "parity")
+        if self._projections is not None:
+            accepted = project(fixed, nonces, self._panel, self._table, self._projections)
+            refused = [report for report, good in zip(reports, accepted, strict=True) if not good]
+            rejected = {**dict.fromkeys(refused, "projections"), **rejected}
         left = tuple(i for i in holders if i not in verdict.liars)
-        return state.model_copy(update={"rejected": rejected}), left
+        return state.model_copy(update={"rejected": {**state.rejected, **rejected}}), left
 
 
 def challenges_of(round_id: int, reports: Sequence[SealedReport]) -> tuple[Challenge, ...]:
@@ -117,7 +123,7 @@ def fix_commitments(challenge: Challenge, panel: Panel, table: StagesTable, live
         return challenge
     name = challenge.request.sha256()
 
-    def commit(port: AggregatorPort, index: int) -> ChallengeCommitment:
+    def commit(port: FullPort, index: int) -> ChallengeCommitment:
         commitment = port.challenge_commit(challenge.request)
         if (commitment.index, commitment.challenge_sha256) != (index, name):
             raise AnswerRejected(f"aggregator {index} committed to another challenge")
@@ -132,39 +138,79 @@ def fix_commitments(challenge: Challenge, panel: Panel, table: StagesTable, live
     return challenge.model_copy(update={"reveal": RevealRequest(challenge_sha256=name, commitments=commitments)})
 
 
-def check(challenge: Challenge, panel: Panel, table: StagesTable, scheme: Scheme, *, spare: bool) -> ParityVerdict:
-    """Reveal, check and judge: the same verdict whenever the same aggregators answer.
+def reveal(challenge: Challenge, panel: Panel) -> CheckRequest:
+    """The nonces of all that committed.
+
+    Raises:
+        SecureRoundError: One of them does not reveal: without all nonces there are no coefficients, and with fewer
+            there would be a choice of them.
+    """
+    fixed = _revealed(challenge)
+    transcript = fixed.transcript()
+
+    def show(port: FullPort, index: int) -> ChallengeNonce:
+        nonce = port.challenge_reveal(fixed)
+        authentic = panel.signed(index, nonce.signed_bytes(), nonce.signature)
+        if (nonce.index, nonce.transcript_sha256) != (index, transcript) or not authentic:
+            raise AnswerRejected(f"aggregator {index} revealed no nonce of this challenge")
+        return nonce
+
+    nonces = panel.ask(_committed(challenge), show, "reveal its nonce")
+    if nonces.failed:
+        raise SecureRoundError(f"a challenge cannot be revealed: {nonces.why()}")
+    return CheckRequest(transcript_sha256=transcript, nonces=tuple(nonces.good[i] for i in nonces.indices))
+
+
+def check(
+    challenge: Challenge, nonces: CheckRequest, panel: Panel, table: StagesTable, scheme: Scheme, *, spare: bool
+) -> ParityVerdict:
+    """Whose shares do not fit together: the same verdict whenever the same aggregators answer.
 
     Args:
         challenge: With its commitments.
+        nonces: What ``reveal`` gave.
         panel: The aggregators.
         table: Of what is needed.
         scheme: Of the shares.
         spare: Whether an aggregator can be left out.
 
     Raises:
-        SecureRoundError: An aggregator that committed does not reveal, or too few answer.
+        NotEnoughAggregators: Too few answer.
     """
-    reveal = challenge.reveal
-    if reveal is None:
-        raise SecureRoundError("a challenge is revealed after its commitments are fixed")
-    transcript = reveal.transcript()
-    committed = [each.index for each in reveal.commitments]
-
-    def show(port: AggregatorPort, index: int) -> ChallengeNonce:
-        nonce = port.challenge_reveal(reveal)
-        authentic = panel.signed(index, nonce.signed_bytes(), nonce.signature)
-        if (nonce.index, nonce.transcript_sha256) != (index, transcript) or not authentic:
-            raise AnswerRejected(f"aggregator {index} revealed no nonce of this challenge")
-        return nonce
-
-    nonces = panel.ask(committed, show, "reveal its nonce")
-    if nonces.failed:
-        # Without all nonces there are no coefficients, and with fewer nonces there would be a choice of them.
-        raise SecureRoundError(f"a challenge cannot be revealed: {nonces.why()}")
-    request = CheckRequest(transcript_sha256=transcript, nonces=tuple(nonces.good[i] for i in nonces.indices))
     values = panel.ask(
-        committed, lambda port, index: read_check(port.check(request), index, challenge, scheme, panel.peers), "check"
+        _committed(challenge),
+        lambda port, index: read_check(port.check(nonces), index, challenge, scheme, panel.peers),
+        "check",
     )
     table.require_live(Stage.CHECK, values.indices, values.why())
     return judge(values.good, scheme, spare=spare)
+
+
+def project(
+    challenge: Challenge, nonces: CheckRequest, panel: Panel, table: StagesTable, settings: ProjectionSettings
+) -> tuple[bool, ...]:
+    """Which updates are as short as they claim, in the challenge's order.
+
+    Raises:
+        NotEnoughAggregators: Too few answer.
+        ProjectionsInconsistent: A dealer gave out different keys.
+    """
+    committed, transcript = _committed(challenge), nonces.transcript_sha256
+    dealt = ask_dealers(panel, committed, transcript, lambda port: port.deal_zero_keys(transcript))
+    answers = panel.ask(
+        committed, lambda port, index: port.open_projections(nonces, keys_for(index, dealt)), "open projections"
+    )
+    authentic = {i: each for i, each in answers.good.items() if each.header.index == i}
+    table.require_live(Stage.PROJECTIONS, tuple(sorted(authentic)), answers.why())
+    count = len(challenge.request.reports)
+    return judge_projections(transcript, count, list(authentic.values()), settings, panel.signed)
+
+
+def _revealed(challenge: Challenge) -> RevealRequest:
+    if challenge.reveal is None:
+        raise SecureRoundError("a challenge is revealed after its commitments are fixed")
+    return challenge.reveal
+
+
+def _committed(challenge: Challenge) -> list[int]:
+    return [each.index for each in _revealed(challenge).commitments]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from client_sdk.protocol.messages import Id128, Message
+from server_ref.secure.distance_messages import DistanceRequest
 from server_ref.secure.messages import (
     ChallengeRequest,
     CommitSignature,
@@ -95,6 +96,7 @@ class RoundState(Message):
         rejected: Reports that are left out, and why.
         challenges: What was challenged.
         parity: What became of the check; empty before it.
+        cohort: Reports that are compared with each other, where a rule selects: once, and in no other company.
         statement: What is summed, once that is fixed.
         signatures: Those that are known.
     """
@@ -104,8 +106,17 @@ class RoundState(Message):
     rejected: dict[Id128, str] = Field(default_factory=dict)
     challenges: tuple[Challenge, ...] = ()
     parity: str = ""
+    cohort: DistanceRequest | None = None
     statement: RoundStatement | None = None
     signatures: tuple[CommitSignature, ...] = ()
+
+
+class SaveState(Protocol):
+    """Keeps a round's state durably."""
+
+    def __call__(self, state: RoundState, **changes: Any) -> RoundState:  # noqa: ANN401 - fields of the state
+        """The state with the changes, kept."""
+        ...
 
 
 class Journal(Protocol):

@@ -2,7 +2,7 @@
 
 The counts follow from the degree of the polynomials that shares lie on. ``needed = t + k - 1`` values (t the threshold,
 k the packing) fix a polynomial of a fresh share; each value beyond that lets one wrong value show, and each two locate
-one. Products of shares, which distances are, have twice the degree.
+one. Products of shares, which norms and distances are, have twice the degree.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Stage(StrEnum):
     OPEN = "open a sum"
     DETECT = "detect a wrong answer"
     CORRECT = "correct a wrong answer"
+    PROJECTIONS = "open projections and norms"
     DISTANCES = "open distances"
 
 
@@ -54,7 +55,7 @@ class StagesTable:
                 return p.needed + 1
             case Stage.CORRECT:
                 return p.needed + 2
-            case Stage.DISTANCES:
+            case Stage.PROJECTIONS | Stage.DISTANCES:
                 return 2 * degree + 1
 
     def possible(self, stage: Stage) -> bool:

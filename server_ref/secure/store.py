@@ -99,6 +99,11 @@ class AggregatorStore:
         """The share of a report that is still kept."""
         return self.blobs.get(_share_key(report.digest)) if report.share is None else report.share
 
+    def drop(self, names: Iterable[str]) -> None:
+        """Remove what was ``put`` under these hashes."""
+        for sha256 in names:
+            self.blobs.delete(self.blobs.content_key(sha256))
+
     def drop_shares(self, digests: Iterable[str]) -> None:
         """Remove the blobs of these reports' shares, where there are any."""
         for digest in digests:

@@ -16,14 +16,24 @@ from pydantic import Field, ValidationError
 
 from client_sdk.protocol.errors import MalformedFrame, MalformedMessage
 from client_sdk.protocol.frames import FrameLimits, decode_frame, encode_frame
-from client_sdk.protocol.messages import Message
+from client_sdk.protocol.messages import MAX_AGGREGATORS, Message, Sha256
 from client_sdk.protocol.sealing import SealingSuite
+from server_ref.secure.distance_messages import (
+    MAX_COMPARED,
+    DistanceRequest,
+    DistanceShare,
+    ZeroKeyHeader,
+    ZeroKeys,
+    ZeroKeyShare,
+)
 from server_ref.secure.layout import secure_layout
 from server_ref.secure.messages import (
+    MAX_CHALLENGED,
     MAX_CONTROL_BYTES,
     MAX_DELIVERY,
     AggregateShare,
     AnswerHeader,
+    CheckRequest,
     CommitSignature,
     DeliveredShare,
     NoiseContribution,
@@ -36,6 +46,8 @@ from server_ref.secure.messages import (
     Verdict,
 )
 from server_ref.secure.parameters import PinnedParameters
+from server_ref.secure.projection_messages import ProjectionShare
+from server_ref.secure.projections import ROWS
 
 DELIVERY_BYTES: Final = 32 * 1024 * 1024
 """Ciphertexts in one delivery: as many reports as fit, and at least one."""
@@ -47,7 +59,11 @@ CONTROL_LIMIT: Final = MAX_CONTROL_BYTES + _SPARE_BYTES
 _HEADER_BYTES: Final = 100
 """Of each hash or number in the header of a delivered share, as JSON."""
 
+_MAX_PROJECTED: Final = MAX_CHALLENGED * (ROWS + 1)
+_MAX_PAIRS: Final = MAX_COMPARED * (MAX_COMPARED - 1) // 2
+
 M = TypeVar("M", bound=Message)
+H = TypeVar("H", bound=Message)
 Buffer = bytes | memoryview
 
 
@@ -71,6 +87,26 @@ class CommitRequest(Message):
     noise: tuple[NoiseHeader, ...]
 
 
+class ProjectionKeysRequest(Message):
+    """For which transcript keys of shares of zero are dealt."""
+
+    transcript_sha256: Sha256
+
+
+class ProjectionRequest(Message):
+    """Revealed nonces; this aggregator's sealed keys of each dealer stand beside them."""
+
+    request: CheckRequest
+    keys: tuple[ZeroKeyHeader, ...] = Field(max_length=MAX_AGGREGATORS)
+
+
+class CompareRequest(Message):
+    """A cohort to compare; this aggregator's sealed keys of each dealer stand beside it."""
+
+    request: DistanceRequest
+    keys: tuple[ZeroKeyHeader, ...] = Field(max_length=MAX_AGGREGATORS)
+
+
 class AnswerRequest(Message):
     """The quorum against which an aggregator gives its share of the sum."""
 
@@ -86,11 +122,13 @@ class Limits:
         delivery: A frame with delivered shares.
         noise: A frame with one noise share of each contributor, or with one contribution.
         answer: A frame with a share of the sum.
+        opened: A frame with shares of what is opened of single reports: projections and norms, or distances.
     """
 
     delivery: int
     noise: int
     answer: int
+    opened: int
 
     @classmethod
     def of(cls, parameters: PinnedParameters, task: TaskBinding | None) -> Self:
@@ -101,7 +139,7 @@ class Limits:
             task: Says how many coordinates are shared.
         """
         if task is None:
-            return cls(delivery=_SPARE_BYTES, noise=_SPARE_BYTES, answer=_SPARE_BYTES)
+            return cls(delivery=_SPARE_BYTES, noise=_SPARE_BYTES, answer=_SPARE_BYTES, opened=_SPARE_BYTES)
         layout = secure_layout(parameters, task, SealingSuite.MLKEM768_X25519)  # the longer ciphertexts
         share = layout.ciphertext_bytes(parameters.num_aggregators)
         sums = parameters.max_parts * share
@@ -110,6 +148,7 @@ class Limits:
             delivery=max(DELIVERY_BYTES, share) + headers + _SPARE_BYTES,
             noise=CONTROL_LIMIT + parameters.num_aggregators * sums,
             answer=_SPARE_BYTES + sums,
+            opened=_SPARE_BYTES + layout.scheme.field.element_bytes * max(_MAX_PROJECTED, _MAX_PAIRS),
         )
 
 
@@ -193,6 +232,59 @@ def unpack_answer(body: Buffer) -> AggregateShare:
     header, buffers = unpack(AnswerHeader, body)
     _require_one_each(1, buffers)
     return AggregateShare(header, bytes(buffers[0]))
+
+
+def pack_keys(keys: ZeroKeys) -> bytes:
+    """The reply of the operations that deal keys of shares of zero."""
+    return pack(keys.header, keys.sealed)
+
+
+def unpack_keys(body: Buffer) -> ZeroKeys:
+    """The keys of ``pack_keys``."""
+    header, buffers = unpack(ZeroKeyHeader, body)
+    _require_one_each(len(header.sealed_sha256), buffers)
+    return ZeroKeys(header, tuple(map(bytes, buffers)))
+
+
+def pack_projection_request(request: CheckRequest, keys: Sequence[ZeroKeyShare]) -> bytes:
+    """The body of ``open_projections``."""
+    control = ProjectionRequest(request=request, keys=tuple(share.header for share in keys))
+    return pack(control, [share.sealed for share in keys])
+
+
+def unpack_projection_request(body: Buffer) -> tuple[CheckRequest, list[ZeroKeyShare]]:
+    """The request and the keys of ``pack_projection_request``."""
+    control, buffers = unpack(ProjectionRequest, body)
+    return control.request, _key_shares(control.keys, buffers)
+
+
+def pack_compare(request: DistanceRequest, keys: Sequence[ZeroKeyShare]) -> bytes:
+    """The body of ``compare``."""
+    control = CompareRequest(request=request, keys=tuple(share.header for share in keys))
+    return pack(control, [share.sealed for share in keys])
+
+
+def unpack_compare(body: Buffer) -> tuple[DistanceRequest, list[ZeroKeyShare]]:
+    """The cohort and the keys of ``pack_compare``."""
+    control, buffers = unpack(CompareRequest, body)
+    return control.request, _key_shares(control.keys, buffers)
+
+
+def pack_opened(opened: ProjectionShare | DistanceShare) -> bytes:
+    """The reply of ``open_projections`` and of ``compare``."""
+    return pack(opened.header, [opened.payload])
+
+
+def unpack_opened(header: type[H], body: Buffer) -> tuple[H, bytes]:
+    """The signed header and the payload of ``pack_opened``."""
+    found, buffers = unpack(header, body)
+    _require_one_each(1, buffers)
+    return found, bytes(buffers[0])
+
+
+def _key_shares(headers: Sequence[ZeroKeyHeader], buffers: Sequence[memoryview]) -> list[ZeroKeyShare]:
+    _require_one_each(len(headers), buffers)
+    return [ZeroKeyShare(header, bytes(b)) for header, b in zip(headers, buffers, strict=True)]
 
 
 def _require_one_each(count: int, buffers: Sequence[Buffer]) -> None:

@@ -354,3 +354,8 @@ def save_note(connection: Connection, name: str, value: str) -> None:
     changed = connection.execute(sa.update(schema.journal).where(schema.journal.c.name == name).values(value=value))
     if changed.rowcount == 0:
         connection.execute(sa.insert(schema.journal).values(name=name, value=value))
+
+
+def delete_note(connection: Connection, name: str) -> None:
+    """Remove a value of the journal; a no-op when it is not there."""
+    connection.execute(sa.delete(schema.journal).where(schema.journal.c.name == name))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from mobile_export.models import build_model
+from server_ref import status
 from server_ref.task import Task
 from simulator.cohort.attackers import CohortAttackers
 from simulator.cohort.clients import Clients
@@ -21,6 +22,7 @@ from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
 from simulator.monitor import Display, RunMonitor
 from simulator.prepare import INITIAL_WEIGHTS_SEED, Fleet, Prepared, Say, SessionCosts
+from simulator.view import PrivacyClaim
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class CohortSetting:
             last = engine.failures[-1].error
             say(f"{len(engine.failures)} sessions gave their assignments back, the last one because: {last}")
         sessions = {session.number: session for session in monitor.sessions}
+        claimed = status.privacy_of(task)
         return monitor, Ending(
             finished=finished,
             model_sha256=server.model.sha256 if server.version > 0 else None,
@@ -104,6 +107,7 @@ class CohortSetting:
             runtime="torch",
             halted=server.halted or stuck,
             pipeline={slot.value: stage.title for slot, stage in task.pipeline.stages.items()},
+            privacy=None if claimed is None else PrivacyClaim.model_validate(claimed),
         )
 
     def _device_ids(self) -> Callable[[int], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 
@@ -12,8 +13,13 @@ import pytest
 from client_sdk.protocol.errors import ConfigurationError, OversizedBody, ServerBusy, StorageUnavailable
 from server_ref.secure import wire
 from server_ref.secure.client import HttpAggregator, Patience
+from server_ref.secure.distance_messages import DistanceRequest
+from server_ref.secure.distance_opening import open_distances
+from server_ref.secure.distances import distance_settings
 from server_ref.secure.errors import AggregatorUnavailable, AnswerRejected, CohortTooSmall
 from server_ref.secure.identity import SigningKey
+from server_ref.secure.parameters import CheckingMode
+from server_ref.secure.zero_key_relay import keys_for
 from tests.aggregator_http import COORDINATOR, AggregatorHost, begin, hosting, send, signed_headers
 from tests.secure_parties import Parties, pinned, quick_store
 from tests.secure_rounds import Coordinator, plain_sum
@@ -54,6 +60,37 @@ def test_a_whole_round_over_http_gives_the_plain_sum_on_few_connections(parties,
     np.testing.assert_array_equal(coordinator.run(more).sums[0], plain_sum(more))
     coordinator.secure.close()
     assert len(host.connections) - before <= 5, "connections are reused"
+
+
+def test_projections_travel_over_http_too(tmp_path):
+    with hosting() as own:
+        parameters = pinned(num_aggregators=3, threshold=2, checking=CheckingMode.PROJECTIONS, privacy=None)
+        parties = Parties(tmp_path, parameters, open_store=quick_store, wrap=own.add)
+        coordinator = Coordinator(parties)
+        made = coordinator.uploads()
+        too_long = parties.upload(5, [parameters.bounds.norm_bound, 1, 0, 0, 0, 0])
+        found = coordinator.run([*made, too_long])
+        np.testing.assert_array_equal(found.sums[0], plain_sum(made))
+        assert found.rejected == {too_long.header.report_id: "projections"}
+        coordinator.secure.close()
+        parties.close()
+
+
+def test_distances_travel_over_http_too(tmp_path):
+    with hosting() as own:
+        parameters = pinned(
+            num_aggregators=3, threshold=2, checking=CheckingMode.PROJECTIONS, distances=True, privacy=None
+        )
+        parties = Parties(tmp_path, parameters, open_store=quick_store, wrap=own.add)
+        made = parties.uploads(range(3))
+        request = DistanceRequest(task_id=parties.task.task_id, round_id=0, reports=tuple(u.ref for u in made))
+        parties.challenge(made)
+        dealt = {i: parties[i].deal_distance_keys(request) for i in parties.indices}
+        answers = [parties[i].compare(request, keys_for(i, dealt)) for i in parties.indices]
+        opened = open_distances(request, answers, distance_settings(parameters), parties.configs[0].signed)
+        parties.close()
+    expected = [int(((a.codes - b.codes) ** 2).sum()) for a, b in itertools.combinations(made, 2)]
+    assert opened == expected
 
 
 def test_reports_that_do_not_fit_into_one_request_are_sent_in_several(parties, monkeypatch):

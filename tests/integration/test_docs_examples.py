@@ -32,6 +32,7 @@ STORIES = [
     ("aggregation.md",),
     ("privacy.md",),
     ("audit.md",),
+    ("aggregators.md",),
 ]
 
 PLAYED_ELSEWHERE = {"server.md": "tests/unit/test_server_config.py, with a bundle and a model at hand"}

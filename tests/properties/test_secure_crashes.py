@@ -37,8 +37,7 @@ from server_ref.secure.messages import (
 )
 from server_ref.secure.noise_shares import make_contribution, noise_info
 from server_ref.secure.store import AggregatorStore
-from server_ref.store.blobs import BlobStore
-from tests.secure_parties import Parties, Upload, pinned, pinned_privacy
+from tests.secure_parties import Parties, QuickBlobs, Upload, hurry, pinned, pinned_privacy, quick_store
 
 T = TypeVar("T")
 VICTIM = 4  # holds vectors, not seeds, so that its shares can lie in blobs
@@ -69,7 +68,7 @@ class Fuse:
         return self.left <= 0
 
 
-class FusedBlobs(BlobStore):
+class FusedBlobs(QuickBlobs):
     """Dies before or after a blob is written, flushed or removed."""
 
     def __init__(self, root: Path, fuse: Fuse) -> None:
@@ -95,6 +94,7 @@ class FusedStore(AggregatorStore):
 
     def __init__(self, folder: Path, fuse: Fuse) -> None:
         super().__init__(folder, FusedBlobs(folder / "blobs", fuse))
+        hurry(self)
         self.fuse = fuse
         self.wrote = False
         sa.event.listen(self.engine, "before_cursor_execute", self._before)
@@ -232,7 +232,7 @@ def survives(about: Round, folder: Path, fuse: Fuse, *, dies: bool) -> None:
 
     def restart() -> Aggregator:
         stores.pop().close()
-        stores.append(AggregatorStore(folder))
+        stores.append(quick_store(folder))
         return about.open(stores[0])
 
     coordinator = Coordinator(about, port, restart if dies else lambda: port)

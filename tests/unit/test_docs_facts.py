@@ -23,7 +23,7 @@ from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
 from simulator.cli import given_settings
 from simulator.config import SimulationConfig
 from simulator.population import TIERS
-from simulator.results import RoundResult, SimulationResults, TierResult
+from simulator.results import PrivacyResult, RoundResult, SecrecyResult, SimulationResults, TierResult
 from tests.devices import make_assignment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words:
-            end = next((i for i, word in enumerate(words) if word in {"&&", "|", ";", "&"}), len(words))
+            end = next((i for i, word in enumerate(words) if word in {"&&", "|", ";", "&", ">"}), len(words))
             call, words = words[:end], words[end + 1 :]
             if call and call[0].rpartition("/")[2] == "pocketfed":
                 yield call[1:]
@@ -113,7 +113,14 @@ def test_a_flag_that_does_not_exist_is_found(capsys: pytest.CaptureFixture[str])
     assert "--cohorts" in capsys.readouterr().err
 
 
-FLAGS = {flag for name in COMMANDS for flag in parser_of(name)._option_string_actions} | {"--version"}
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Those of a command and of its actions."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    inner = [flags_of(each) for action in actions for each in action.choices.values()]
+    return set(parser._option_string_actions).union(*inner)
+
+
+FLAGS = {flag for name in COMMANDS for flag in flags_of(parser_of(name))} | {"--version"}
 OTHERS = {"--index-url", "--errors", "--check"}  # pip's, and the benchmarks'
 
 
@@ -133,6 +140,8 @@ def test_every_flag_named_in_the_text_exists(path: Path):
         ("| field | holds |", SimulationResults),
         ("| field of a round | holds |", RoundResult),
         ("| field of a tier | holds |", TierResult),
+        ("| field of `privacy` | holds |", PrivacyResult),
+        ("| field of `secrecy` | holds |", SecrecyResult),
     ],
 )
 def test_the_fields_of_the_results_are_listed(header: str, model: Any):

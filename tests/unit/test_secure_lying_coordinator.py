@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -432,6 +433,29 @@ def test_two_accomplices_and_a_split_view_open_one_set_at_most(tmp_path):
     with_device, without = split_view(tmp_path / "careless", careless)
     assert (with_device - without).tolist() == default_codes(3, with_device.size), "what a smaller quorum gives away"
     assert len(split_view(tmp_path / "safe", pinned(privacy=None))) <= 1
+
+
+@pytest.mark.parametrize(("quorum", "sums"), [(None, 3), (5, 2)], ids=["4 of 5", "5 of 5"])
+def test_how_far_accomplices_get_beyond_the_pinned_number_of_sums(tmp_path, quorum, sums):
+    """Each honest aggregator signs two; the coordinator asks only as many as it needs, each time others."""
+    privacy = pinned_privacy(
+        noise="devices", device_noise_variance=str(Fraction(4 * 2**16) ** 2 / 2), honest_devices=2, max_rounds=2
+    )
+    parties = Parties(tmp_path, pinned(privacy=privacy, quorum=quorum), live=[3, 4, 5])
+    assert parties.parameters.overrun == Fraction(sums, 2)
+    opened = 0
+    for round_id, asked in enumerate(((3, 4), (4, 5), (3, 5), (3, 4), (4, 5), (3, 5))):
+        uploads = [parties.upload(10 * round_id + i) for i in range(2)]
+        parties.deliver(uploads, round_id, to=[3, 4, 5])
+        statement = parties.statement(uploads, round_id=round_id)
+        honest = asked if quorum is None else (3, 4, 5)
+        unsigned = CommitSignature(index=1, round_id=round_id, statement_sha256=statement.sha256, signature=UNSIGNED)
+        accomplices = [parties.keys[i - 1].sign(unsigned.model_copy(update={"index": i})) for i in (1, 2)]
+        with suppress(BudgetSpent):
+            signatures = [*accomplices, *parties.commit(statement, [], by=honest)]
+            opened += bool(parties[honest[0]].answer(round_id, signatures).payload)
+    assert opened == sums
+    parties.close()
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------

@@ -274,8 +274,9 @@ def test_secrets_do_not_print():
 
 
 CORE = (
-    "aggregator", "canonical", "challenges", "errors", "identity", "intake", "ledger", "messages", "noise_shares",
-    "parameters", "port", "queries", "rules", "store", "sums", "tables",
+    "aggregator", "answers", "canonical", "challenges", "comparisons", "errors", "identity", "intake", "ledger",
+    "messages", "noise_shares", "parameters", "port", "projections", "queries", "record_rules", "rules", "store",
+    "sums", "tables", "zero_keys",
 )  # fmt: skip
 
 

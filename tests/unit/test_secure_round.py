@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from server_ref.secure.errors import (
     RoundCommitted,
     SecureRoundError,
 )
+from server_ref.secure.integer_krum import integer_krum
 from server_ref.secure.messages import AggregateShare, CheckAnswer
 from server_ref.secure.parameters import CheckingMode
 from server_ref.secure.round_messages import Parity, Phase, RoundState
@@ -429,6 +431,86 @@ def test_a_required_check_waits_for_who_cuts_it_short(with_parameters, operation
     found = coordinator.run(made)
     assert found.measurements["parity"] == "checked"
     np.testing.assert_array_equal(found.sums[0], plain_sum(made))
+
+
+@pytest.mark.parametrize("threshold", [2, 3])
+def test_an_update_that_is_longer_than_it_claims_does_not_count_in_the_mode_projections(with_parameters, threshold):
+    parameters = pinned(checking=CheckingMode.PROJECTIONS, threshold=threshold, privacy=None)
+    coordinator = with_parameters(parameters, parity=Parity.OFF)
+    made = coordinator.uploads()
+    bound = parameters.bounds.norm_bound
+    longest = coordinator.parties.upload(900, [bound, 0, 0, 0, 0, 0])
+    too_long = coordinator.parties.upload(901, [bound, 1, 0, 0, 0, 0])
+    wraps_around = coordinator.parties.upload(902, [2**60 - 7, 0, 0, 0, 0, 0])
+    found = coordinator.run([*made, longest, too_long, wraps_around])
+    np.testing.assert_array_equal(found.sums[0], plain_sum([*made, longest]))
+    assert found.rejected == {u.header.report_id: "projections" for u in (too_long, wraps_around)}
+
+
+@pytest.mark.parametrize("operation", ["deal_zero_keys", "open_projections"])
+def test_projections_wait_for_all_that_they_need(with_parameters, operation):
+    coordinator = with_parameters(pinned(checking=CheckingMode.PROJECTIONS, privacy=None))
+    made = coordinator.uploads()
+    coordinator.port(2).fail_at(operation)
+    with pytest.raises(NotEnoughAggregators, match="open projections and norms takes 5"):
+        coordinator.run(made)
+    coordinator.recover()
+    coordinator.replace()
+    np.testing.assert_array_equal(coordinator.run(made).sums[0], plain_sum(made))
+
+
+def test_keys_that_the_dealer_did_not_sign_are_not_passed_on(with_parameters):
+    coordinator = with_parameters(pinned(checking=CheckingMode.PROJECTIONS, privacy=None))
+    coordinator.port(1).alter["deal_zero_keys"] = lambda keys: replace(keys, sealed=keys.sealed[::-1])
+    with pytest.raises(NotEnoughAggregators, match="the keys of aggregator 1 are missing"):
+        coordinator.run(coordinator.uploads())
+
+
+def krum(distances, count):
+    """Multi-Krum over integers: half of the reports, by the rule that is used on plain updates."""
+    return integer_krum(distances, count, 1, m=count - 3).selected
+
+
+DISTANCES = {
+    "checking": CheckingMode.PROJECTIONS,
+    "distances": True,
+    "privacy": None,
+    "num_aggregators": 3,
+    "threshold": 2,
+}
+
+
+def test_a_rule_selects_on_shares_what_it_selects_on_plain_updates(with_parameters):
+    coordinator = with_parameters(pinned(**DISTANCES), select=krum)
+    codes = [[i, 2, 3, 4, 5, 6] for i in (0, 1, 2, 40, 4, 5, 90)]
+    made = [coordinator.parties.upload(700 + i, each) for i, each in enumerate(codes)]
+    plain = [sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) for a, b in itertools.combinations(codes, 2)]
+    expected = [made[i] for i in sorted(krum(plain, len(codes)))]
+    found = coordinator.run(made)
+    assert found.counted == (tuple(u.header.report_id for u in expected),)
+    np.testing.assert_array_equal(found.sums[0], plain_sum(expected))
+    assert set(found.rejected.values()) == {"not-selected"}
+    coordinator.replace()
+    assert coordinator.run(made).counted == found.counted
+
+
+def test_a_cohort_that_was_begun_stays_the_same(with_parameters):
+    coordinator = with_parameters(pinned(**DISTANCES), select=krum)
+    made = coordinator.uploads(6)
+    coordinator.port(2).fail_at("compare", after=True)
+    with pytest.raises(NotEnoughAggregators, match="open distances takes 3"):
+        coordinator.run(made)
+    coordinator.recover()
+    coordinator.replace()
+    late = coordinator.upload()
+    found = coordinator.run([*made, late])
+    assert found.rejected[late.header.report_id] == "not-compared"
+    assert len(found.counted[0]) == 3
+
+
+def test_a_rule_needs_distances_that_are_pinned(with_parameters):
+    with pytest.raises(ConfigurationError, match="do not pin distances"):
+        with_parameters(pinned(**DISTANCES | {"distances": False}), select=krum)
 
 
 # --- a coordinator that dies -------------------------------------------------------------------------------------

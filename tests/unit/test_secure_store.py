@@ -221,6 +221,7 @@ def test_answers_and_unused_reports_are_kept_for_so_many_rounds(tmp_path):
         parties.run(parties.statement(uploads, round_id=round_id))
     with pytest.raises(AnswerDiscarded):
         parties[1].answer(0, old)
+    assert len(parties.stores[1].blobs.keys("content")) == 3 * 4, "three rounds are kept: set, noise and answers"
     with pytest.raises(AnswerDiscarded):
         parties.restart(1).answer(0, old)
     # Nor is noise drawn anew for a sum that others may still be asked to open.
@@ -297,4 +298,23 @@ def test_the_noise_of_a_round_that_was_never_signed_is_not_drawn_a_second_time_e
         parties.run(parties.statement(uploads, round_id=round_id))
     with pytest.raises(AnswerDiscarded):
         parties[1].contribute(abandoned)
+    parties.close()
+
+
+@pytest.mark.parametrize("inline_bytes", [0, store.INLINE_BYTES], ids=["blobs", "rows"])
+def test_an_answer_that_another_call_gives_meanwhile_is_given_too(tmp_path, monkeypatch, inline_bytes):
+    """A coordinator gave up waiting and asks again while the first call sums: the second lets go of the shares."""
+    monkeypatch.setattr(store, "INLINE_BYTES", inline_bytes)
+    parties = Parties(tmp_path)
+    signatures = parties.commit(parties.statement(parties.uploads(range(3))))
+    own, real, answers = parties.stores[4], parties.stores[4].get_share, []
+
+    def interrupted(report: queries.StoredReport) -> bytes | memoryview:
+        if not answers:
+            answers.append(None)
+            answers.append(parties[4].answer(0, signatures))
+        return real(report)
+
+    monkeypatch.setattr(own, "get_share", interrupted)
+    assert parties[4].answer(0, signatures) == answers[1]
     parties.close()

@@ -32,7 +32,8 @@ def round_result(number, **changes):
         "closed_at_s": 10.0 * number, "bytes_counted": 12_400, "bytes_dense": 12_000, "excluded": (), "attackers": 0,
         "excluded_attackers": 0, "num_byzantine": None, "degraded": False, "clipped": 0,
         "norm_median": None, "norm_max": None, "aggregate_norm": 0.5,
-        "staleness": {0: 2}, "unchanged": None, "model_sha256": HASH,
+        "staleness": {0: 2}, "unchanged": None, "epsilon": None, "noise_stddev": None, "shares_rejected": {},
+        "noise_from": (), "opened_by": (), "tampered": (), "integrity": None, "model_sha256": HASH,
     }  # fmt: skip
     return RoundResult(**{**values, **changes})
 
@@ -41,6 +42,7 @@ def results(rounds=3, **changes):
     values = {
         "status": "completed", "final_accuracy": 0.8765, "final_loss": 0.4, "model_sha256": HASH, "halted": None,
         "pipeline": {"reduce": "exact weighted mean (float64 bins)"}, "repeatable": True,
+        "privacy": None, "secrecy": None,
         "rounds": tuple(round_result(n) for n in range(1, rounds + 1)),
         "tiers": (
             TierResult(tier=DeviceTier.HIGH_END, devices=1, counted=4, late=0, dropped=1, refused=0, unfinished=0),
