@@ -139,7 +139,13 @@ class TaskConfig(_Section):
 
         So do those of a private task: a weight is what one device can move the sum by, and the noise grows with it.
         """
-        uniform = self.aggregation.weighting == "uniform" or self.plan.algorithm == "scaffold" or self.privacy.enabled
+        uniform = (
+            self.aggregation.weighting == "uniform"
+            or self.plan.algorithm == "scaffold"
+            or self.privacy.enabled
+            # Rules weigh all alike, on shares too.
+            or (self.secure is not None and self.aggregation.rule != "mean")
+        )
         return 1 if uniform else self.weight_cap
 
     @property

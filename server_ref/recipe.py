@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError
@@ -25,7 +26,7 @@ from server_ref.aggregation.admission import (
 from server_ref.aggregation.batch import Facts, Visibility
 from server_ref.aggregation.bucketed import BucketNoise, BucketSums
 from server_ref.aggregation.buckets import BucketedRule
-from server_ref.aggregation.errors import IndividualUpdatesNeeded
+from server_ref.aggregation.errors import IndividualUpdatesNeeded, UnknownSensitivity
 from server_ref.aggregation.noise import CentralNoise
 from server_ref.aggregation.pipeline import Pipeline
 from server_ref.aggregation.reduce import ExactMean
@@ -40,7 +41,9 @@ from server_ref.aggregation.staleness import BufferedSchedule, SynchronousSchedu
 from server_ref.combinations import check_combinations
 from server_ref.config import TaskConfig
 from server_ref.privacy_plan import PrivacyPlan
-from server_ref.secure_plan import SharingPlan, grid_of
+from server_ref.secure.integer_krum import integer_krum
+from server_ref.secure.round_selection import Select
+from server_ref.secure_plan import SharingPlan, grid_of, selects_by_distance
 
 
 def build_pipeline(
@@ -76,7 +79,7 @@ def build_pipeline(
         max_abs=config.max_abs,
     )
     schedule = _schedule(config)
-    reduce, noise = _reduce_and_noise(config, schedule.derive(facts).max_scale, privacy, keeper)
+    reduce, noise = _reduce_and_noise(config, size, schedule.derive(facts).max_scale, privacy, keeper)
     return Pipeline.build(
         schedule,
         ValidateFacts(max_normaliser=_max_normaliser(config.plan)),
@@ -93,11 +96,8 @@ def build_pipeline(
 def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pipeline:
     """The pipeline of a task whose updates are summed by aggregators: this server sees sums only."""
     settings = config.aggregation
-    if settings.rule != "mean" and config.privacy.buckets is None:
-        raise IndividualUpdatesNeeded(
-            f"{settings.rule} looks at single updates, and with task.secure this server sees their sum only: choose "
-            "the mean, let the rule choose among noised sums (task.privacy.buckets), or leave task.secure out"
-        )
+    if selects_by_distance(config):
+        _check_distances(config)
     if config.plan.algorithm in {"scaffold", "fednova"}:
         raise ConfigurationError(
             f"{config.plan.algorithm}'s updates are not clipped as one vector of public scale, and cannot be shared: "
@@ -117,9 +117,61 @@ def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pi
         max_weight=config.max_weight,
         norm_bound=settings.clip_norm,
     )
-    bounds = grid_of(config, schedule.derive(facts).max_scale, privacy)
+    bounds = grid_of(config, size, schedule.derive(facts).max_scale, privacy)
     noise = NoNoise() if privacy is None else ExternalNoise(privacy.budget.adjacency, privacy.noise_multiplier)
     return Pipeline.build(schedule, SharedSum(bounds), noise, _apply(config), facts=facts, private=privacy is not None)
+
+
+def _check_distances(config: TaskConfig) -> None:
+    """Whether a rule can choose among updates that nobody sees."""
+    rule, secure = config.aggregation.rule, config.secure
+    if rule != "multi-krum":
+        raise IndividualUpdatesNeeded(
+            f"{rule} looks at single updates, and with task.secure this server sees their sum only: choose the mean, "
+            "multi-krum (which needs the distances between them only), let the rule choose among noised sums "
+            "(task.privacy.buckets), or leave task.secure out"
+        )
+    if config.privacy.enabled:
+        raise UnknownSensitivity(
+            "the distances between updates carry no noise, so that opening them voids the privacy claim: let the rule "
+            "choose among noised sums (task.privacy.buckets), choose the mean, or drop the claim"
+        )
+    if secure is not None and secure.checks != "projections":
+        raise ConfigurationError(
+            "an update that wraps around the field can be near to all others and anywhere in the sum: multi-krum on "
+            "shares needs task.secure.checks = projections"
+        )
+
+
+def select_by_distance(config: TaskConfig) -> Select | None:
+    """Multi-Krum on the distances between shared updates; None where no rule chooses.
+
+    Raises:
+        ConfigurationError: Nothing says how many dishonest updates it stands.
+        TooManyByzantine: It does not stand so many of a buffer.
+    """
+    if not selects_by_distance(config):
+        return None
+    dishonest, chosen = _declared_dishonest(config), config.aggregation.selected
+
+    def select(distances: Sequence[int], count: int) -> Sequence[int]:
+        return integer_krum(distances, count, dishonest, m=chosen).selected
+
+    # What no buffer could be chosen from is an error of the settings.
+    select([0] * (config.buffer_size * (config.buffer_size - 1) // 2), config.buffer_size)
+    return select
+
+
+def _declared_dishonest(config: TaskConfig) -> int:
+    settings = config.aggregation
+    if settings.num_byzantine is not None:
+        return settings.num_byzantine
+    if settings.byzantine_fraction is None:
+        raise ConfigurationError(
+            "nobody can be counted where no update is seen: say how many dishonest devices the rule stands "
+            "(task.aggregation.num_byzantine)"
+        )
+    return math.floor(settings.byzantine_fraction * config.buffer_size)
 
 
 def bucketed_rule(config: TaskConfig) -> BucketedRule | None:
@@ -135,26 +187,19 @@ def bucketed_rule(config: TaskConfig) -> BucketedRule | None:
         raise ConfigurationError(
             "buckets are for a robust rule to choose from: set task.aggregation.rule, or leave task.privacy.buckets out"
         )
-    if settings.num_byzantine is None and settings.byzantine_fraction is None:
-        raise ConfigurationError(
-            "nobody can be counted in noised sums: say how many dishonest devices the rule stands "
-            "(task.aggregation.num_byzantine)"
-        )
-    dishonest = settings.num_byzantine
-    if dishonest is None:
-        dishonest = math.floor((settings.byzantine_fraction or 0.0) * config.buffer_size)
+    dishonest = _declared_dishonest(config)
     return BucketedRule(buckets, dishonest, settings.rule, RuleOptions(m=settings.selected))
 
 
 def _reduce_and_noise(
-    config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None, keeper: LedgerKeeper | None
+    config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan | None, keeper: LedgerKeeper | None
 ) -> tuple[Reduce, Noise]:
     if privacy is None or keeper is None:
-        return _reduce(config, max_scale, privacy), NoNoise()
+        return _reduce(config, size, max_scale, privacy), NoNoise()
     noise = CentralNoise(privacy.noise_multiplier, keeper, privacy.budget.adjacency)
     rule = bucketed_rule(config)
     if rule is None:
-        return _reduce(config, max_scale, privacy), noise
+        return _reduce(config, size, max_scale, privacy), noise
     # Who meets whom in a bucket is drawn anew in each process, and known to nobody before the buffer is full.
     return BucketSums(rule, os.urandom(32), privacy.noise_per_clip_norm), BucketNoise(noise, rule)
 
@@ -208,7 +253,7 @@ def _clip(config: TaskConfig, manifest: Manifest) -> Clip:
     return ClipLayers(settings.clip_norm, tuple(layer for layer in layers if layer[0] < layer[1]))
 
 
-def _reduce(config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None) -> Reduce:
+def _reduce(config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan | None) -> Reduce:
     settings, renormalise = config.aggregation, config.plan.algorithm == "fednova"
     if settings.rule == "mean":
         if settings.num_byzantine or settings.byzantine_fraction:
@@ -219,7 +264,7 @@ def _reduce(config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None) -> 
         if privacy is None:
             return ExactMean(settings.arithmetic, resolution=config.resolution, renormalise=renormalise)
         # Noise is as exact as the sum that it is added to: both are integers.
-        return ExactMean("fixed", renormalise=renormalise, bounds=grid_of(config, max_scale, privacy))
+        return ExactMean("fixed", renormalise=renormalise, bounds=grid_of(config, size, max_scale, privacy))
     return RobustRule(
         settings.rule,
         num_byzantine=settings.num_byzantine,

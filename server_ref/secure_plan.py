@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Self
+from typing import Final, Self
 
-from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.errors import BudgetExceeded, ConfigurationError
 from client_sdk.protocol.field import Field
 from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.privacy import EncodedBounds, choose_private_grid, noise_variance
@@ -20,13 +20,18 @@ from server_ref.privacy_plan import PrivacyPlan
 from server_ref.protection import SecureConfig
 from server_ref.secure.messages import TaskBinding
 from server_ref.secure.parameters import CheckingMode, PinnedParameters, PinnedPrivacy
+from server_ref.secure.projections import ProjectionSettings
+
+_COARSEST: Final = 16
+"""Fraction bits without which rounding would show in a model."""
 
 
-def grid_of(config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None) -> EncodedBounds:
+def grid_of(config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan | None) -> EncodedBounds:
     """The grid of a task's sums, shared or not: both give the same bits.
 
     Args:
         config: Its settings, with a clip norm.
+        size: Coordinates of an update.
         max_scale: Of the schedule.
         privacy: Its noise, for whose tails the sum leaves room.
 
@@ -42,13 +47,42 @@ def grid_of(config: TaskConfig, max_scale: int, privacy: PrivacyPlan | None) -> 
         # Where devices add it and all of them are honest, there is more of it than was relied on.
         surplus = 1.0 if config.privacy.honest_devices is None else config.buffer_size / config.privacy.honest_devices
         noise = privacy.noise_per_clip_norm * math.sqrt(surplus)
-    return choose_private_grid(
+    finest = choose_private_grid(
         clip_norm=clip_norm,
         max_count=config.capacity,
         max_weight=config.max_weight * max_scale,
         noise_multiplier=noise,
         threshold=1 if config.secure is None else config.secure.threshold,
     )
+    if config.secure is None or config.secure.checks != "projections":
+        return finest
+    return _checkable(finest, config.secure, shared_size(config.compression, size))
+
+
+def _checkable(finest: EncodedBounds, settings: SecureConfig, size: int) -> EncodedBounds:
+    """The finest grid on which an update that is too long cannot wrap around the field and pass as a short one."""
+    refused: BudgetExceeded | None = None
+    for fraction_bits in range(finest.fraction_bits, _COARSEST - 1, -1):
+        bounds = EncodedBounds(clip_norm=finest.clip_norm, fraction_bits=fraction_bits)
+        try:
+            ProjectionSettings(
+                num_aggregators=settings.num_aggregators,
+                threshold=settings.threshold,
+                field=Field.by_name(settings.field),
+                bounds=bounds,
+                size=size,
+                packing=settings.packing,
+            )
+        except BudgetExceeded as e:
+            refused = e
+        else:
+            return bounds
+    raise refused or BudgetExceeded("no grid is fine enough for projections")
+
+
+def selects_by_distance(config: TaskConfig) -> bool:
+    """Whether a rule chooses among shared updates by the distances between them."""
+    return config.secure is not None and config.privacy.buckets is None and config.aggregation.rule != "mean"
 
 
 @dataclass(frozen=True)
@@ -98,7 +132,7 @@ class SharingPlan:
                 "buckets of shared updates need synchronous rounds (max_staleness = 0) and no other check: each is a "
                 "sum of its own"
             )
-        bounds = grid_of(config, max_scale, privacy)
+        bounds = grid_of(config, size, max_scale, privacy)
         pinned = PinnedParameters(
             num_aggregators=settings.num_aggregators,
             threshold=settings.threshold,
@@ -111,6 +145,7 @@ class SharingPlan:
             fraction_bits=bounds.fraction_bits,
             max_weight=config.max_weight * max_scale,
             checking=CheckingMode(settings.checks) if buckets is None else CheckingMode.BUCKETS,
+            distances=selects_by_distance(config),
             privacy=_pinned_privacy(config, privacy, bounds),
         )
         return cls(settings, pinned, shared_size(config.compression, size))

@@ -10,9 +10,12 @@ from typing import Final
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.messages import SecurePlan
 from server_ref.config import AggregatorsConfig, ServerConfig
+from server_ref.recipe import select_by_distance
 from server_ref.secure.compiled import CompiledKernels
+from server_ref.secure.distance_rules import DISTANCE_LEAKAGE
 from server_ref.secure.embedded import EmbeddedAggregators
 from server_ref.secure.keys import Peers, create_coordinator_key, read_public
+from server_ref.secure.parameters import PRICES
 from server_ref.secure.port import FullPort
 from server_ref.secure.round import SecureRound
 from server_ref.secure.round_messages import Journal
@@ -74,9 +77,19 @@ def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRou
         sharing.pinned.needed,
         peers.fingerprint(),
     )
-    return OpenedRounds(
-        SecureRound(ports, peers, sharing.pinned, binding, journal, kernels=CompiledKernels()), plan, embedded
+    _log.info("checks of shared updates: %s", PRICES[sharing.pinned.checking])
+    if sharing.pinned.distances:
+        _log.warning(DISTANCE_LEAKAGE)
+    rounds = SecureRound(
+        ports,
+        peers,
+        sharing.pinned,
+        binding,
+        journal,
+        select=select_by_distance(task.settings),
+        kernels=CompiledKernels(),
     )
+    return OpenedRounds(rounds, plan, embedded)
 
 
 def _remote(config: ServerConfig) -> tuple[Sequence[FullPort], Peers]:
