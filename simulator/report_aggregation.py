@@ -10,6 +10,7 @@ from typing import Final
 from client_sdk.protocol.compression import CompressionMethod, CompressionSpec
 from client_sdk.protocol.errors import PROBLEM_PREFIX, from_problem
 from client_sdk.protocol.profile import DeviceTier
+from server_ref.combinations import BY_COORDINATE
 from simulator import figures_aggregation as figures
 from simulator import tally
 from simulator.progress import human_bytes
@@ -21,7 +22,6 @@ _FAILURES: Final = {
     "training-diverged": "Local training left the finite numbers; nothing was sent.",
     "training-failed": "Local training failed; nothing was sent.",
 }
-_BY_COORDINATE: Final = frozenset({"median", "trimmed-mean", "bulyan"})
 _SPARSE: Final = frozenset({CompressionMethod.TOPK, CompressionMethod.THRESHOLD, CompressionMethod.RANDOMK})
 _UNCHANGED: Final = {
     "TooManyByzantine": "the rule does not stand so many dishonest reports among so few",
@@ -237,7 +237,7 @@ def _feedback_words(results: SimulationResults) -> str:
 def _sparse_words(results: SimulationResults) -> str:
     """A rule that looks at one coordinate at a time sees the zeros of the many who did not send it."""
     line, rule = results.config.compression, results.config.aggregation.rule
-    if line is None or rule not in _BY_COORDINATE or CompressionSpec.parse(line).method not in _SPARSE:
+    if line is None or rule not in BY_COORDINATE or CompressionSpec.parse(line).method not in _SPARSE:
         return ""
     return (
         f" Most reports hold 0 at most coordinates (<code>{escape(line)}</code>), and so does their {escape(rule)}. "

@@ -67,7 +67,7 @@ class Patience:
 
     Attributes:
         connect_s: For a connection.
-        reply_s: For each piece of a reply; a sum of many reports takes its time.
+        reply_s: For each piece of a reply; a sum of many reports takes its time. Then it is not tried again at once.
         attempts: Tries of one operation in all.
         first_wait_s: Longest pause before the second try; it doubles from there. Each pause is drawn between half of
             it and all of it, so that operations which failed together do not come back together.
@@ -248,7 +248,7 @@ class HttpAggregator:
             try:
                 return self._send(method, self._base + path, body, content_type, limit)
             except (AggregatorUnavailable, ProtocolError) as e:
-                if isinstance(e, ProtocolError) and not e.retryable:
+                if not _worth_retrying(e):
                     raise
                 pause = next(pauses, None)
                 if pause is None:
@@ -292,6 +292,14 @@ class HttpAggregator:
                 return error
         said = f"aggregator {self.index} at {self.url} answered {status} without a problem description"
         return AggregatorUnavailable(said) if status in _NOT_NOW or status >= 500 else AnswerRejected(said)
+
+
+def _worth_retrying(error: AggregatorUnavailable | ProtocolError) -> bool:
+    """Whether the same request may succeed at once. One that was not answered in time would take as long again."""
+    if isinstance(error, ProtocolError):
+        return error.retryable
+    cause = error.__cause__
+    return not isinstance(cause, httpx.TimeoutException) or isinstance(cause, httpx.ConnectTimeout)
 
 
 def _checked(url: str) -> str:

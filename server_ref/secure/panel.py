@@ -57,6 +57,9 @@ class Panel:
         peers: Their pinned keys, in order.
         parameters: What all of them are expected to pin.
         task: The task that they serve.
+
+    Attributes:
+        last_present: Indices of those that were there when ``present`` was called last.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Panel:
         self._ports = dict(ports)
         self._parameters = parameters
         self._task = task
+        self.last_present: tuple[int, ...] = ()
         self._pool = ThreadPoolExecutor(len(ports), thread_name_prefix="pocketfed-secure")
 
     @property
@@ -101,7 +105,9 @@ class Panel:
 
     def present(self) -> Replies[AggregatorInfo]:
         """Who is there, is who it should be, serves the task, and pins the expected parameters."""
-        return self.ask(self.indices, self._bind, "serve the task")
+        replies = self.ask(self.indices, self._bind, "serve the task")
+        self.last_present = replies.indices
+        return replies
 
     def signed(self, index: int, message: bytes, signature: str) -> bool:
         """Whether the pinned key of an aggregator made the signature (hex)."""

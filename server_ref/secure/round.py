@@ -33,6 +33,7 @@ from server_ref.secure.errors import (
 from server_ref.secure.keys import Peers
 from server_ref.secure.layout import secure_layout
 from server_ref.secure.messages import (
+    MAX_SET_ENTRIES,
     AcceptedSet,
     RoundStatement,
     TaskBinding,
@@ -120,7 +121,7 @@ class SecureRound:
 
     def deliver(self, round_id: int, reports: Sequence[SealedReport]) -> None:
         """Pass reports on as they come in, so that ``run`` need not. Failures do not matter: ``run`` tries again."""
-        self._delivery.deliver(round_id, reports, self._panel.present().indices)
+        self._delivery.deliver(round_id, reports, self._panel.last_present or self._panel.present().indices)
 
     def abandon(self, round_id: int) -> None:
         """Give a round up for good. What was signed stays spent: its reports, its part of the budget."""
@@ -142,9 +143,12 @@ class SecureRound:
             NotEnoughAggregators: Too few answer now; nothing was released. Call again later.
             AnswersInconsistent: As that; with more answers the wrong ones might be located.
             RoundAbandoned: The round will give no sum.
+            ConfigurationError: More reports than one set holds.
             AggregatorRefusal: The aggregators refuse the set or its parameters (``CohortTooSmall``, ``BudgetSpent``,
                 ...), and nobody has signed it.
         """
+        if len(reports) > MAX_SET_ENTRIES:
+            raise ConfigurationError(f"a round sums at most {MAX_SET_ENTRIES} reports, not {len(reports)}")
         state = self._load(round_id)
         if state is not None and state.phase is Phase.ABANDONED:
             raise RoundAbandoned(f"round {round_id} was abandoned")

@@ -104,7 +104,7 @@ class ImplicitUpdates:
         padded = np.zeros((c.devices, c.gram.shape[1], self.factors.shape[1]), np.float32)
         padded[c.owners, _places(c.owners, c.sizes)] = self.factors
         squares = ((padded @ padded.transpose(0, 2, 1)) * c.gram).sum(axis=(1, 2), dtype=np.float64)
-        return np.sqrt(np.maximum(squares, 0.0))
+        return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
 
     def inner(self, vector: Float64Array) -> Float64Array:
         """Inner product of each with one vector, float64[devices]."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 
@@ -26,11 +26,18 @@ from server_ref.aggregation.noise import CentralNoise
 from server_ref.aggregation.robust import apply_rule
 from server_ref.aggregation.server_optim import Sgd
 from server_ref.aggregation.server_state import MASTER
-from simulator.adversaries.base import AttackContext, CommonAttack
+from simulator.adversaries.base import Attack, AttackContext, CommonAttack
 from simulator.adversaries.on_updates import SignFlip
-from simulator.datasets import Dataset
-from simulator.frontier.cohort import Float32Array, Float64Array, ImplicitUpdates, Int64Array, LinearCohort
-from simulator.frontier.cohort import accuracy, features_of
+from simulator.datasets import Dataset, load_dataset
+from simulator.frontier.cohort import (
+    Float32Array,
+    Float64Array,
+    ImplicitUpdates,
+    Int64Array,
+    LinearCohort,
+    accuracy,
+    features_of,
+)
 from simulator.frontier.config import DELTA, Cell, FrontierSettings
 
 LOCAL_RATE: Final = 1.0
@@ -65,6 +72,17 @@ class World:
     settings: FrontierSettings
     dataset: Dataset
     cohort: LinearCohort
+
+    @classmethod
+    def load(cls, settings: FrontierSettings) -> Self:
+        """Load the data set and deal it out.
+
+        Raises:
+            ConfigurationError: No such data set.
+            DatasetUnavailable: It has to be fetched first.
+        """
+        dataset = load_dataset(settings.dataset)
+        return cls(settings, dataset, LinearCohort.deal(dataset, settings.devices, settings.seed))
 
     def attackers(self, fraction: float) -> Int64Array:
         """Which devices attack: the same for all cells of a fraction, and more of them at a higher one."""
@@ -118,20 +136,22 @@ def run_cell(world: World, cell: Cell, *, test: bool = True, random: Callable[[i
         random: Source of the noise and of the buckets' draw.
 
     Raises:
-        ConfigurationError: An attack that looks at more than the frontier's linear devices have.
+        ConfigurationError: An attack that is neither a sign flip nor one vector in common.
     """
-    settings, cohort, mode = world.settings, world.cohort, cell.mode
-    attackers = world.attackers(cell.fraction) if cell.parsed is not None else np.empty(0, np.int64)
+    settings, cohort, attack = world.settings, world.cohort, cell.parsed
+    attackers = world.attackers(cell.fraction) if attack is not None else np.empty(0, np.int64)
     keeper = None
     if cell.epsilon is not None:
         budget = PrivacyBudget(epsilon=cell.epsilon, delta=DELTA, participations=settings.rounds)
         keeper = LedgerKeeper(PrivacyLedger(budget=budget))
-    server = _Server(cell, cohort.devices, cohort.size, keeper, settings.rounds, random)
-    optimizer = Sgd(learning_rate=mode.learning_rate, momentum=settings.momentum)
+    server = _Server(world, cell, keeper, random)
+    optimizer = Sgd(learning_rate=cell.mode.learning_rate, momentum=settings.momentum)
     state = optimizer.initial(np.zeros(cohort.size, np.float32))
     for version in range(settings.rounds):
-        updates = cohort.train(state.tensors[MASTER], LOCAL_RATE)
-        sent = _attacked(world, cell, updates, attackers, version, state.tensors[MASTER])
+        weights = state.tensors[MASTER]
+        sent = _Sent(cohort.train(weights, LOCAL_RATE), np.ones(cohort.devices), None)
+        if attack is not None and len(attackers):
+            sent = _attacked(world, sent, attack, attackers, version)
         state = optimizer.step(state, server.release(sent, version), UpdateKind.DELTA)
     weights, data = state.tensors[MASTER], world.dataset
     return Outcome(
@@ -141,16 +161,11 @@ def run_cell(world: World, cell: Cell, *, test: bool = True, random: Callable[[i
     )
 
 
-def _attacked(
-    world: World, cell: Cell, updates: ImplicitUpdates, attackers: Int64Array, version: int, weights: Float64Array
-) -> _Sent:
-    factors = np.ones(world.cohort.devices)
-    attack = cell.parsed
-    if attack is None or not len(attackers):
-        return _Sent(updates, factors, None)
+def _attacked(world: World, honest: _Sent, attack: Attack, attackers: Int64Array, version: int) -> _Sent:
+    factors = honest.factors.copy()
     if isinstance(attack, SignFlip):
         factors[attackers] = -attack.factor
-        return _Sent(updates, factors, None)
+        return _Sent(honest.updates, factors, None)
     if not isinstance(attack, CommonAttack):
         raise ConfigurationError(f"the frontier knows sign-flip and attacks of one common vector, not {attack}")
     context = AttackContext(
@@ -159,34 +174,26 @@ def _attacked(
         device=int(attackers[0]),
         reports=world.cohort.devices,
         attackers=len(attackers),
-        weights=weights.astype(np.float32),
-        colluders=lambda: updates.dense(attackers[: world.settings.knowledge]),
+        weights=np.zeros(world.cohort.size, np.float32),
+        colluders=lambda: honest.updates.dense(attackers[: world.settings.knowledge]),
     )
     factors[attackers] = 0.0
-    return _Sent(updates, factors, attack.vector(context))
+    return _Sent(honest.updates, factors, attack.vector(context))
 
 
 class _Server:
     """Sums, noise, and the rule, as one vector a round."""
 
-    def __init__(
-        self,
-        cell: Cell,
-        devices: int,
-        size: int,
-        keeper: LedgerKeeper | None,
-        rounds: int,
-        random: Callable[[int], bytes],
-    ) -> None:
+    def __init__(self, world: World, cell: Cell, keeper: LedgerKeeper | None, random: Callable[[int], bytes]) -> None:
         self._mode = mode = cell.mode
-        self._devices = devices
+        self._devices = world.cohort.devices
         self._keeper = keeper
         self._random = random
         self._rule = BucketedRule(mode.buckets, mode.num_byzantine, mode.rule) if mode.kind == "buckets" else None
-        self._centre: Float64Array | None = np.zeros(size) if mode.kind == "centred" else None
+        self._centre: Float64Array | None = np.zeros(world.cohort.size) if mode.kind == "centred" else None
         self._noise: CentralNoise | BucketNoise | None = None
         if keeper is not None and cell.epsilon is not None:
-            z = calibrate(cell.epsilon, DELTA, participations=rounds)
+            z = calibrate(cell.epsilon, DELTA, participations=world.settings.rounds)
             central = CentralNoise(z, keeper, random=random)
             self._noise = central if self._rule is None else BucketNoise(central, self._rule)
 

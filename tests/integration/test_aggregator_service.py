@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -23,7 +24,7 @@ from server_ref.secure.zero_key_relay import keys_for
 from tests.aggregator_http import COORDINATOR, AggregatorHost, begin, hosting, send, signed_headers
 from tests.secure_parties import Parties, pinned, quick_store
 from tests.secure_rounds import Coordinator, plain_sum
-from tests.web import Answer, Server, problem
+from tests.web import Answer, Request, Server, problem
 
 STRANGER = SigningKey(bytes(32))
 
@@ -255,6 +256,22 @@ def test_what_is_lost_on_the_way_is_sent_again_with_growing_pauses(scripted, par
         assert longest / 2 <= pause <= longest
     bodies = {(r.path, r.headers["signature"]) for r in server.requests}
     assert len(bodies) == 1, "the same signed request each time"
+
+
+def test_an_aggregator_that_never_answers_is_not_asked_again_at_once(scripted):
+    server, _client, _play = scripted
+    released = threading.Event()
+
+    def never(_request: Request) -> Answer:
+        released.wait()
+        return Answer()
+
+    server.answer = never
+    with HttpAggregator(3, server.url, COORDINATOR, patience=Patience(reply_s=0.05, attempts=4)) as client:
+        with pytest.raises(AggregatorUnavailable, match="timed out"):
+            client.describe()
+        released.set()
+    assert len(server.requests) == 1
 
 
 def test_tries_are_bounded(scripted):
