@@ -139,6 +139,12 @@ def _add_privacy_flags(parser: argparse.ArgumentParser) -> None:
         help="with --noise devices: so many of each sum's are relied on to have added theirs",
     )
     add(
+        "--noise-schedule",
+        choices=("constant", "linear", "exponential", "step"),
+        help="how the noise changes over the run, fixed before it begins (default: constant)",
+    )
+    add("--final-noise", type=float, metavar="F", help="the last round's noise beside the first one's (default: 0.5)")
+    add(
         "--adjacency",
         choices=("zero-out", "replace-one"),
         help="what epsilon protects a device from being told from: reporting nothing, or anything (default: zero-out)",
@@ -209,6 +215,8 @@ def _privacy(args: argparse.Namespace) -> dict[str, Any]:
         epsilon=args.epsilon,
         delta=args.delta,
         noise_multiplier=args.noise_multiplier,
+        noise_schedule=args.noise_schedule,
+        final_noise=args.final_noise,
         adjacency=args.adjacency,
         honest_devices=args.honest_devices,
         max_participations=args.max_participations,

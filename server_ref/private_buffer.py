@@ -109,7 +109,8 @@ def release_once(
     found = releases.load_release(round_id)
     if found is not None:
         return found
-    event = GaussianRelease(round_id=round_id, noise_multiplier=plan.noise_multiplier, adjacency=plan.budget.adjacency)
+    multiplier = plan.multiplier_at(round_id)
+    event = GaussianRelease(round_id=round_id, noise_multiplier=multiplier, adjacency=plan.budget.adjacency)
     spent = keeper.ledger.check(event)
     keeper.open_round(round_id)
     aggregate = reduce()
@@ -123,7 +124,7 @@ def release_once(
             "epsilon": spent.epsilon,
             "delta": spent.delta,
             "adjacency": str(spent.adjacency),
-            "noise_multiplier": plan.noise_multiplier,
+            "noise_multiplier": multiplier,
             "noise_stddev": aggregate.noise_stddev,
         }
     }

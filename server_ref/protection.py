@@ -30,6 +30,12 @@ class PrivacyConfig(_Section):
     noise_multiplier: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="noise per coordinate, in units of the clip norm; or epsilon"
     )
+    noise_schedule: Literal["constant", "linear", "exponential", "step"] = Field(
+        "constant", description="how the noise changes over the task: fixed before it begins, whatever training does"
+    )
+    final_noise: float = Field(
+        0.5, gt=0, allow_inf_nan=False, description="noise of the last round, as a multiple of the first one's"
+    )
     adjacency: Literal["zero-out", "replace-one"] = Field(
         "zero-out", description="what one device could have done instead: report nothing, or report anything"
     )
@@ -52,6 +58,8 @@ class PrivacyConfig(_Section):
             raise ValueError("differential privacy needs either epsilon (and delta) or noise_multiplier, not both")
         if (self.noise == "devices") != (self.honest_devices is not None):
             raise ValueError("honest_devices goes with noise = devices, and that with it")
+        if self.noise_schedule != "constant" and (self.epsilon is None or self.noise == "devices"):
+            raise ValueError("a noise schedule spends a budget (epsilon), and devices add the same noise in each round")
         if not self.enabled and (given or self.buckets is not None):
             wanted = given[0] if given else "buckets"
             raise ValueError(f"{wanted} is given, but nobody adds noise: set privacy.noise to server or aggregators")

@@ -196,12 +196,12 @@ def _reduce_and_noise(
 ) -> tuple[Reduce, Noise]:
     if privacy is None or keeper is None:
         return _reduce(config, size, max_scale, privacy), NoNoise()
-    noise = CentralNoise(privacy.noise_multiplier, keeper, privacy.budget.adjacency)
+    noise = CentralNoise(privacy.schedule or privacy.noise_multiplier, keeper, privacy.budget.adjacency)
     rule = bucketed_rule(config)
     if rule is None:
         return _reduce(config, size, max_scale, privacy), noise
     # Who meets whom in a bucket is drawn anew in each process, and known to nobody before the buffer is full.
-    return BucketSums(rule, os.urandom(32), privacy.noise_per_clip_norm), BucketNoise(noise, rule)
+    return BucketSums(rule, os.urandom(32), privacy.most_noise_per_clip_norm), BucketNoise(noise, rule)
 
 
 def compression_of(config: TaskConfig) -> CompressionSpec | None:

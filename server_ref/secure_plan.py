@@ -46,7 +46,7 @@ def grid_of(config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan 
     if privacy is not None:
         # Where devices add it and all of them are honest, there is more of it than was relied on.
         surplus = 1.0 if config.privacy.honest_devices is None else config.buffer_size / config.privacy.honest_devices
-        noise = privacy.noise_per_clip_norm * math.sqrt(surplus)
+        noise = privacy.most_noise_per_clip_norm * math.sqrt(surplus)
     finest = choose_private_grid(
         clip_norm=clip_norm,
         max_count=config.capacity,

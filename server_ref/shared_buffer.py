@@ -28,7 +28,9 @@ from server_ref.task import Task
 class SecureRounds(Protocol):
     """Whoever asks the aggregators: ``SecureRound``."""
 
-    def run(self, round_id: int, reports: Sequence[SealedReport]) -> SecureSum:
+    def run(
+        self, round_id: int, reports: Sequence[SealedReport], *, noise_multiplier: float | None = None
+    ) -> SecureSum:
         """The sum of a round's reports; the same bits whenever it is asked again.
 
         Raises:
@@ -74,7 +76,8 @@ class SharedBuffer:
             PocketfedError: By its class; nothing was released, and the buffer closes later.
         """
         places = self._places(counted)
-        found = self._rounds.run(version, [self._sealed(r, version, places.get(r.number, 0)) for r in counted])
+        reports = [self._sealed(r, version, places.get(r.number, 0)) for r in counted]
+        found = self._rounds.run(version, reports, noise_multiplier=self._scheduled(version))
         released = [
             self._task.pipeline.release(self._aggregate(found, part, counted, version))
             for part in range(len(found.sums))
@@ -83,6 +86,13 @@ class SharedBuffer:
             (only,) = released
             return only
         return self._combined(self._rule, released)
+
+    def _scheduled(self, version: int) -> float | None:
+        """What aggregators are asked for where it is more than they pin: the noise of a public schedule."""
+        privacy = self._task.privacy
+        if privacy is None or privacy.schedule is None:
+            return None
+        return privacy.moved * privacy.multiplier_at(version)
 
     def _places(self, counted: Sequence[AssignmentRecord]) -> dict[int, int]:
         """Which bucket each report is in: drawn when the reports are fixed, and kept with the set that is signed."""
@@ -127,7 +137,7 @@ class SharedBuffer:
         noise = None
         if self._task.privacy is not None:
             # In steps of the grid: a multiple of what one update can add to the sum.
-            multiplier = self._task.privacy.noise_per_clip_norm
+            multiplier = self._task.privacy.moved * self._task.privacy.multiplier_at(version)
             stddev = multiplier * parameters.max_weight * parameters.bound
             noise = (stddev, self._task.privacy.budget.adjacency)
         codes = found.sums[part]

@@ -293,6 +293,8 @@ _FLAGS = {
     "privacy.noise": "--noise",
     "privacy.noise_multiplier": "--noise-multiplier",
     "privacy.honest_devices": "--honest-devices",
+    "privacy.noise_schedule": "--noise-schedule",
+    "privacy.final_noise": "--final-noise",
     "privacy.adjacency": "--adjacency",
     "privacy.max_participations": "--max-participations",
     "privacy.buckets": "--buckets",
