@@ -327,6 +327,11 @@ def test_what_was_changed_on_the_way_is_dropped_before_anything_is_computed(exac
     np.testing.assert_array_equal(found.sums[0], plain_sum(made))
 
 
+def test_noise_that_was_changed_on_the_way_is_not_passed_on(noisy):
+    noisy.port(3).alter["contribute"] = lambda noise: replace(noise, sealed=noise.sealed[::-1])
+    assert noisy.run(noisy.uploads()).measurements["contributors"] == [1, 2, 4, 5]
+
+
 def test_an_answer_to_another_round_is_no_answer(exact):
     kept = []
     exact.port(2).alter["answer"] = lambda answer: kept.append(answer) or answer
