@@ -50,5 +50,5 @@ def decode_release(data: bytes | memoryview) -> PrivateAggregate:
             noise_stddev=facts["noise_stddev"],
             adjacency=Adjacency(facts["adjacency"]),
         )
-    except (ProtocolError, KeyError, ValueError, TypeError) as e:
+    except (ProtocolError, AttributeError, KeyError, ValueError, TypeError) as e:
         raise StorageUnavailable("a stored release is damaged on disk") from e

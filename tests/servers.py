@@ -7,7 +7,7 @@ import json
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,9 +82,16 @@ class ServerProcess:
         return status
 
 
-def start_server(config: Path, *, kill_at: tuple[str, int] | None = None) -> ServerProcess:
-    """Start a server and wait until it listens; with ``kill_at`` it kills itself at the n-th event of a name."""
-    if kill_at is None:
+def start_server(
+    config: Path, *, kill_at: tuple[str, int] | None = None, command: Sequence[str] | None = None
+) -> ServerProcess:
+    """Start a server and wait until it listens; with ``kill_at`` it kills itself at the n-th event of a name.
+
+    With ``command`` it is that command's server.
+    """
+    if command is not None:
+        command = list(command)
+    elif kill_at is None:
         command = [str(Path(sys.executable).with_name("pocketfed")), "serve", "--config", str(config)]
     else:
         command = [sys.executable, "-c", _KILLING, str(config), kill_at[0], str(kill_at[1])]

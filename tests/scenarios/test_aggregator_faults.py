@@ -326,7 +326,7 @@ def test_after_a_change_of_all_keys_old_shares_do_not_open_and_new_rounds_do(tmp
     fleet.close()
 
 
-def test_who_is_at_the_address_of_another_is_told_by_its_keys(exact):
+def test_who_is_at_the_address_of_another_does_not_answer_for_it(exact):
     coordinator = FleetCoordinator(exact)
     stranger = HttpAggregator(1, exact.processes.ports[1].url, exact.processes.coordinator, patience=QUICK)
     coordinator.port(1).port = stranger

@@ -26,6 +26,7 @@ from server_ref.secure.errors import (
     RoundCommitted,
     SecureRoundError,
 )
+from server_ref.secure.identity import AggregatorKeys
 from server_ref.secure.integer_krum import integer_krum
 from server_ref.secure.messages import AggregateShare, CheckAnswer
 from server_ref.secure.parameters import CheckingMode
@@ -326,6 +327,11 @@ def test_what_was_changed_on_the_way_is_dropped_before_anything_is_computed(exac
     np.testing.assert_array_equal(found.sums[0], plain_sum(made))
 
 
+def test_noise_that_was_changed_on_the_way_is_not_passed_on(noisy):
+    noisy.port(3).alter["contribute"] = lambda noise: replace(noise, sealed=noise.sealed[::-1])
+    assert noisy.run(noisy.uploads()).measurements["contributors"] == [1, 2, 4, 5]
+
+
 def test_an_answer_to_another_round_is_no_answer(exact):
     kept = []
     exact.port(2).alter["answer"] = lambda answer: kept.append(answer) or answer
@@ -367,6 +373,17 @@ def test_who_pins_other_parameters_does_not_take_part(with_parameters):
     found = coordinator.run(made)
     np.testing.assert_array_equal(found.sums[0], plain_sum(made))
     assert found.measurements["missing"] == {5: "TaskMismatch"}
+
+
+@pytest.mark.parametrize("signer", [1, 2], ids=["another", "itself"])
+def test_who_shows_other_keys_than_those_that_are_pinned_does_not_take_part(noisy, signer):
+    """By itself: after a change of its sealing key that the others know nothing of."""
+    keys, other = noisy.parties.keys, AggregatorKeys.generate()
+    shown = {"sealing_key": other.public.sealing_key} if signer == 2 else {"signing_key": keys[0].public.signing_key}
+    noisy.port(2).alter["bind"] = lambda info: keys[signer - 1].sign(info.model_copy(update=shown))
+    found = noisy.run(noisy.uploads())
+    assert found.measurements["missing"] == {2: "AnswerRejected"}
+    assert found.measurements["answered"] == [1, 3, 4, 5]
 
 
 # --- devices that send nonsense ----------------------------------------------------------------------------------
@@ -568,6 +585,24 @@ def test_a_coordinator_killed_at_any_step_is_replaced_by_one_that_reaches_the_sa
         assert coordinator.charges() == 5
         coordinator.secure.close()
     assert step > 12
+
+
+def test_once_somebody_may_have_signed_no_other_run_is_begun(noisy):
+    """The coordinator dies among the signatures, and then a contributor is away: its noise cannot be done without."""
+    made = noisy.uploads()
+    noisy.port(1).after["commit"] = Countdown(1)
+    with pytest.raises(Killed):
+        noisy.run(made)
+    noisy.recover()
+    noisy.replace()
+    noisy.port(5).down = True
+    with pytest.raises(NotEnoughAggregators, match="the noise of a contributor that does not answer is missing"):
+        noisy.run(made)
+    assert noisy.state().phase is Phase.COMMITTING
+    noisy.recover()
+    found = noisy.run(made)
+    assert (found.statement.run, found.statement.contributors) == (0, (1, 2, 3, 4, 5))
+    assert noisy.charges() == 5
 
 
 def test_a_coordinator_that_lost_its_journal_gets_no_second_sum(noisy):
