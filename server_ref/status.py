@@ -54,6 +54,7 @@ def privacy_of(task: Task) -> dict[str, Any] | None:
         "noise_multiplier": task.privacy.noise_multiplier,
         "participations": budget.participations,
         "buckets": task.settings.privacy.buckets,
+        "honest_devices": task.settings.privacy.honest_devices,
     }
 
 

@@ -38,14 +38,23 @@ examples:
   the same sessions and rounds without server and HTTP, trained in batches: for large fleets
     pocketfed simulate --engine cohort --devices 1000 --cohort 100 --out runs/large
 
+  differential privacy for whole devices, epsilon 8; the more reports a round, the less the noise matters:
+    pocketfed simulate --model softmax --engine cohort --devices 1000 --cohort 300 --rounds 20 --partition iid \\
+        --clip-norm 1 --epsilon 8 --max-participations 10 --out runs/private
+
+  the server learns noised sums only: updates are shared among 5 aggregators, any 3 of which open a sum:
+    pocketfed simulate --model softmax --devices 50 --cohort 40 --rounds 10 --clip-norm 1 --epsilon 8 \\
+        --secure 3of5 --aggregators processes --out runs/shared
+
   go on after Ctrl-C (or after the machine went down):
     pocketfed simulate --resume --out runs/fashion
 
 What happens: the training data is dealt out to the devices, the model is exported to an ExecuTorch
 program (cached), a server starts on loopback, and every device runs the SDK against it over HTTP:
 enrol, check in, download, train, upload. Time is simulated, so a seed gives the same model however
-fast the machine is and however many workers run. The devices' keys are derived from the seed:
-simulation identities, never for a production server.
+fast the machine is and however many workers run (but for the noise of differential privacy, which
+nobody can repeat). The devices' keys are derived from the seed: simulation identities, never for a
+production server.
 
 DIR gets results.json (every figure), report.html (plots, opens offline), and what --resume needs.
 Exit status: 0 after the last round, 3 if training was halted before it, 130 if it was interrupted.
@@ -165,10 +174,17 @@ def _run_simulate(args: argparse.Namespace) -> int:
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say, as fields of ``SimulationConfig``; nothing about those that were not given."""
-    from server_ref.flags import aggregation_settings, merged  # noqa: PLC0415 - keep --help cheap
+    from client_sdk.protocol.errors import ConfigurationError  # noqa: PLC0415 - keep --help cheap
+    from server_ref.flags import aggregation_settings, merged  # noqa: PLC0415
 
     rounds = DEFAULT_ROUNDS if args.rounds is None else args.rounds
     settings = aggregation_settings(args, rounds=rounds)
+    privacy = settings.get("privacy", {})
+    idle = [name for name in ("delta", "adjacency") if name in privacy]
+    if idle and "noise" not in privacy and not args.resume:
+        raise ConfigurationError(
+            f"--{idle[0]} is about what an epsilon means, and nobody adds noise: add --epsilon, or leave it out"
+        )
     settings |= settings.pop("plan", {})
     if args.asynchronous and args.overselect is None:
         # So that devices train while a buffer fills, which is the point.

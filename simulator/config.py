@@ -196,14 +196,42 @@ class SimulationConfig(BaseModel):
                 "--engine cohort shares no secrets: sums on the int64 grid have the same bits without --secure; leave "
                 "one of the two out"
             )
-        if self.aggregators == "processes" and self.secure is None:
-            raise ConfigurationError("--aggregators processes needs updates to share: add --secure 3of5")
+        self._check_protection()
         try:
             _ = self.plan
         except ValidationError as e:
-            raise ConfigurationError(_told(e)) from e
+            raise ConfigurationError(told(e)) from e
         self._check_attack()
         self._check_participations()
+
+    def _check_protection(self) -> None:
+        """Of a server of our own: what its settings would refuse too, told by flags."""
+        privacy, secure = self.privacy, self.secure
+        if self.aggregators == "processes" and secure is None:
+            raise ConfigurationError("--aggregators processes needs updates to share: add --secure 3of5")
+        if self.server is not None:
+            if privacy.enabled or secure is not None:
+                raise ConfigurationError(
+                    "noise and shares are the server's to decide: leave --epsilon, --noise-multiplier and --secure out "
+                    "with --server"
+                )
+            return
+        if (privacy.enabled or secure is not None) and self.aggregation.clip_norm is None:
+            asked = "--secure" if secure is not None else "--epsilon" if privacy.epsilon else "--noise-multiplier"
+            raise ConfigurationError(
+                f"{asked} needs a bound on what one device can add to a sum: give --clip-norm, such as --clip-norm 1 "
+                "(without a bound no noise hides anybody, and a share holds numbers up to a bound only)"
+            )
+        if privacy.noise in {"aggregators", "devices"} and secure is None:
+            raise ConfigurationError(
+                f"--noise {privacy.noise} goes into shares: add --secure 3of5, or let the server add it "
+                "(--noise server)"
+            )
+        if privacy.noise == "server" and secure is not None:
+            raise ConfigurationError(
+                "with --secure the server sees no sum without noise, and cannot be who adds it: use "
+                "--noise aggregators, or leave --noise out"
+            )
 
     def _check_participations(self) -> None:
         most = self.privacy.max_participations
@@ -238,7 +266,7 @@ class SimulationConfig(BaseModel):
             given = {k: v for k, v in values.items() if v is not None}
             config = cls.model_validate({**RECIPES.get(str(given.get("dataset")), {}), **given})
         except ValidationError as e:
-            raise ConfigurationError(_told(e)) from e
+            raise ConfigurationError(told(e)) from e
         config.check()
         return config
 
@@ -324,7 +352,7 @@ def flag_of(location: tuple[int | str, ...]) -> str:
     return _FLAGS.get(name, name if "." in name else "--" + name.replace("_", "-"))
 
 
-def _told(error: ValidationError) -> str:
+def told(error: ValidationError) -> str:
     """What is wrong, by flags; a combination of settings speaks for itself."""
     problems = []
     for problem in error.errors():

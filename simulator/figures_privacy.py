@@ -34,7 +34,7 @@ def epsilon(results: SimulationResults, claim: PrivacyResult) -> Figure:
     }
 
 
-def noise(results: SimulationResults, clip_norm: float | None) -> Figure:
+def noise(results: SimulationResults, longest: float | None) -> Figure:
     """The aggregate's length, that of the noise in it, and what the mean of clipped updates can be at most."""
     rounds = results.rounds
     shown = (("noised aggregate", [r.aggregate_norm for r in rounds], "c1"),)
@@ -42,8 +42,8 @@ def noise(results: SimulationResults, clip_norm: float | None) -> Figure:
         line(rounds, values, name, colour, hovertemplate=f"round %{{x}}: %{{y:.3g}}<extra>{name}</extra>")
         for name, values, colour in (*shown, ("of it the noise, expected", tally.noise_lengths(results), "c2"))
     ]
-    if clip_norm is not None:
-        data.append(_level(results, clip_norm, f"mean of the updates, at most: {clip_norm:g}", "c3"))
+    if longest is not None:
+        data.append(_level(results, longest, f"mean of the updates, at most: {longest:g}", "c3"))
     return {
         "data": data,
         "layout": {

@@ -21,7 +21,7 @@ from mobile_export.bundle import ProgramBundle
 from server_ref.config import TaskConfig
 from server_ref.task import Task, load_task
 from simulator.adversaries import AttackPlan
-from simulator.config import SimulationConfig
+from simulator.config import SimulationConfig, told
 from simulator.datasets import Dataset, Split, load_dataset
 from simulator.embedded import write_server_config
 from simulator.errors import ResumeMismatch
@@ -254,8 +254,11 @@ class Prepared:
             check_in_interval_s=population.check_in_interval_s,
             num_samples=fleet.num_samples,
         )
-        task = load_task(TaskConfig.model_validate({"bundle": bundle.path, **settings}))
-        return cls(bundle, costs, settings, task)
+        try:
+            task_config = TaskConfig.model_validate({"bundle": bundle.path, **settings})
+        except ValidationError as e:
+            raise ConfigurationError(told(e)) from e
+        return cls(bundle, costs, settings, load_task(task_config))
 
 
 def write_server(

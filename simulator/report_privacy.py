@@ -13,9 +13,9 @@ from simulator.report_page import Page, columns, pairs
 from simulator.results import PrivacyResult, SecrecyResult, SimulationResults
 
 _NEIGHBOURS: Final = {
-    "zero-out": "whether a device's updates were in it, or zeros in their place",
-    "add-remove": "whether a device was there or not",
-    "replace-one": "whether a device's updates were in it, or any others in their place",
+    "zero-out": "with a device's updates in it as with zeros in their place",
+    "add-remove": "with a device as without it",
+    "replace-one": "with a device's updates in it as with any others in their place",
 }
 _CHECKS: Final = {
     "trust-devices": "that shares are well-formed and belong together; not what is in them",
@@ -46,17 +46,15 @@ def in_use(results: SimulationResults) -> bool:
 
 
 def cards(results: SimulationResults) -> list[tuple[str, str, str, str]]:
-    """Headline figures."""
-    found = []
-    if results.privacy is not None:
-        claim = results.privacy
+    """The one headline figure."""
+    claim, secrecy = results.privacy, results.secrecy
+    if claim is not None:
         note = f"of {claim.epsilon:.4g}, delta {claim.delta:g}, {claim.adjacency}"
-        found.append(("epsilon spent", f"{claim.spent:.4g}", note, ""))
-    if results.secrecy is not None:
-        secrecy = results.secrecy
+        return [("epsilon spent", f"{claim.spent:.4g}", note, "")]
+    if secrecy is not None:
         note = "one process: no secrecy" if secrecy.embedded else f"fewer than {secrecy.threshold} learn nothing"
-        found.append(("aggregators", f"{secrecy.num_aggregators}", note, ""))
-    return found
+        return [("aggregators", f"{secrecy.num_aggregators}", note, "")]
+    return []
 
 
 def section(page: Page, results: SimulationResults) -> None:
@@ -150,11 +148,10 @@ def not_covered(results: SimulationResults) -> list[str]:
 
 
 def _claim(results: SimulationResults, claim: PrivacyResult) -> str:
-    factor = math.exp(min(claim.epsilon, _LARGEST_EXPONENT))
     words = (
         f"What was released is about as likely {_NEIGHBOURS[claim.adjacency]}: seeing it changes the odds of any "
         "conclusion about the data of one device by a factor of at most "
-        f"exp(epsilon) = {factor:,.3g}, but for a chance of about {claim.delta:g}."
+        f"exp(epsilon) = {_factor(claim.epsilon)}, but for a chance of about {claim.delta:g}."
     )
     rows: dict[str, object] = {
         "budget": f"epsilon {claim.epsilon:.4g} at delta {claim.delta:g}, for a whole device",
@@ -163,13 +160,28 @@ def _claim(results: SimulationResults, claim: PrivacyResult) -> str:
         "a device counts in": "any number of rounds"
         if claim.participations is None
         else f"at most {claim.participations} rounds",
-        "noise is added by": "the server" if claim.noise == "server" else "the aggregators, of whom no one knows it",
+        "noise is added by": _noise_words(claim),
         "noise multiplier": claim.noise_multiplier,
         "against": against(results),
     }
     if claim.buckets is not None:
         rows["buckets"] = f"{claim.buckets} noised sums a round, each device in one of them"
     return f"<p>{escape(words)}</p>{pairs(rows, 'Differential privacy')}"
+
+
+def _noise_words(claim: PrivacyResult) -> str:
+    match claim.noise:
+        case "server":
+            return "the server, which sees the sum without it"
+        case "aggregators":
+            return "the aggregators, none of whom knows it all"
+        case "devices":
+            return f"the devices, of which {claim.honest_devices} of each sum are relied on to have added theirs"
+
+
+def _factor(epsilon: float) -> str:
+    factor = math.exp(min(epsilon, _LARGEST_EXPONENT))
+    return f"{factor:.3g}" if factor < 100 or factor >= 1e6 else f"{factor:,.0f}"
 
 
 def _sharing(results: SimulationResults, secrecy: SecrecyResult) -> str:
@@ -219,7 +231,7 @@ def _alerts(page: Page, results: SimulationResults) -> None:
     if results.secrecy is not None and results.secrecy.embedded:
         page.alert(
             "All aggregators ran in one process: no secrecy from its operator",
-            "The protocol is the real one, and who opens the shares in this process sees every update. "
+            "The protocol is the real one, but whoever can look into that process can open every update. "
             "<code>--aggregators processes</code> starts real services; in production different people run them.",
         )
 
@@ -234,8 +246,7 @@ def _figures(page: Page, results: SimulationResults) -> list[str]:
         plot = figures.epsilon(results, claim)
         shown.append(page.figure("epsilon", "Epsilon spent", plot, _epsilon_words(results, claim)))
     if any(length is not None for length in tally.noise_lengths(results)):
-        clip_norm = results.config.aggregation.clip_norm if results.config.server is None else None
-        plot = figures.noise(results, clip_norm)
+        plot = figures.noise(results, tally.longest_mean(results))
         shown.append(page.figure("noise", "Noise beside signal", plot, noise_words(results)))
     per_coordinate = tally.bytes_per_coordinate(results)
     if results.secrecy is not None and per_coordinate is not None:
@@ -265,22 +276,20 @@ def noise_words(results: SimulationResults) -> str:
     found = [
         (r, length)
         for r, length in zip(results.rounds, tally.noise_lengths(results), strict=True)
-        if length is not None and r.aggregate_norm
+        if length and r.aggregate_norm is not None
     ]
     if not found:
         return "No round released anything."
     last, length = found[-1]
     norm = last.aggregate_norm or 0.0
-    # Independent of the signal, and so at a right angle to it.
-    signal = math.sqrt(max(0.0, norm**2 - length**2))
-    words = (
-        f"In round {last.round} the aggregate was {norm:.3g} long, and noise alone is expected to be {length:.3g}: "
-        f"about {signal:.3g} is left for the updates. "
-    )
-    if last.noise_stddev is not None and len(last.noise_from) > 1:
+    words = f"In round {last.round} the aggregate was {norm:.3g} long, and noise alone is expected to be {length:.3g}"
+    most = tally.longest_mean(results)
+    words += "" if most is None else f": at least {length / most:.2g} times as long as what the updates come to"
+    words += ". "
+    if results.privacy is not None and results.privacy.noise != "server":
         words += (
-            "Every aggregator adds its part, and the account leaves out as many parts as dishonest ones may know: "
-            "there is more noise than is claimed. "
+            f"All {results.privacy.noise} add their part, and the account relies on those of the honest ones alone: "
+            "there is more noise than is accounted for. "
         )
     return words + "More reports a round, fewer parameters, fewer rounds or a larger epsilon make it less."
 
@@ -289,8 +298,8 @@ def upload_words(secrecy: SecrecyResult, per_coordinate: float) -> str:
     """What sharing costs a device."""
     return (
         f"{per_coordinate:.3g} bytes a coordinate, sealing included: {per_coordinate / figures.FLOAT32_BYTES:.3g} "
-        f"times a plain float32. {secrecy.threshold - 1} of the {secrecy.num_aggregators} shares are seeds of 32 bytes, the "
-        "others are as long as the update."
+        f"times a plain float32. Of {secrecy.num_aggregators} shares {secrecy.threshold - 1} are seeds of 32 bytes; "
+        "each of the others holds all that is shared of the update."
     )
 
 
@@ -310,7 +319,7 @@ def _aggregators(results: SimulationResults) -> str:
         for index in range(1, secrecy.num_aggregators + 1)
     ]
     heads = ["aggregator", "rounds with its noise", "rounds it answered", "wrong answers"]
-    keep = [0, 2, 3] if results.privacy is None else [0, 1, 2, 3]
+    keep = [0, 1, 2, 3] if any(r.noise_from for r in results.rounds) else [0, 2, 3]
     return columns([heads[i] for i in keep], [[row[i] for i in keep] for row in rows])
 
 

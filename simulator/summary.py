@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simulator import tally
+from simulator import report_privacy, tally
 from simulator.progress import human_bytes, human_time
 from simulator.results import SimulationResults
 
@@ -26,11 +26,44 @@ def summary_of(results: SimulationResults, folder: Path) -> list[str]:
     lines += [
         _line("model", results.model_sha256 or "-"),
         _line("traffic", f"{human_bytes(results.bytes_up)} up, {human_bytes(results.bytes_down)} down"),
+        *_protection(results),
         *_aggregation(results),
         _line("throughput", f"{results.clients_per_second:.0f} clients/s"),
         _line("results", str(folder / "results.json")),
         _line("report", str(folder / "report.html")),
     ]
+    return lines
+
+
+def _protection(results: SimulationResults) -> list[str]:
+    lines = []
+    claim, secrecy = results.privacy, results.secrecy
+    if claim is not None:
+        rounds = "" if claim.participations is None else f", {claim.participations} rounds each at most"
+        lines.append(
+            _line(
+                "privacy",
+                f"epsilon {claim.epsilon:.4g} at delta {claim.delta:g} for a whole device ({claim.adjacency}{rounds}); "
+                f"spent {claim.spent:.4g}",
+            )
+        )
+        lines.append(_line("  against", report_privacy.against(results)))
+    if secrecy is not None:
+        lines.append(
+            _line(
+                "secrecy",
+                f"{secrecy.threshold} of {secrecy.num_aggregators} aggregators; "
+                f"{report_privacy.holders(results, secrecy)}",
+            )
+        )
+    rejected = tally.shares_rejected(results)
+    if rejected:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in rejected.most_common())
+        lines.append(_line("shares rejected", f"{rejected.total()} reports ({reasons})"))
+    wrong = tally.tampered(results)
+    if wrong:
+        told = ", ".join(f"aggregator {index} in {len(rounds)} rounds" for index, rounds in wrong.items())
+        lines.append(_line("wrong answers", f"{told}; corrected"))
     return lines
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from client_sdk.protocol.errors import LeaseExpired, StaleReport
 from client_sdk.protocol.secure import shared_size
-from simulator.results import RoundResult, SimulationResults
+from simulator.results import SimulationResults
 
 # Nobody's fault: the round was over.
 _TOO_LATE = frozenset({StaleReport.slug, LeaseExpired.slug})
@@ -118,22 +118,30 @@ def noise_lengths(results: SimulationResults) -> list[float | None]:
     """For each round the L2 length that the noise in its aggregate has by itself, all but exactly.
 
     In so many coordinates it hardly varies. Aggregators together add more than is accounted for: the account trusts in
-    the noise of all but ``threshold - 1`` of them, who may know their own. None without noise, and where it cannot be
-    known: under a rule on noised buckets, or where a foreign server shares updates of unknown length.
+    the noise of all but ``threshold - 1`` of them, who may know their own. So do devices. None without noise, and where
+    it cannot be known: under a rule on noised buckets, or where a foreign server shares updates of unknown length.
     """
     claim, secrecy, config = results.privacy, results.secrecy, results.config
     if claim is None or claim.buckets is not None or (secrecy is not None and config.server is not None):
         return [None] * len(results.rounds)
     size = results.parameters if secrecy is None else shared_size(config.compression, results.parameters)
-    return [_noise_length(r, size, 1 if secrecy is None else secrecy.threshold) for r in results.rounds]
+    lengths: list[float | None] = []
+    for r in results.rounds:
+        surplus = 1.0
+        if claim.honest_devices is not None:
+            surplus = (r.reports - sum(r.shares_rejected.values())) / claim.honest_devices
+        elif secrecy is not None and r.noise_from:
+            surplus = len(r.noise_from) / (len(r.noise_from) - secrecy.threshold + 1)
+        lengths.append(None if r.noise_stddev is None else r.noise_stddev * math.sqrt(surplus * size))
+    return lengths
 
 
-def _noise_length(r: RoundResult, size: int, threshold: int) -> float | None:
-    if r.noise_stddev is None:
-        return None
-    contributors = len(r.noise_from)
-    more = contributors / (contributors - threshold + 1) if contributors >= threshold else 1.0
-    return r.noise_stddev * math.sqrt(more * size)
+def longest_mean(results: SimulationResults) -> float | None:
+    """L2 length that the mean of clipped updates has at most; None where their sum is stretched, or nobody knows."""
+    config = results.config
+    stretched = config.delay_damping is not None or (results.secrecy is not None and config.compression is not None)
+    known = config.server is None and config.aggregation.clip_scope == "global" and not stretched
+    return config.aggregation.clip_norm if known else None
 
 
 def bytes_per_coordinate(results: SimulationResults) -> float | None:

@@ -20,7 +20,7 @@ class PrivacyClaim(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    noise: Literal["server", "aggregators"] = Field(description="who adds it")
+    noise: Literal["server", "aggregators", "devices"] = Field(description="who adds it")
     epsilon: float = Field(ge=0, allow_inf_nan=False, description="budget of the whole task")
     spent: float = Field(ge=0, allow_inf_nan=False, description="of it, by the releases so far")
     delta: float = Field(gt=0, lt=1)
@@ -28,6 +28,9 @@ class PrivacyClaim(BaseModel):
     noise_multiplier: float = Field(gt=0, allow_inf_nan=False, description="of a round: noise / sensitivity")
     participations: int | None = Field(ge=1, description="rounds that count one device at most; null: all")
     buckets: int | None = Field(None, ge=2, description="noised sums of a round; null: one sum")
+    honest_devices: int | None = Field(
+        None, ge=1, description="of each sum, that are relied on to have added theirs; null: devices add none"
+    )
 
 
 class Secrecy(BaseModel):

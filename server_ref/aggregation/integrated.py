@@ -201,6 +201,20 @@ class IntegratedFederatedAggregator:
                     return None
                 raise
 
+    def learn(self, worker_gradient: WorkerGradient, model_version: int) -> None:
+        """Show the detector an update that is known to be honest; it does not count in any aggregate.
+
+        Raises:
+            ConfigurationError: There is no detector of updates.
+            ProtocolError: An update that would be refused.
+        """
+        if self._detector is None or not self.config.security.inspect_updates:
+            raise ConfigurationError("there is no detector of updates; set inspect_updates, and give one")
+        with self._lock:
+            task = self._task_for(worker_gradient)
+            values, sent = task.wire.sparse(_payload_of(worker_gradient, model_version, task.wire), model_version)
+            self._detector.learn(replace(worker_gradient, gradients=values), sent)
+
     @property
     def current_round(self) -> int:
         """Aggregates made so far: the version of the model that they lead to."""
@@ -254,16 +268,12 @@ class IntegratedFederatedAggregator:
         if self._spending is not None:
             self._spending.check(worker.worker_id)
         task = self._task_for(worker)
-        payload = metadata.get("payload")
-        if payload is None:
-            payload = task.wire.encode(worker.gradients, model_version)
-        elif not isinstance(payload, bytes | bytearray | memoryview):
-            raise MalformedEncoding("a payload is bytes")
-        if self._is_suspicious(worker, bytes(payload), model_version, task.wire):
+        payload = _payload_of(worker, model_version, task.wire)
+        if self._is_suspicious(worker, payload, model_version, task.wire):
             self._alarms[worker.worker_id] += 1
             self._reject(RefusedUpdate(number, worker.worker_id, InvalidUpdate))
             return None
-        opened = task.pipeline.open(EncodedUpdate(number, bytes(payload), seed=task.wire.seed(model_version)))
+        opened = task.pipeline.open(EncodedUpdate(number, payload, seed=task.wire.seed(model_version)))
         spending = self._spending
         if spending is not None and len(self._buffer) + 1 == self._buffer.size:
             spending.keeper.open_round(spending.next_release())
@@ -355,3 +365,12 @@ class IntegratedFederatedAggregator:
                 "of a released aggregate the detector knows the noise's law only where all coordinates of a plain mean "
                 "are noised; use rule='mean' and no compression, or set inspect_updates without privacy"
             )
+
+
+def _payload_of(worker: WorkerGradient, model_version: int, wire: Wire) -> bytes:
+    payload = (worker.metadata or {}).get("payload")
+    if payload is None:
+        return wire.encode(worker.gradients, model_version)
+    if not isinstance(payload, bytes | bytearray | memoryview):
+        raise MalformedEncoding("a payload is bytes")
+    return bytes(payload)

@@ -56,15 +56,15 @@ class Spending:
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             adjacency=Adjacency(privacy.adjacency),
-            participations=config.participations,
+            participations=None if config.most is None else config.releases,
         )
         ledger = ledger or PrivacyLedger(budget=budget)
         if ledger.budget != budget:
             raise ConfigurationError("the ledger is of another budget than the configuration's; go on with its own")
-        if ledger.events and privacy.participations is not None and counted is None:
+        if ledger.events and config.most is not None and counted is None:
             raise ConfigurationError("participations are bounded: say how often each worker has counted (counted)")
-        z = calibrate(privacy.epsilon, privacy.delta, participations=config.participations)
-        return cls(LedgerKeeper(ledger, persist), z, privacy.participations, Counter(counted))
+        z = calibrate(privacy.epsilon, privacy.delta, participations=config.releases)
+        return cls(LedgerKeeper(ledger, persist), z, config.most, Counter(counted))
 
     def next_release(self) -> int:
         """Its number in the ledger, where a vote has one too."""

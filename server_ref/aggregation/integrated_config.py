@@ -177,7 +177,12 @@ the sum by up to 1: compression does not shorten the longest update; leave priva
             )
 
     @property
-    def participations(self) -> int:
-        """Releases that one worker's data enters at most, the vote included."""
-        rounds = min(self.privacy.participations or self.privacy.rounds, self.privacy.rounds)
-        return rounds + (self.compression.method == "voted")
+    def most(self) -> int | None:
+        """Aggregates in which one worker counts at most; None where it may be in all that are paid for."""
+        most = self.privacy.participations
+        return None if most is None else min(most, self.privacy.rounds)
+
+    @property
+    def releases(self) -> int:
+        """Releases that one worker's data enters at most, the vote included: what the noise is calibrated for."""
+        return (self.most or self.privacy.rounds) + (self.compression.method == "voted")
