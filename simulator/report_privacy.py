@@ -143,7 +143,7 @@ def not_covered(results: SimulationResults) -> list[str]:
         else:
             found.append("Nobody sees what a device sends: a dishonest one can shift a sum by any amount.")
     if results.config.server is None:
-        found.append("This page: it shows what the simulated devices hold and who took part, which no server knows.")
+        found.append("This page: it shows what the simulated devices hold, which no server knows.")
     return found
 
 

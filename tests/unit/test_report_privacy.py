@@ -394,6 +394,6 @@ def test_what_only_the_task_refuses_is_no_traceback(tmp_path):
     )
     with (
         RunFolder.begin(tmp_path / "run", config) as folder,
-        pytest.raises(ConfigurationError, match="^honest_devices cannot be more than the reports of a sum"),
+        pytest.raises(ConfigurationError, match=r"^honest_devices cannot be more than the reports of a sum"),
     ):
         Prepared.of(folder, Fleet.of(config), lambda _line: None)
