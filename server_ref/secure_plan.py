@@ -150,26 +150,25 @@ class SharingPlan:
         )
         return cls(settings, pinned, shared_size(config.compression, size))
 
-    def announce(self, sealing_keys: Sequence[str], max_participations: int | None) -> SecurePlan:
-        """What devices are told.
+    def announce(self, sealing_keys: Sequence[str]) -> SecurePlan:
+        """What devices are told: what the aggregators pin, or no share would open.
 
         Args:
             sealing_keys: Of the aggregators, hex, in order.
-            max_participations: Rounds that count a device, which it counts for itself too.
 
         Raises:
             ConfigurationError: Keys that do not fit the suite.
         """
-        pinned = self.pinned
+        pinned, privacy = self.pinned, self.pinned.privacy
         return SecurePlan(
             field=pinned.field,
             threshold=pinned.threshold,
             packing=pinned.packing,
             fraction_bits=pinned.fraction_bits,
             clip_norm=pinned.clip_norm,
-            noise="none" if pinned.privacy is None else pinned.privacy.noise,
-            noise_variance=None if pinned.privacy is None else pinned.privacy.device_noise_variance,
-            max_participations=max_participations,
+            noise="none" if privacy is None else privacy.noise,
+            noise_variance=None if privacy is None else privacy.device_noise_variance,
+            max_participations=None if privacy is None else privacy.max_participations,
             suite=self.suite,
             aggregator_keys=tuple(sealing_keys),
         )

@@ -215,8 +215,8 @@ class SharingTerms:
     """What a device was told of the sharing and of its privacy: ``SecurePlan.terms``.
 
     An aggregator makes the same value of what it accepts itself, and of the norms that it is told with the report. A
-    device that was told anything else (another clip norm, less noise, a lower threshold) sealed a share that does not
-    open.
+    device that was told anything else (another clip norm, less noise, a lower threshold, more participations) sealed a
+    share that does not open.
 
     Attributes:
         field: Name of the prime field.
@@ -228,6 +228,7 @@ class SharingTerms:
         indicator_norm: Of adaptive clipping; None without.
         noise_variance: Of the noise that the device adds to each code; None where it adds none.
         indicator_variance: Likewise of the indicator.
+        max_participations: k: how often the device takes part in the task; None for no limit of its own.
     """
 
     field: str
@@ -239,6 +240,7 @@ class SharingTerms:
     indicator_norm: float | None = None
     noise_variance: str | None = None
     indicator_variance: str | None = None
+    max_participations: int | None = None
 
     def to_bytes(self) -> bytes:
         """The one encoding; see ``_encode``."""
@@ -252,6 +254,7 @@ class SharingTerms:
             b"" if self.indicator_norm is None else _real(self.indicator_norm),
             (self.noise_variance or "").encode(),
             (self.indicator_variance or "").encode(),
+            b"" if self.max_participations is None else _integer(self.max_participations),
         )
 
 

@@ -38,6 +38,7 @@ TERMS = SharingTerms(
     indicator_norm=0.5,
     noise_variance="9/2",
     indicator_variance="3",
+    max_participations=2,
 )
 SHARE = {
     "task_id": "1" * 32,
@@ -162,7 +163,7 @@ def test_a_plan_states_its_terms():
     """Every fact of the plan but those that concern neither what is shared nor its privacy."""
     told = {field.name: getattr(PLAN.terms, field.name) for field in fields(SharingTerms)}
     assert told == {"num_aggregators": 5} | {k: v for k, v in PLAN.model_dump().items() if k in told}
-    left_out = {"noise", "suite", "aggregator_keys", "max_participations"}
+    left_out = {"noise", "suite", "aggregator_keys"}
     assert set(type(PLAN).model_fields) - set(told) == left_out
 
 
@@ -193,6 +194,7 @@ TERMS_CONTEXTS = st.builds(
     indicator_norm=st.none() | REALS,
     noise_variance=st.none() | st.sampled_from(["1", "1/2", "12"]),
     indicator_variance=st.none() | st.sampled_from(["1", "1/2", "12"]),
+    max_participations=st.none() | NUMBERS,
 )
 SHARE_CONTEXTS = st.fixed_dictionaries(
     {name: NUMBERS if isinstance(v, int) else TEXTS for name, v in SHARE.items()} | {"terms": TERMS_CONTEXTS}

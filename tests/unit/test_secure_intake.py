@@ -140,6 +140,19 @@ def test_a_device_that_was_told_other_terms_is_noticed(parties, tmp_path):
     finer.close()
 
 
+@pytest.mark.parametrize(("counted", "told"), [(2, 9), (2, None), (None, 2), (2, 1)])
+def test_a_device_that_was_told_another_number_of_participations_is_noticed(tmp_path, counted, told):
+    """Its own count is the one that a coordinator cannot mislead with other ids: it has to be the pinned one."""
+    parties = Parties(tmp_path, pinned(privacy=pinned_privacy(max_participations=counted)))
+    honest = parties.upload(1)
+    lie = pinned(privacy=pinned_privacy(max_participations=told))
+    parties.configs = [config.model_copy(update={"parameters": lie}) for config in parties.configs]
+    misled = parties.upload(2)
+    assert [reason(parties, misled, index) for index in parties.indices] == [VerdictReason.UNSEALABLE] * 5
+    assert [reason(parties, honest, index) for index in parties.indices] == [None] * 5
+    parties.close()
+
+
 def replace_bits(config: AggregatorConfig, fraction_bits: int) -> AggregatorConfig:
     parameters = config.parameters.model_copy(update={"fraction_bits": fraction_bits})
     return config.model_copy(update={"parameters": parameters})
