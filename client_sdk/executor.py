@@ -271,6 +271,7 @@ class ActionExecutor:
         return fulfil(
             assignment,
             report_id,
+            device_id=self._around.store.identity.device_id,
             program=self._watched(program, assignment, len(data[0]), stop),
             read=self._blob,
             data=data,

@@ -1,8 +1,9 @@
 """Sealing: what only one aggregator may read, on its way through others' hands.
 
 HPKE [RFC 9180] in base mode with HKDF-SHA256 and AES-256-GCM, one message per encapsulation. Everything that a
-ciphertext is about goes into HPKE's ``info``: a share opens only for the task, assignment, model, terms and aggregator
-that it was made for, so a relay can neither swap nor replay it. Who sealed, HPKE does not say: a signature must.
+ciphertext is about goes into HPKE's ``info``: a share opens only for the task, assignment, device, model, terms and
+aggregator that it was made for, so a relay can neither swap nor replay nor rename it. Who sealed, HPKE does not say: a
+signature must.
 
 A ciphertext is the encapsulated key, then the sealed bytes, then a tag of 16 bytes; its length says nothing but the
 plaintext's.
@@ -262,6 +263,7 @@ def share_info(
     *,
     task_id: str,
     assignment_id: str,
+    device_id: str,
     aggregator_index: int,
     model_version: int,
     parameter_table_sha256: str,
@@ -272,6 +274,7 @@ def share_info(
     Args:
         task_id: The task.
         assignment_id: The assignment that the report answers.
+        device_id: Whose update it is, by its own word. So reports of an honest device always count as one device's.
         aggregator_index: Whose share it is, from 1.
         model_version: Version that the device trained on.
         parameter_table_sha256: Order and shapes of the update.
@@ -281,6 +284,7 @@ def share_info(
         b"pocketfed share v1",
         task_id.encode(),
         assignment_id.encode(),
+        device_id.encode(),
         _integer(aggregator_index),
         _integer(model_version),
         parameter_table_sha256.encode(),

@@ -73,6 +73,7 @@ def open_share(
     info = sealing.share_info(
         task_id=task.task_id,
         assignment_id=header.assignment_id,
+        device_id=header.device_id,
         aggregator_index=config.index,
         model_version=header.model_version,
         parameter_table_sha256=task.parameter_table_sha256,

@@ -65,7 +65,8 @@ def test_a_device_killed_at_any_point_sends_what_it_sealed_first_and_takes_part_
         weights = np.frombuffer(decode_frame(toy.model).payload, np.float32)
         delta = LocalTrainer(program).train(weights, *killed.data, assignment.plan, assignment.shuffle_seed).delta
         expected = encode_clipped(delta, plan_of(assignment).bounds)
-        assert opened_codes(frame, assignment, SIZE, SEALING_KEYS).tolist() == expected.tolist()
+        opened = opened_codes(frame, assignment, SIZE, SEALING_KEYS, device_id=killed.identity.device_id)
+        assert opened.tolist() == expected.tolist()
         counts = Participations.model_validate_json((killed.state / "participations.json").read_bytes())
         assert counts.without(assignment.task_id, "") == 1
     program.close()

@@ -87,7 +87,8 @@ def test_over_http_shares_are_taken_and_nothing_else_is(tmp_path, softmax_bundle
         plain = encode_frame({REPORT_TENSOR: update}, facts | {"train_loss": "withheld"})
         assert problem(send(devices[0], bytes(plain), "a" * 32)) == "malformed-share"
         for i, (device, assignment) in enumerate(zip(devices, work, strict=True)):
-            report = build_report(assignment, f"{i:032x}", update, steps=1, train_loss=0.5)
+            given = {"device_id": device.device_id, "steps": 1, "train_loss": 0.5}
+            report = build_report(assignment, f"{i:032x}", update, **given)
             assert send(device, bytes(report.frame), f"{i:032x}").status_code == 200
             assert send(device, bytes(report.frame), f"{i:032x}").status_code == 200, "again is harmless"
         [committed] = get_json(server.url, "/v1/rounds")

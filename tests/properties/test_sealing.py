@@ -43,6 +43,7 @@ TERMS = SharingTerms(
 SHARE = {
     "task_id": "1" * 32,
     "assignment_id": "2" * 32,
+    "device_id": "6" * 32,
     "aggregator_index": 3,
     "model_version": 4,
     "parameter_table_sha256": "5" * 64,

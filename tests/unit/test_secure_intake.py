@@ -88,8 +88,8 @@ def test_a_seed_is_32_bytes_and_nothing_else(parties):
 
 @pytest.mark.parametrize(
     "other",
-    [{"assignment_id": hex_id(8, "assign")}, {"model_version": 4}],
-    ids=["assignment", "model version"],
+    [{"assignment_id": hex_id(8, "assign")}, {"device_id": hex_id(8, "device")}, {"model_version": 4}],
+    ids=["assignment", "device", "model version"],
 )
 def test_a_share_opens_for_what_it_was_sealed_for_only(parties, other):
     upload = parties.upload(1)

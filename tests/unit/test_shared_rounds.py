@@ -165,7 +165,8 @@ def test_a_report_whose_shares_are_of_two_updates_does_not_count(tmp_path, softm
     sent = updates(8, 3, 21)
     with Served(tmp_path, softmax_bundle, rounds=1, buffer_size=3, aggregation=FIXED, secure={}) as served:
         work = [served.assigned(f"d{i}") for i in range(3)]
-        other = decode_frame(bytes(build_report(work[1], "0" * 32, sent[0], steps=1, train_loss=0.5).frame))
+        given = {"device_id": served.enrol("d1"), "steps": 1, "train_loss": 0.5}
+        other = decode_frame(bytes(build_report(work[1], "0" * 32, sent[0], **given).frame))
 
         def mixed(frame: bytes) -> bytes:
             decoded = decode_frame(frame)

@@ -25,7 +25,8 @@ from client_sdk.protocol.sealing import SealingKey, SealingSuite, SharingTerms
 from client_sdk.protocol.secure import SecureLayout, encode_shares
 from client_sdk.protocol.shamir import Scheme, share_seeded
 
-ID, OTHER_ID, HASH = "00112233445566778899aabbccddeeff", "f" * 32, "0123456789abcdef" * 4
+ID, OTHER_ID, DEVICE_ID = "00112233445566778899aabbccddeeff", "f" * 32, "d" * 32
+HASH = "0123456789abcdef" * 4
 SEALING_KEYS = tuple(SealingKey(SealingSuite.X25519, bytes([index] * 32)) for index in range(1, 6))
 HYBRID_KEYS = tuple(SealingKey(SealingSuite.MLKEM768_X25519, bytes([index] * 96)) for index in range(1, 4))
 EPHEMERAL = bytes(range(32))
@@ -35,6 +36,7 @@ TERMS = SharingTerms(field="m61", threshold=3, num_aggregators=5, packing=1, fra
 SHARE = {
     "task_id": ID,
     "assignment_id": OTHER_ID,
+    "device_id": DEVICE_ID,
     "aggregator_index": 1,
     "model_version": 12,
     "parameter_table_sha256": HASH,
@@ -237,6 +239,7 @@ def sealing() -> dict[str, Any]:
         "no context": (curve, key, b"", whole),
         "another aggregator's index": (curve, key, share_info(**SHARE | {"aggregator_index": 2}), whole),
         "another assignment": (curve, key, share_info(**SHARE | {"assignment_id": ID}), whole),
+        "another device": (curve, key, share_info(**SHARE | {"device_id": ID}), whole),
         "another task": (curve, key, share_info(**SHARE | {"task_id": OTHER_ID}), whole),
         "another model": (curve, key, share_info(**SHARE | {"model_version": 13}), whole),
         "another parameter table": (curve, key, share_info(**SHARE | {"parameter_table_sha256": "a" * 64}), whole),
