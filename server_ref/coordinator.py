@@ -272,7 +272,7 @@ class Coordinator:
     def describe(self) -> dict[str, Any]:
         """The task and where it stands."""
         with self._lock:
-            return status.describe(self._state)
+            return status.describe(self._state, embedded=self.config.aggregators.mode == "embedded")
 
     def history(self, since: int) -> list[dict[str, Any]]:
         """Committed rounds from ``since`` on, oldest first."""

@@ -135,6 +135,11 @@ def not_covered(results: SimulationResults) -> list[str]:
             if not secrecy.embedded
             else "Whoever runs the server: all aggregators are in its process."
         )
+        if results.config.aggregation.rule != "mean" and results.config.privacy.buckets is None:
+            found.append(
+                "The distances between the updates of a round are opened to the server, hence how they lie to one "
+                "another, and which were chosen."
+            )
         if secrecy.checks == "projections":
             found.append(
                 "Random projections and the norm of each update are opened to the server: no epsilon holds against "
