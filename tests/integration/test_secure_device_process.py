@@ -82,8 +82,12 @@ def test_a_device_that_is_told_whom_to_trust_delivers_to_them_and_to_nobody_else
     assert refused.returncode == 2
     assert "this device trusts the aggregators it was given" in refused.stderr
     assert (toy.reports, [reason for _, reason in toy.abandoned]) == ({}, ["privacy"])
-    toy.work = 3
+    toy.work = 4
     keys.write_text(json.dumps(PLAN.aggregator_keys))
+    few = device.run("--aggregator-keys", str(keys), "--min-threshold", "4")
+    assert few.returncode == 2
+    assert "any 3 aggregators can read, fewer than 4" in few.stderr
+    assert toy.reports == {}
     spent = device.run("--aggregator-keys", str(keys))
     assert len(toy.reports) == 1
     assert spent.returncode == 2
