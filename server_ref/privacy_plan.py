@@ -163,7 +163,7 @@ def _split(config: TaskConfig, noise_multiplier: float) -> NoiseSplit | None:
         enough = fewest_updates(noise_multiplier, least=least)
         raise ConfigurationError(
             f"adaptive clipping would follow its noise among {config.buffer_size} reports at a noise multiplier of "
-            f"{noise_multiplier:.4g}: raise task.buffer_size (--cohort) to {enough} or more, allow more epsilon, or leave "
-            "task.privacy.adaptive_clipping (--adaptive-clipping) out"
+            f"{noise_multiplier:.4g}: raise task.buffer_size (--cohort) to {enough} or more, allow more epsilon, or "
+            "leave task.privacy.adaptive_clipping (--adaptive-clipping) out"
         )
     return split
