@@ -78,7 +78,9 @@ class PrivacyConfig(_Section):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name}: only adaptive_clipping has a use for that; set it too")
         elif self.noise not in {"server", "aggregators"}:
-            raise ValueError("adaptive_clipping follows a noised count: set privacy.noise to server or aggregators")
+            raise ValueError(
+                "adaptive_clipping follows a noised count: let the server or aggregators add noise (privacy.noise)"
+            )
         elif self.buckets is not None or self.noise_schedule != "constant":
             raise ValueError("adaptive_clipping needs one sum a round, with the same noise: no buckets, no schedule")
 
