@@ -24,6 +24,8 @@ PYTEST_ARGS ?=
 DEMO_OUT ?= runs/demo
 # Where `make robustness` keeps its study.
 ROBUSTNESS_OUT ?= runs/robustness
+# Where `make frontier` keeps finished cells.
+FRONTIER_OUT ?= runs/frontier
 
 # --- names -----------------------------------------------------------------------------------------------------
 
@@ -53,7 +55,7 @@ NATIVE_STAMP := $(STAMPS)/native-$(NATIVE_KEY)
 # Replace the older stamps of one kind by the new one.
 stamp = rm -f $(STAMPS)/$(1)-* && touch $@
 
-.PHONY: help setup demo test test-slow check format bench bench-large bench-leak robustness private audit docs clean distclean
+.PHONY: help setup demo test test-slow check format bench bench-large bench-leak robustness private frontier audit docs clean distclean
 
 help: ## list the targets
 	@echo 'pocketfed: make TARGET'
@@ -144,6 +146,10 @@ robustness: setup ## rules against attacks on digits (some minutes; goes on wher
 private: setup ## what epsilon = 1 costs on Fashion-MNIST with 12,000 devices (some minutes), into docs/private-accuracy.md
 	@$(BIN)/pocketfed data fashion-mnist
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/benchmarks/study_private.py
+
+frontier: setup ## privacy against attackers: accuracy by budget and part of the fleet (a quarter of an hour; goes on where it stopped)
+	@$(BIN)/pocketfed data fashion-mnist
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m simulator.frontier --kept $(FRONTIER_OUT)/cells.jsonl --out docs/frontier-summary.md --picture docs/img/frontier.svg
 
 audit: setup ## try to refute the claimed privacy (some minutes), into docs/audit-summary.md
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/pocketfed audit --out docs/audit-summary.md

@@ -202,6 +202,13 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
         help="whom to trust: a JSON list of the aggregators' public sealing keys in hex, in their order. An assignment "
         "that would send the update to anyone else, or in the clear, is refused (default: the server's word)",
     )
+    parser.add_argument(
+        "--min-threshold",
+        type=_positive,
+        metavar="T",
+        help="with --aggregator-keys: refuse an assignment if fewer than T aggregators could read the update (default: "
+        "more than half of them)",
+    )
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--once", action="store_true", help="leave after one accepted report")
     stop.add_argument(
@@ -224,6 +231,7 @@ def _run_device(args: argparse.Namespace) -> int:
         name=args.name,
         max_reports=1 if args.once else args.max_reports,
         aggregator_keys=args.aggregator_keys,
+        min_threshold=args.min_threshold,
     )
 
 

@@ -38,6 +38,7 @@ from client_sdk.session_state import (
 from client_sdk.store import DeviceStore, MemoryDeviceStore
 from client_sdk.training import LocalTrainer
 from client_sdk.transport import Transport
+from client_sdk.trust import trusted_aggregators
 from client_sdk.watch import WatchedProgram
 
 Weights = Float32Array | Mapping[str, npt.NDArray[np.float32]]
@@ -83,6 +84,7 @@ class MobileClient:
         on_event: OnEvent = lambda _: None,
         max_blob_bytes: int = MAX_BLOB_BYTES,
         aggregator_keys: Sequence[str] | None = None,
+        min_threshold: int | None = None,
     ) -> None:
         """Put a device together; nothing is sent or loaded yet.
 
@@ -103,6 +105,8 @@ class MobileClient:
             max_blob_bytes: Largest program or model that is downloaded.
             aggregator_keys: Public sealing keys (hex, that of aggregator 1 first) of those it trusts: an assignment
                 that would send its update to anyone else, or in the clear, is refused. None trusts the server's word.
+            min_threshold: With ``aggregator_keys``: so many of them must be needed at least to read an update; by
+                default more than half.
         """
         if programs is None and program is not None:
             programs = EmbeddedProgram(program)
@@ -130,7 +134,7 @@ class MobileClient:
                     on_event=on_event,
                     conditions=conditions,
                     max_blob_bytes=max_blob_bytes,
-                    aggregator_keys=None if aggregator_keys is None else tuple(aggregator_keys),
+                    trusted=trusted_aggregators(aggregator_keys, min_threshold),
                 ),
                 self._open_session(None),
             )

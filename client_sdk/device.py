@@ -33,6 +33,7 @@ def run_device(
     name: str | None = None,
     max_reports: int | None = None,
     aggregator_keys: Path | None = None,
+    min_threshold: int | None = None,
 ) -> int:
     """Run one device until the task is finished, ``max_reports`` are accepted, or SIGINT or SIGTERM comes.
 
@@ -48,6 +49,7 @@ def run_device(
         name: What the device calls itself in its own messages; by default its id.
         max_reports: How many accepted reports to leave after.
         aggregator_keys: File with the sealing keys of the aggregators that the device trusts.
+        min_threshold: How many of those it must take at least to read an update; by default more than half.
 
     Returns:
         0.
@@ -76,6 +78,7 @@ def run_device(
                 programs=programs,
                 on_event=ProgressLines(profile.device_id, sys.stderr),
                 aggregator_keys=trusted,
+                min_threshold=min_threshold,
             )
             summary = client.run(max_reports, stop)
     if summary.cause in {"gave-up", "refused"}:

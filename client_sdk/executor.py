@@ -62,7 +62,7 @@ from client_sdk.session_state import (
 )
 from client_sdk.store import DeviceStore
 from client_sdk.transport import Transport
-from client_sdk.trust import AggregatorKeys, check_willing, is_trusted
+from client_sdk.trust import TrustedAggregators, check_willing, is_trusted
 from client_sdk.watch import WatchedProgram
 
 MAX_MANIFEST_BYTES = 4 * 2**20
@@ -79,8 +79,8 @@ OnEvent = Callable[[events.Event], None]
 class Surroundings:
     """What a device works with.
 
-    ``conditions`` says why it may not work now, or None. ``aggregator_keys`` are those it sends shares to, and nothing
-    to anyone else; None for whomever the server names.
+    ``conditions`` says why it may not work now, or None. ``trusted`` are those it sends shares to, and nothing to
+    anyone else; None for whomever the server names.
     """
 
     transport: Transport
@@ -93,7 +93,7 @@ class Surroundings:
     on_event: OnEvent
     conditions: Callable[[], str | None] = field(default=lambda: None)
     max_blob_bytes: int = MAX_BLOB_BYTES
-    aggregator_keys: AggregatorKeys | None = None
+    trusted: TrustedAggregators | None = None
 
 
 class ActionExecutor:
@@ -264,13 +264,14 @@ class ActionExecutor:
     def _make_report(
         self, assignment: Assignment, report_id: str, stop: threading.Event
     ) -> tuple[Report, DeviceMemory | None]:
-        check_willing(assignment, self._around.aggregator_keys, self._around.store)
+        check_willing(assignment, self._around.trusted, self._around.store)
         program = self._around.programs.open(assignment, self._blob)
         self._fetched.pop(assignment.program_sha256, None)  # loaded: the runtime has its own copy
         data = self._around.data
         return fulfil(
             assignment,
             report_id,
+            device_id=self._around.store.identity.device_id,
             program=self._watched(program, assignment, len(data[0]), stop),
             read=self._blob,
             data=data,
@@ -283,7 +284,7 @@ class ActionExecutor:
         frame = store.sealed(report_id)
         if frame is None or not is_report_of(frame, assignment, report_id):
             return None
-        if not is_trusted(assignment, self._around.aggregator_keys):
+        if not is_trusted(assignment, self._around.trusted):
             return None
         return frame if not keeps_memory(assignment) or store.has_staged_memory(report_id) else None
 

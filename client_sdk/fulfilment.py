@@ -18,6 +18,7 @@ def fulfil(
     assignment: Assignment,
     report_id: str,
     *,
+    device_id: str,
     program: Program,
     read: ReadBlob,
     data: Examples,
@@ -31,6 +32,7 @@ def fulfil(
     Args:
         assignment: What to do.
         report_id: Id of the report.
+        device_id: Who reports.
         program: The assignment's program; it is compared with it.
         read: Blob hash -> bytes that were checked against it.
         data: The device's examples.
@@ -55,6 +57,7 @@ def fulfil(
         assignment,
         report_id,
         update,
+        device_id=device_id,
         steps=result.steps,
         train_loss=result.last_epoch_loss,
         residual=None if former is None else former.vector(RESIDUAL, len(update)),

@@ -95,6 +95,7 @@ def build_report(
     report_id: str,
     update: Float32Array,
     *,
+    device_id: str,
     steps: int,
     train_loss: float,
     residual: Float32Array | None = None,
@@ -109,6 +110,7 @@ def build_report(
         assignment: What the report answers.
         report_id: Its id.
         update: float32 ``[n]``, finite; n is the assignment's ``update_size``.
+        device_id: Who reports; a secure report counts for this device only.
         steps: Local optimizer steps taken.
         train_loss: Mean loss over the last local epoch; withheld where the assignment says so, or is secure.
         residual: float32 ``[n]``, what the last accepted report left out; needed with error feedback only.
@@ -123,7 +125,9 @@ def build_report(
     left_out = None
     tensors: Mapping[str, npt.NDArray[np.generic]]
     if assignment.secure is not None:
-        tensors = share_tensors(sealed_shares(assignment, assignment.secure, update, random=random))
+        tensors = share_tensors(
+            sealed_shares(assignment, assignment.secure, update, device_id=device_id, random=random)
+        )
     else:
         tensor, left_out = _clear_tensor(assignment, update, residual)
         tensors = {REPORT_TENSOR: tensor}

@@ -28,6 +28,7 @@ def sealed_shares(
     plan: SecurePlan,
     update: Float32Array,
     *,
+    device_id: str,
     random: RandomBytes = os.urandom,
     kernels: UpdateKernels | None = None,
 ) -> list[bytes]:
@@ -37,6 +38,7 @@ def sealed_shares(
         assignment: What the report answers.
         plan: Its plan.
         update: float32 ``[n]``, finite; n is the assignment's ``update_size``.
+        device_id: The device's own.
         random: Source of random bytes. Secrecy and privacy rest on it; sealing draws from the system in any case.
         kernels: What computes; by default native code where there is any, else numpy. All make the same shares.
 
@@ -51,7 +53,7 @@ def sealed_shares(
         private_shares(plan, layout, shared, random=random, kernels=kernels or load_kernels()), layout
     )
     return [
-        seal(plaintext, key, _info(assignment, plan, index))
+        seal(plaintext, key, _info(assignment, plan, device_id, index))
         for plaintext, key, index in zip(plaintexts, plan.public_keys, layout.scheme.indices, strict=True)
     ]
 
@@ -97,10 +99,11 @@ def _indicator(plan: SecurePlan, shared: Float32Array, random: RandomBytes) -> n
     return indicator
 
 
-def _info(assignment: Assignment, plan: SecurePlan, index: int) -> bytes:
+def _info(assignment: Assignment, plan: SecurePlan, device_id: str, index: int) -> bytes:
     return share_info(
         task_id=assignment.task_id,
         assignment_id=assignment.assignment_id,
+        device_id=device_id,
         aggregator_index=index,
         model_version=assignment.model_version,
         parameter_table_sha256=assignment.parameter_table_sha256,

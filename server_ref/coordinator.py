@@ -272,7 +272,7 @@ class Coordinator:
     def describe(self) -> dict[str, Any]:
         """The task and where it stands."""
         with self._lock:
-            return status.describe(self._state)
+            return status.describe(self._state, embedded=self.config.aggregators.mode == "embedded")
 
     def history(self, since: int) -> list[dict[str, Any]]:
         """Committed rounds from ``since`` on, oldest first."""
@@ -386,9 +386,9 @@ class Coordinator:
         for record, update in folding:
             self._buffer.fold(record, update, version)
             self._on_event("report-folded")
+        if not self._close_what_is_full():
+            return
         with self._lock:
-            if not self._close_what_is_full():
-                return
             if self._state.engine.close_pending(self._clock.now()):
                 return
             deferred, self._deferred = self._deferred, []
@@ -418,14 +418,19 @@ class Coordinator:
         return True
 
     def _close(self, closing: Closing) -> None:
-        """Turn a full buffer into the next model."""
+        """Turn a full buffer into the next model.
+
+        Only this thread changes the state, so that nobody who reads it has to wait for the sum: aggregators may take
+        minutes to say that they do not answer.
+        """
         started = time.perf_counter()
         outcome = close_buffer(self.task, self._state, self._buffer, closing)
         self._on_event("buffer-summed")
-        spent = self._state.commit_round(closing, outcome)
-        self._buffer.reset()
-        self._selection.record(closing.counted)
-        model = self._state.model
+        with self._lock:
+            spent = self._state.commit_round(closing, outcome)
+            self._buffer.reset()
+            self._selection.record(closing.counted)
+            model = self._state.model
         for key in spent:
             self._background.delete(key)
         self._background.evaluate(model.version, model.weights)

@@ -154,17 +154,18 @@ class SharingPlan:
         )
         return cls(settings, pinned, shared_size(config.compression, size))
 
-    def announce(self, sealing_keys: Sequence[str], max_participations: int | None) -> SecurePlan:
-        """What devices are told: of the first model version, where the clip norm moves (``Task.announced``).
+    def announce(self, sealing_keys: Sequence[str]) -> SecurePlan:
+        """What devices are told: what the aggregators pin, or no share would open.
+
+        With a clip norm that moves: of the first model version (``Task.announced``).
 
         Args:
             sealing_keys: Of the aggregators, hex, in order.
-            max_participations: Rounds that count a device, which it counts for itself too.
 
         Raises:
             ConfigurationError: Keys that do not fit the suite.
         """
-        pinned = self.pinned
+        pinned, privacy = self.pinned, self.pinned.privacy
         return SecurePlan(
             field=pinned.field,
             threshold=pinned.threshold,
@@ -172,9 +173,9 @@ class SharingPlan:
             fraction_bits=pinned.fraction_bits,
             clip_norm=pinned.clip_norm,
             indicator_norm=pinned.clip_norm if pinned.indicator else None,
-            noise="none" if pinned.privacy is None else pinned.privacy.noise,
-            noise_variance=None if pinned.privacy is None else pinned.privacy.device_noise_variance,
-            max_participations=max_participations,
+            noise="none" if privacy is None else privacy.noise,
+            noise_variance=None if privacy is None else privacy.device_noise_variance,
+            max_participations=None if privacy is None else privacy.max_participations,
             suite=self.suite,
             aggregator_keys=tuple(sealing_keys),
         )

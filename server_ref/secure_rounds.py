@@ -69,8 +69,7 @@ def open_rounds(config: ServerConfig, task: Task, journal: Journal) -> OpenedRou
         raise ConfigurationError(
             f"the aggregators' keys are for {peers.suite}, and task.secure.suite is {sharing.suite}: make them agree"
         )
-    participations = None if task.privacy is None else task.privacy.budget.participations
-    plan = sharing.announce([peer.sealing_key for peer in peers.peers], participations)
+    plan = sharing.announce([peer.sealing_key for peer in peers.peers])
     _log.info(
         "updates are shared among %d aggregators, any %d of whom open sums; keys %s",
         len(ports),

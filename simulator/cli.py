@@ -53,8 +53,8 @@ What happens: the training data is dealt out to the devices, the model is export
 program (cached), a server starts on loopback, and every device runs the SDK against it over HTTP:
 enrol, check in, download, train, upload. Time is simulated, so a seed gives the same model however
 fast the machine is and however many workers run (but for the noise of differential privacy, which
-nobody can repeat). The devices' keys are derived from the seed: simulation identities, never for a
-production server.
+nobody can repeat). The devices' keys are derived from the seed:
+simulation identities, never for a production server.
 
 DIR gets results.json (every figure), report.html (plots, opens offline), and what --resume needs.
 Exit status: 0 after the last round, 3 if training was halted before it, 130 if it was interrupted.

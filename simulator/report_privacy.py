@@ -135,6 +135,11 @@ def not_covered(results: SimulationResults) -> list[str]:
             if not secrecy.embedded
             else "Whoever runs the server: all aggregators are in its process."
         )
+        if results.config.aggregation.rule != "mean" and results.config.privacy.buckets is None:
+            found.append(
+                "The distances between the updates of a round are opened to the server, hence how they lie to one "
+                "another, and which were chosen."
+            )
         if secrecy.checks == "projections":
             found.append(
                 "Random projections and the norm of each update are opened to the server: no epsilon holds against "
@@ -143,7 +148,7 @@ def not_covered(results: SimulationResults) -> list[str]:
         else:
             found.append("Nobody sees what a device sends: a dishonest one can shift a sum by any amount.")
     if results.config.server is None:
-        found.append("This page: it shows what the simulated devices hold and who took part, which no server knows.")
+        found.append("This page: it shows what the simulated devices hold, which no server knows.")
     return found
 
 
@@ -197,7 +202,7 @@ def _sharing(results: SimulationResults, secrecy: SecrecyResult) -> str:
         + (f", {secrecy.packing} coordinates in a share" if secrecy.packing > 1 else ""),
         "sealed by": secrecy.suite,
     }
-    found = [f"{_INTEGRITY[kind]} (round {_few(rounds)})" for kind, rounds in _by_integrity(results).items()]
+    found = [f"{_INTEGRITY[kind]} ({_few(rounds)})" for kind, rounds in _by_integrity(results).items()]
     if found:
         rows["answers to open a sum"] = "; ".join(found)
     return pairs(rows, "Secret sharing")
@@ -212,17 +217,19 @@ def _by_integrity(results: SimulationResults) -> dict[str, list[int]]:
 
 
 def _few(rounds: Sequence[int]) -> str:
-    """Numbers of rounds in short: a stretch by its ends, else the first few."""
-    if len(rounds) > 2 and rounds[-1] - rounds[0] == len(rounds) - 1:
-        return f"{rounds[0]} to {rounds[-1]}"
+    """Rounds in short: a stretch by its ends, else the first few."""
+    if len(rounds) == 1:
+        return f"round {rounds[0]}"
+    if rounds[-1] - rounds[0] == len(rounds) - 1:
+        return f"rounds {rounds[0]} to {rounds[-1]}"
     first = ", ".join(map(str, rounds[:8]))
-    return first if len(rounds) <= 8 else f"{first} and {len(rounds) - 8} more"
+    return f"rounds {first}" if len(rounds) <= 8 else f"rounds {first} and {len(rounds) - 8} more"
 
 
 def _alerts(page: Page, results: SimulationResults) -> None:
     wrong = tally.tampered(results)
     if wrong:
-        told = "; ".join(f"aggregator {index} in round {_few(rounds)}" for index, rounds in wrong.items())
+        told = "; ".join(f"aggregator {index} in {_few(rounds)}" for index, rounds in wrong.items())
         page.alert(
             "Wrong answers of aggregators",
             f"{escape(told[:1].upper() + told[1:])}. They were located and left out of the sums, which are right.",

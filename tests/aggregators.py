@@ -14,17 +14,21 @@ from client_sdk.protocol.sealing import SealingKey, share_info
 from client_sdk.protocol.secure import SecureLayout, decode_share, shared_size, split_secure_report
 from client_sdk.protocol.shamir import reconstruct
 
+DEVICE_ID = "d" * 32
+"""Of a device that has no keys."""
+
 
 def plan_of(assignment: Assignment) -> SecurePlan:
     assert assignment.secure is not None
     return assignment.secure
 
 
-def info_for(assignment: Assignment, index: int) -> bytes:
-    """What a share of this assignment for this aggregator must be bound to."""
+def info_for(assignment: Assignment, index: int, device_id: str = DEVICE_ID) -> bytes:
+    """What a device's share of this assignment for this aggregator must be bound to."""
     return share_info(
         task_id=assignment.task_id,
         assignment_id=assignment.assignment_id,
+        device_id=device_id,
         aggregator_index=index,
         model_version=assignment.model_version,
         parameter_table_sha256=assignment.parameter_table_sha256,
@@ -38,20 +42,29 @@ def layout_of(assignment: Assignment, num_parameters: int) -> SecureLayout:
 
 
 def opened_share(
-    ciphertext: bytes | memoryview, assignment: Assignment, layout: SecureLayout, key: SealingKey, index: int
+    ciphertext: bytes | memoryview,
+    assignment: Assignment,
+    layout: SecureLayout,
+    key: SealingKey,
+    index: int,
+    device_id: str = DEVICE_ID,
 ) -> FieldVector:
     """What aggregator ``index`` gets of a report."""
-    return decode_share(sealing.open(ciphertext, key, info_for(assignment, index)), layout, index)
+    return decode_share(sealing.open(ciphertext, key, info_for(assignment, index, device_id)), layout, index)
 
 
 def opened_shares(
-    frame: bytes | bytearray | memoryview, assignment: Assignment, num_parameters: int, keys: Sequence[SealingKey]
+    frame: bytes | bytearray | memoryview,
+    assignment: Assignment,
+    num_parameters: int,
+    keys: Sequence[SealingKey],
+    device_id: str = DEVICE_ID,
 ) -> dict[int, FieldVector]:
     """All shares of a report, by aggregator."""
     layout = layout_of(assignment, num_parameters)
     ciphertexts = split_secure_report(decode_frame(frame), layout)
     return {
-        index: opened_share(ciphertext, assignment, layout, key, index)
+        index: opened_share(ciphertext, assignment, layout, key, index, device_id)
         for index, (ciphertext, key) in enumerate(zip(ciphertexts, keys, strict=True), 1)
     }
 
@@ -62,9 +75,10 @@ def opened_codes(
     num_parameters: int,
     keys: Sequence[SealingKey],
     some: Sequence[int] | None = None,
+    device_id: str = DEVICE_ID,
 ) -> np.ndarray:
     """The codes that the shares of ``some`` aggregators (all by default) open to."""
     layout = layout_of(assignment, num_parameters)
-    shares = opened_shares(frame, assignment, num_parameters, keys)
+    shares = opened_shares(frame, assignment, num_parameters, keys, device_id)
     secret = reconstruct({i: shares[i] for i in some or shares}, layout.scheme, layout.length)
     return layout.scheme.field.to_signed(layout.values(secret))

@@ -111,17 +111,23 @@ class DeviceProcess:
         assert done.returncode == -signal.SIGKILL, f"the planned kill did not happen:\n{done.stderr}"
         return SessionState.model_validate_json((self.state / "session.json").read_bytes())
 
+    @property
+    def identity(self) -> DeviceIdentity:
+        """What the state directory has."""
+        return DeviceIdentity.from_private_bytes(bytes.fromhex((self.state / "identity.key").read_text()))
+
     def honest_report(self, assignment: Assignment, model: bytes, bundle: Path) -> Buffer:
         """The frame that an undisturbed device sends."""
         program = load_program(bundle, "native")
         weights = np.frombuffer(decode_frame(model).payload, np.float32)
         trained = LocalTrainer(program).train(weights, self.x, self.y, assignment.plan, assignment.shuffle_seed)
         program.close()
-        identity = DeviceIdentity.from_private_bytes(bytes.fromhex((self.state / "identity.key").read_text()))
+        identity = self.identity
         return build_report(
             assignment,
             identity.report_id(assignment.assignment_id),
             trained.delta,
+            device_id=identity.device_id,
             steps=trained.steps,
             train_loss=trained.last_epoch_loss,
         ).frame

@@ -249,6 +249,7 @@ class Parties:
                 sealing.share_info(
                     task_id=TASK.task_id,
                     assignment_id=facts["assignment_id"],
+                    device_id=facts["device_id"],
                     aggregator_index=index,
                     model_version=facts["model_version"],
                     parameter_table_sha256=TASK.parameter_table_sha256,

@@ -135,7 +135,7 @@ class Served:
     ) -> None:
         """The device sends its update, as the SDK makes a report of it; returns when it has been taken."""
         report_id = hashlib.sha256(assignment.assignment_id.encode()).hexdigest()[:32]
-        given = {"steps": 1, "train_loss": 0.5} | facts
+        given = {"device_id": self.enrol(name), "steps": 1, "train_loss": 0.5} | facts
         frame = amend(bytes(build_report(assignment, report_id, update.astype(np.float32), **given).frame))
         self.coordinator.report(self.enrol(name), report_id, frame).result(_WITHIN_S)
         self.settle()

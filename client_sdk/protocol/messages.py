@@ -116,7 +116,9 @@ class SecurePlan(Message):
         None, gt=0, allow_inf_nan=False, description="adaptive clipping: the norm that the update's is compared with"
     )
     indicator_variance: Variance | None = Field(None, description="of the indicator's noise, in half units squared")
-    max_participations: int | None = Field(None, ge=1, description="k: the device takes part so often in the task")
+    max_participations: int | None = Field(
+        None, ge=1, lt=2**31, description="k: the device takes part so often in the task"
+    )
     suite: SealingSuite = SealingSuite.X25519
     aggregator_keys: tuple[SealingKeyHex, ...] = Field(
         min_length=2, max_length=MAX_AGGREGATORS, description="public sealing keys, hex; that of aggregator 1 first"
@@ -168,6 +170,7 @@ class SecurePlan(Message):
             indicator_norm=self.indicator_norm,
             noise_variance=self.noise_variance,
             indicator_variance=self.indicator_variance,
+            max_participations=self.max_participations,
         )
 
     @property

@@ -1,8 +1,9 @@
 """Sealing: what only one aggregator may read, on its way through others' hands.
 
 HPKE [RFC 9180] in base mode with HKDF-SHA256 and AES-256-GCM, one message per encapsulation. Everything that a
-ciphertext is about goes into HPKE's ``info``: a share opens only for the task, assignment, model, terms and aggregator
-that it was made for, so a relay can neither swap nor replay it. Who sealed, HPKE does not say: a signature must.
+ciphertext is about goes into HPKE's ``info``: a share opens only for the task, assignment, device, model, terms and
+aggregator that it was made for, so a relay can neither swap nor replay nor rename it. Who sealed, HPKE does not say: a
+signature must.
 
 A ciphertext is the encapsulated key, then the sealed bytes, then a tag of 16 bytes; its length says nothing but the
 plaintext's.
@@ -215,8 +216,8 @@ class SharingTerms:
     """What a device was told of the sharing and of its privacy: ``SecurePlan.terms``.
 
     An aggregator makes the same value of what it accepts itself, and of the norms that it is told with the report. A
-    device that was told anything else (another clip norm, less noise, a lower threshold) sealed a share that does not
-    open.
+    device that was told anything else (another clip norm, less noise, a lower threshold, more participations) sealed a
+    share that does not open.
 
     Attributes:
         field: Name of the prime field.
@@ -228,6 +229,7 @@ class SharingTerms:
         indicator_norm: Of adaptive clipping; None without.
         noise_variance: Of the noise that the device adds to each code; None where it adds none.
         indicator_variance: Likewise of the indicator.
+        max_participations: k: how often the device takes part in the task; None for no limit of its own.
     """
 
     field: str
@@ -239,6 +241,7 @@ class SharingTerms:
     indicator_norm: float | None = None
     noise_variance: str | None = None
     indicator_variance: str | None = None
+    max_participations: int | None = None
 
     def to_bytes(self) -> bytes:
         """The one encoding; see ``_encode``."""
@@ -252,6 +255,7 @@ class SharingTerms:
             b"" if self.indicator_norm is None else _real(self.indicator_norm),
             (self.noise_variance or "").encode(),
             (self.indicator_variance or "").encode(),
+            b"" if self.max_participations is None else _integer(self.max_participations),
         )
 
 
@@ -259,6 +263,7 @@ def share_info(
     *,
     task_id: str,
     assignment_id: str,
+    device_id: str,
     aggregator_index: int,
     model_version: int,
     parameter_table_sha256: str,
@@ -269,6 +274,7 @@ def share_info(
     Args:
         task_id: The task.
         assignment_id: The assignment that the report answers.
+        device_id: Whose update it is, by its own word. So reports of an honest device always count as one device's.
         aggregator_index: Whose share it is, from 1.
         model_version: Version that the device trained on.
         parameter_table_sha256: Order and shapes of the update.
@@ -278,6 +284,7 @@ def share_info(
         b"pocketfed share v1",
         task_id.encode(),
         assignment_id.encode(),
+        device_id.encode(),
         _integer(aggregator_index),
         _integer(model_version),
         parameter_table_sha256.encode(),

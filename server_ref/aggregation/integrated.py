@@ -25,7 +25,6 @@ from typing import Any, Final, cast
 from client_sdk.protocol.errors import (
     ConfigurationError,
     InvalidUpdate,
-    MalformedEncoding,
     ProtocolError,
     ReportMismatch,
     ShapeMismatch,
@@ -34,7 +33,6 @@ from client_sdk.protocol.errors import (
 from client_sdk.protocol.updates import UpdateKind, WorkerGradient
 from server_ref.aggregation.accounting import PrivacyEvent, PrivacyLedger
 from server_ref.aggregation.batch import (
-    Adjacency,
     Aggregate,
     EncodedUpdate,
     Facts,
@@ -46,7 +44,7 @@ from server_ref.aggregation.detectors import IntegratedAttackDetector
 from server_ref.aggregation.intake import Gathered, RefusedUpdate
 from server_ref.aggregation.integrated_budget import Spending
 from server_ref.aggregation.integrated_config import CENTRED, MEAN, FederatedConfig
-from server_ref.aggregation.integrated_stages import schedule_of, stages_of
+from server_ref.aggregation.integrated_stages import schedule_of, stages_of, voting_of
 from server_ref.aggregation.integrated_wire import Wire, flat
 from server_ref.aggregation.pipeline import Pipeline
 from server_ref.aggregation.presets import OnRejected
@@ -149,12 +147,7 @@ class IntegratedFederatedAggregator:
         Raises:
             ConfigurationError: The configuration has none.
         """
-        if self.config.compression.method != "voted":
-            raise ConfigurationError("there is no vote; set compression.method='voted'")
-        size = self._known_layout().size
-        kept = max(1, int(size * self.config.compression.ratio))
-        adjacency = Adjacency(self.config.privacy.adjacency)
-        return SupportVoting(size, kept, kept, self.noise_multiplier, adjacency)
+        return voting_of(self.config, self._known_layout().size, self.noise_multiplier)
 
     def elect_support(self, ballots: Iterable[Int64Array]) -> Support:
         """Count the votes, once for all rounds, and pay for it as for one aggregate.
@@ -212,7 +205,7 @@ class IntegratedFederatedAggregator:
             raise ConfigurationError("there is no detector of updates; set inspect_updates, and give one")
         with self._lock:
             task = self._task_for(worker_gradient)
-            values, sent = task.wire.sparse(_payload_of(worker_gradient, model_version, task.wire), model_version)
+            values, sent = task.wire.sparse(task.wire.payload_of(worker_gradient, model_version), model_version)
             self._detector.learn(replace(worker_gradient, gradients=values), sent)
 
     @property
@@ -268,7 +261,7 @@ class IntegratedFederatedAggregator:
         if self._spending is not None:
             self._spending.check(worker.worker_id)
         task = self._task_for(worker)
-        payload = _payload_of(worker, model_version, task.wire)
+        payload = task.wire.payload_of(worker, model_version)
         if self._is_suspicious(worker, payload, model_version, task.wire):
             self._alarms[worker.worker_id] += 1
             self._reject(RefusedUpdate(number, worker.worker_id, InvalidUpdate))
@@ -365,12 +358,3 @@ class IntegratedFederatedAggregator:
                 "of a released aggregate the detector knows the noise's law only where all coordinates of a plain mean "
                 "are noised; use rule='mean' and no compression, or set inspect_updates without privacy"
             )
-
-
-def _payload_of(worker: WorkerGradient, model_version: int, wire: Wire) -> bytes:
-    payload = (worker.metadata or {}).get("payload")
-    if payload is None:
-        return wire.encode(worker.gradients, model_version)
-    if not isinstance(payload, bytes | bytearray | memoryview):
-        raise MalformedEncoding("a payload is bytes")
-    return bytes(payload)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from client_sdk.protocol.errors import ConfigurationError
 from server_ref.aggregation.accounting import LedgerKeeper
 from server_ref.aggregation.admission import ClipGlobal, DecodeCompressed
 from server_ref.aggregation.batch import Adjacency, Aggregate, Facts
@@ -17,6 +18,7 @@ from server_ref.aggregation.robust_reduce import RobustRule
 from server_ref.aggregation.server_optim import Sgd
 from server_ref.aggregation.stages import Reduce, Stage
 from server_ref.aggregation.staleness import BufferedSchedule, StalenessPolicy, StalenessWeighting
+from server_ref.aggregation.support_voting import SupportVoting
 
 
 def schedule_of(config: FederatedConfig) -> BufferedSchedule:
@@ -61,6 +63,18 @@ def stages_of(
     if security.rule == CENTRED:
         return [*start, mean, *centred_stages(noise, size=facts.size, radius=clip_norm, previous=previous)]
     return [*start, clip, mean if security.rule == MEAN else _on_updates(config, random), noise]
+
+
+def voting_of(config: FederatedConfig, size: int, noise_multiplier: float) -> SupportVoting:
+    """The vote about a common support for a model of ``size`` coordinates.
+
+    Raises:
+        ConfigurationError: The configuration has none.
+    """
+    if config.compression.method != "voted":
+        raise ConfigurationError("there is no vote; set compression.method='voted'")
+    kept = max(1, int(size * config.compression.ratio))
+    return SupportVoting(size, kept, kept, noise_multiplier, Adjacency(config.privacy.adjacency))
 
 
 def _on_updates(config: FederatedConfig, random: Callable[[int], bytes]) -> Reduce:

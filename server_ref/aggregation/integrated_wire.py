@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from client_sdk.protocol.compression import Codec
-from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.errors import ConfigurationError, MalformedEncoding
+from client_sdk.protocol.updates import WorkerGradient
 from server_ref.aggregation.batch import Float32Array, Float64Array
 from server_ref.aggregation.integrated_config import CompressionConfig
 from server_ref.aggregation.support_voting import Support
@@ -63,6 +64,20 @@ class Wire:
         if self.support is not None:
             vector = self.support.project(vector)
         return self.codec.encode(vector, self.seed(model_version))
+
+    def payload_of(self, worker: WorkerGradient, model_version: int) -> bytes:
+        """What a worker sent, in ``metadata["payload"]``; dense tensors are encoded first.
+
+        Raises:
+            MalformedEncoding: Something else in place of bytes.
+            ProtocolError: As ``encode``.
+        """
+        payload = (worker.metadata or {}).get("payload")
+        if payload is None:
+            return self.encode(worker.gradients, model_version)
+        if not isinstance(payload, bytes | bytearray | memoryview):
+            raise MalformedEncoding("a payload is bytes")
+        return bytes(payload)
 
     def sparse(self, payload: bytes, model_version: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Values by name, and the ``indices`` and ``shapes`` that a detector reads; raises as ``Codec.decode`` does."""

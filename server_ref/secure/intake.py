@@ -31,6 +31,7 @@ from server_ref.secure.store import AggregatorStore
 def accepted_terms(config: AggregatorConfig, clip_norm: float, indicator_norm: float | None) -> SharingTerms:
     """The only terms, for these norms, under which this aggregator opens a device's share."""
     pinned = config.parameters
+    privacy = pinned.privacy
     return SharingTerms(
         field=pinned.field,
         threshold=pinned.threshold,
@@ -39,7 +40,8 @@ def accepted_terms(config: AggregatorConfig, clip_norm: float, indicator_norm: f
         fraction_bits=pinned.fraction_bits,
         clip_norm=clip_norm,
         indicator_norm=indicator_norm,
-        noise_variance=None if pinned.privacy is None else pinned.privacy.device_noise_variance,
+        noise_variance=None if privacy is None else privacy.device_noise_variance,
+        max_participations=None if privacy is None else privacy.max_participations,
     )
 
 
@@ -71,6 +73,7 @@ def open_share(
     info = sealing.share_info(
         task_id=task.task_id,
         assignment_id=header.assignment_id,
+        device_id=header.device_id,
         aggregator_index=config.index,
         model_version=header.model_version,
         parameter_table_sha256=task.parameter_table_sha256,

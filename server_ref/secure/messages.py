@@ -95,8 +95,8 @@ class ShareHeader(Message):
     ``ciphertext_ids`` has the ``ciphertext_id`` of the report's sealed share for each aggregator, in order of their
     indices: the ``digest`` names one upload as a whole, so that aggregators which agree on a digest hold shares of the
     same update.
-    ``clip_norm`` and ``indicator_norm`` are those of the device's assignment. The share opens only under what the
-    device was really told, so the coordinator cannot misstate them.
+    ``clip_norm`` and ``indicator_norm`` are those of the device's assignment, ``device_id`` is the device's own. The
+    share opens only under what the device was really told, and really is, so the coordinator cannot misstate them.
     """
 
     report_id: Id128
@@ -145,7 +145,7 @@ class VerdictReason(StrEnum):
     """Why a share was not accepted."""
 
     UNSEALABLE = "unsealable"
-    """The ciphertext does not open with this aggregator's key for this assignment, model version, task and terms."""
+    """The ciphertext does not open with this aggregator's key for this assignment, device, model, task and terms."""
     TERMS = "terms"
     """The header states another clip norm than this aggregator pins, or an indicator where it expects none."""
     MALFORMED = "malformed"

@@ -65,7 +65,8 @@ def test_a_device_killed_at_any_point_sends_what_it_sealed_first_and_takes_part_
         weights = np.frombuffer(decode_frame(toy.model).payload, np.float32)
         delta = LocalTrainer(program).train(weights, *killed.data, assignment.plan, assignment.shuffle_seed).delta
         expected = encode_clipped(delta, plan_of(assignment).bounds)
-        assert opened_codes(frame, assignment, SIZE, SEALING_KEYS).tolist() == expected.tolist()
+        opened = opened_codes(frame, assignment, SIZE, SEALING_KEYS, device_id=killed.identity.device_id)
+        assert opened.tolist() == expected.tolist()
         counts = Participations.model_validate_json((killed.state / "participations.json").read_bytes())
         assert counts.without(assignment.task_id, "") == 1
     program.close()
@@ -81,8 +82,12 @@ def test_a_device_that_is_told_whom_to_trust_delivers_to_them_and_to_nobody_else
     assert refused.returncode == 2
     assert "this device trusts the aggregators it was given" in refused.stderr
     assert (toy.reports, [reason for _, reason in toy.abandoned]) == ({}, ["privacy"])
-    toy.work = 3
+    toy.work = 4
     keys.write_text(json.dumps(PLAN.aggregator_keys))
+    few = device.run("--aggregator-keys", str(keys), "--min-threshold", "4")
+    assert few.returncode == 2
+    assert "any 3 aggregators can read, fewer than 4" in few.stderr
+    assert toy.reports == {}
     spent = device.run("--aggregator-keys", str(keys))
     assert len(toy.reports) == 1
     assert spent.returncode == 2

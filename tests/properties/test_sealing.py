@@ -38,10 +38,12 @@ TERMS = SharingTerms(
     indicator_norm=0.5,
     noise_variance="9/2",
     indicator_variance="3",
+    max_participations=2,
 )
 SHARE = {
     "task_id": "1" * 32,
     "assignment_id": "2" * 32,
+    "device_id": "6" * 32,
     "aggregator_index": 3,
     "model_version": 4,
     "parameter_table_sha256": "5" * 64,
@@ -162,7 +164,7 @@ def test_a_plan_states_its_terms():
     """Every fact of the plan but those that concern neither what is shared nor its privacy."""
     told = {field.name: getattr(PLAN.terms, field.name) for field in fields(SharingTerms)}
     assert told == {"num_aggregators": 5} | {k: v for k, v in PLAN.model_dump().items() if k in told}
-    left_out = {"noise", "suite", "aggregator_keys", "max_participations"}
+    left_out = {"noise", "suite", "aggregator_keys"}
     assert set(type(PLAN).model_fields) - set(told) == left_out
 
 
@@ -193,6 +195,7 @@ TERMS_CONTEXTS = st.builds(
     indicator_norm=st.none() | REALS,
     noise_variance=st.none() | st.sampled_from(["1", "1/2", "12"]),
     indicator_variance=st.none() | st.sampled_from(["1", "1/2", "12"]),
+    max_participations=st.none() | NUMBERS,
 )
 SHARE_CONTEXTS = st.fixed_dictionaries(
     {name: NUMBERS if isinstance(v, int) else TEXTS for name, v in SHARE.items()} | {"terms": TERMS_CONTEXTS}

@@ -96,7 +96,8 @@ class Lives:
         for i, (device, reply) in enumerate(zip(self.devices, replies, strict=True)):
             update = np.random.default_rng(i).standard_normal(before.size).astype(np.float32)
             report_id = f"{i:032x}"
-            frame = bytes(build_report(reply.assignment, report_id, update, steps=1, train_loss=0.5).frame)
+            given = {"device_id": device.device_id, "steps": 1, "train_loss": 0.5}
+            frame = bytes(build_report(reply.assignment, report_id, update, **given).frame)
             answer = self.insist(lambda d=device, r=report_id, f=frame: d.send("PUT", f"/v1/reports/{r}", f))
             assert answer.status_code == 200, answer.text
             self.insist(device.enrol)

@@ -16,13 +16,14 @@ from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.messages import Assignment, I64SharesEncoding
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.store import FileDeviceStore, MemoryDeviceStore
-from client_sdk.trust import check_willing, load_aggregator_keys
+from client_sdk.trust import TrustedAggregators, check_willing, load_aggregator_keys, trusted_aggregators
 from tests.devices import ToyProgram, ToyServer, make_assignment, make_data
 from tests.vectors.generate import PLAN
 
 TASK, OTHER_TASK = "f" * 32, "e" * 32
 IDS = [f"{number:032x}" for number in range(8)]
-TRUSTED = PLAN.aggregator_keys
+KEYS = PLAN.aggregator_keys
+TRUSTED = TrustedAggregators(KEYS)
 
 
 def secure_assignment(number: int = 1, max_participations: int | None = None) -> Assignment:
@@ -35,8 +36,8 @@ def secure_assignment(number: int = 1, max_participations: int | None = None) ->
 
 def test_keys_are_read_in_their_order(tmp_path: Path):
     path = tmp_path / "keys.json"
-    path.write_text(json.dumps(TRUSTED))
-    assert load_aggregator_keys(path) == TRUSTED
+    path.write_text(json.dumps(KEYS))
+    assert load_aggregator_keys(path) == KEYS
 
 
 @pytest.mark.parametrize(
@@ -45,10 +46,10 @@ def test_keys_are_read_in_their_order(tmp_path: Path):
         ("", "not a JSON list"),
         ("{}", "not a JSON list"),
         ('["not hex", "neither"]', "not a JSON list"),
-        (json.dumps([key.upper() for key in TRUSTED]), "lower-case"),
+        (json.dumps([key.upper() for key in KEYS]), "lower-case"),
         (json.dumps([1, 2]), "not a JSON list"),
-        (json.dumps(TRUSTED[:1]), "at least two"),
-        (json.dumps([*TRUSTED, TRUSTED[0]]), "no two of them alike"),
+        (json.dumps(KEYS[:1]), "at least two"),
+        (json.dumps([*KEYS, KEYS[0]]), "no two of them alike"),
     ],
 )
 def test_a_file_of_anything_but_keys_is_refused(tmp_path: Path, text: str, message: str):
@@ -73,13 +74,43 @@ def test_a_device_that_was_told_nobody_trusts_the_server():
 
 
 @pytest.mark.parametrize(
-    "trusted",
-    [TRUSTED[::-1], TRUSTED[:4], (*TRUSTED[:4], "0" * 64), (*TRUSTED, "0" * 64)],
+    "others",
+    [KEYS[::-1], KEYS[:4], (*KEYS[:4], "0" * 64), (*KEYS, "0" * 64)],
     ids=["order", "fewer", "another", "more"],
 )
-def test_shares_for_others_are_refused(trusted: tuple[str, ...]):
+def test_shares_for_others_are_refused(others: tuple[str, ...]):
     with pytest.raises(UntrustedAggregators, match="for other aggregators"):
-        check_willing(secure_assignment(), trusted, MemoryDeviceStore())
+        check_willing(secure_assignment(), TrustedAggregators(others), MemoryDeviceStore())
+
+
+@pytest.mark.parametrize("least", [None, 3])
+def test_shares_that_fewer_of_them_could_read_are_refused(least: int | None):
+    """Of the trusted ones two may be dishonest. Told that the threshold is 2, a device would hand them its update."""
+    trusted, store = TrustedAggregators(KEYS, least), MemoryDeviceStore()
+    for threshold in range(2, 6):
+        plan = PLAN.model_copy(update={"threshold": threshold})
+        assignment = make_assignment(1, encoding=I64SharesEncoding(), secure=plan)
+        if threshold >= 3:
+            check_willing(assignment, trusted, store)
+            continue
+        with pytest.raises(UntrustedAggregators, match="any 2 aggregators can read, fewer than 3"):
+            check_willing(assignment, trusted, store)
+    low = PLAN.model_copy(update={"threshold": 2})
+    check_willing(
+        make_assignment(1, encoding=I64SharesEncoding(), secure=low), TrustedAggregators(KEYS, min_threshold=2), store
+    )
+
+
+@pytest.mark.parametrize("least", [0, 1, 6])
+def test_a_threshold_that_the_aggregators_cannot_have_is_refused(least: int):
+    with pytest.raises(ConfigurationError, match=f"from 2 to 5, not {least}"):
+        trusted_aggregators(KEYS, least)
+
+
+def test_a_threshold_of_nobody_is_refused():
+    assert trusted_aggregators(None, None) is None
+    with pytest.raises(ConfigurationError, match="give their keys too"):
+        trusted_aggregators(None, 3)
 
 
 def test_an_update_in_the_clear_is_refused_by_whoever_trusts_aggregators():

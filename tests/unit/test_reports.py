@@ -25,6 +25,7 @@ from client_sdk.reports import (
     is_report_of,
     keeps_memory,
 )
+from tests.aggregators import DEVICE_ID
 from tests.devices import NUM_PARAMETERS, make_assignment, make_manifest
 
 REPORT = "2" * 32
@@ -35,7 +36,7 @@ vectors = arrays(np.float32, D, elements=values)
 
 
 def build(assignment: Assignment, update: np.ndarray, residual: np.ndarray | None = None) -> Report:
-    return build_report(assignment, REPORT, update, steps=3, train_loss=0.5, residual=residual)
+    return build_report(assignment, REPORT, update, device_id=DEVICE_ID, steps=3, train_loss=0.5, residual=residual)
 
 
 def sent(report: Report, assignment: Assignment) -> np.ndarray:
@@ -234,7 +235,7 @@ def test_the_dense_size_of_a_stored_report_comes_from_the_manifest():
     plain, compressed = make_assignment(1), make_assignment(1, compression="topk:0.1")
     update = np.ones(NUM_PARAMETERS, np.float32)
     assert dense_bytes(build(plain, update).frame, plain, None) == 4 * NUM_PARAMETERS
-    frame = build_report(compressed, REPORT, update, steps=1, train_loss=1.0).frame
+    frame = build_report(compressed, REPORT, update, device_id=DEVICE_ID, steps=1, train_loss=1.0).frame
     assert dense_bytes(frame, compressed, manifest) == 4 * NUM_PARAMETERS
     assert dense_bytes(frame, compressed, None) is None
     assert dense_bytes(frame, compressed, b"garbage") is None

@@ -88,8 +88,8 @@ def test_a_seed_is_32_bytes_and_nothing_else(parties):
 
 @pytest.mark.parametrize(
     "other",
-    [{"assignment_id": hex_id(8, "assign")}, {"model_version": 4}],
-    ids=["assignment", "model version"],
+    [{"assignment_id": hex_id(8, "assign")}, {"device_id": hex_id(8, "device")}, {"model_version": 4}],
+    ids=["assignment", "device", "model version"],
 )
 def test_a_share_opens_for_what_it_was_sealed_for_only(parties, other):
     upload = parties.upload(1)
@@ -138,6 +138,19 @@ def test_a_device_that_was_told_other_terms_is_noticed(parties, tmp_path):
     finer.keys, finer.configs = parties.keys, [replace_bits(config, 30) for config in parties.configs]
     assert reason(parties, finer.upload(4)) is VerdictReason.UNSEALABLE
     finer.close()
+
+
+@pytest.mark.parametrize(("counted", "told"), [(2, 9), (2, None), (None, 2), (2, 1)])
+def test_a_device_that_was_told_another_number_of_participations_is_noticed(tmp_path, counted, told):
+    """Its own count is the one that a coordinator cannot mislead with other ids: it has to be the pinned one."""
+    parties = Parties(tmp_path, pinned(privacy=pinned_privacy(max_participations=counted)))
+    honest = parties.upload(1)
+    lie = pinned(privacy=pinned_privacy(max_participations=told))
+    parties.configs = [config.model_copy(update={"parameters": lie}) for config in parties.configs]
+    misled = parties.upload(2)
+    assert [reason(parties, misled, index) for index in parties.indices] == [VerdictReason.UNSEALABLE] * 5
+    assert [reason(parties, honest, index) for index in parties.indices] == [None] * 5
+    parties.close()
 
 
 def replace_bits(config: AggregatorConfig, fraction_bits: int) -> AggregatorConfig:

@@ -42,7 +42,7 @@ from client_sdk.secure_reports import private_shares, sealed_shares
 from client_sdk.session_state import RetryPolicy
 from client_sdk.store import FileDeviceStore, MemoryDeviceStore
 from client_sdk.training import LocalTrainer
-from tests.aggregators import info_for, layout_of, opened_codes, opened_share, opened_shares
+from tests.aggregators import DEVICE_ID, info_for, layout_of, opened_codes, opened_share, opened_shares
 from tests.devices import NUM_PARAMETERS, ToyProgram, ToyServer, make_assignment, make_data
 
 KEYS = {suite: [SealingKey.generate(suite) for _ in range(5)] for suite in SealingSuite}
@@ -60,7 +60,9 @@ def secure_assignment(number: int = 1, plan: SecurePlan | None = None, **changes
 
 
 def report_of(assignment: Assignment, update: np.ndarray, **more: Any) -> bytes:
-    return bytes(build_report(assignment, REPORT_ID, update, steps=3, train_loss=0.5, **more).frame)
+    return bytes(
+        build_report(assignment, REPORT_ID, update, device_id=DEVICE_ID, steps=3, train_loss=0.5, **more).frame
+    )
 
 
 def private_codes(plan: SecurePlan, update: np.ndarray, random: RandomBytes = os.urandom) -> np.ndarray:
@@ -107,7 +109,7 @@ def test_any_aggregators_that_suffice_open_the_clipped_update_exactly(
 def test_a_report_repeats_its_assignment_and_keeps_the_loss_to_itself():
     assignment = secure_assignment(7)
     update = np.ones(9, np.float32)
-    report = build_report(assignment, REPORT_ID, update, steps=3, train_loss=0.5)
+    report = build_report(assignment, REPORT_ID, update, device_id=DEVICE_ID, steps=3, train_loss=0.5)
     facts = ReportFacts.model_validate(decode_frame(report.frame).metadata)
     assert (facts.report_id, facts.assignment_id, facts.steps) == (REPORT_ID, assignment.assignment_id, "3")
     assert (facts.encoding, facts.train_loss, facts.compression) == ("i64-shares", "withheld", "none")
@@ -146,7 +148,7 @@ def test_every_report_draws_two_seeds_and_a_mask_and_none_of_them_twice():
     source, update = Source(), np.ones(50, np.float32)
     assignment = secure_assignment()
     for _ in range(3):
-        sealed_shares(assignment, make_plan(), update, random=source)
+        sealed_shares(assignment, make_plan(), update, device_id=DEVICE_ID, random=source)
     assert [len(each) for each in source.given] == [32] * 9
     assert len(set(source.given)) == 9
 
@@ -164,7 +166,7 @@ def test_two_reports_of_one_update_have_nothing_in_common():
 
 def test_a_source_that_repeats_itself_is_refused():
     with pytest.raises(ConfigurationError, match="twice"):
-        sealed_shares(secure_assignment(), make_plan(), np.ones(5, np.float32), random=bytes)
+        sealed_shares(secure_assignment(), make_plan(), np.ones(5, np.float32), device_id=DEVICE_ID, random=bytes)
 
 
 def test_one_share_of_a_report_says_nothing_of_the_update():
@@ -310,6 +312,7 @@ def forge(assignment: Assignment, plan: SecurePlan, layout: SecureLayout, plaint
         {"secure": make_plan(fraction_bits=23)},
         {"secure": make_plan(threshold=2)},
         {"secure": make_plan(noise="devices", noise_variance="9")},
+        {"secure": make_plan(max_participations=9)},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -392,7 +395,11 @@ def test_a_device_trains_seals_and_delivers_what_its_aggregators_open():
     for number, frame in enumerate(phone.frames(), 1):
         assignment = make_assignment(number, **phone.server.hashes | phone.server.amend)
         expected = trained_codes(phone, assignment)
-        assert opened_codes(frame, assignment, NUM_PARAMETERS, CURVE).tolist() == expected.tolist()
+        device_id = phone.store.identity.device_id
+        opened = opened_codes(frame, assignment, NUM_PARAMETERS, CURVE, device_id=device_id)
+        assert opened.tolist() == expected.tolist()
+        with pytest.raises(SealingFailed):
+            opened_codes(frame, assignment, NUM_PARAMETERS, CURVE, device_id=DEVICE_ID)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -164,7 +165,8 @@ def test_a_report_whose_shares_are_of_two_updates_does_not_count(tmp_path, softm
     sent = updates(8, 3, 21)
     with Served(tmp_path, softmax_bundle, rounds=1, buffer_size=3, aggregation=FIXED, secure={}) as served:
         work = [served.assigned(f"d{i}") for i in range(3)]
-        other = decode_frame(bytes(build_report(work[1], "0" * 32, sent[0], steps=1, train_loss=0.5).frame))
+        given = {"device_id": served.enrol("d1"), "steps": 1, "train_loss": 0.5}
+        other = decode_frame(bytes(build_report(work[1], "0" * 32, sent[0], **given).frame))
 
         def mixed(frame: bytes) -> bytes:
             decoded = decode_frame(frame)
@@ -274,6 +276,30 @@ def test_a_round_waits_for_aggregators_and_closes_by_itself_with_the_set_that_it
         served.report("d", served.assigned("d"), sent[3])
         assert [r["measurements"]["staleness"] for r in served.rounds] == [{"0": 2}, {"1": 2}]
         assert not served.coordinator._postponed.waiting, "a success makes the next wait short again"
+
+
+def test_who_asks_where_the_task_stands_does_not_wait_for_aggregators(tmp_path, softmax_bundle, ports):
+    asked, answered = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        asked.set()
+        assert answered.wait(60)
+
+    with Served(tmp_path, softmax_bundle, rounds=1, buffer_size=2, aggregation=FIXED, secure={}) as served:
+        ports[3].before["commit"] = hang
+        work = [served.assigned(f"d{i}") for i in range(2)]
+        sent = updates(5, 2, served.size)
+        served.report("d0", work[0], sent[0])
+        last = threading.Thread(target=served.report, args=("d1", work[1], sent[1]))
+        last.start()
+        assert asked.wait(60)
+        described = served.coordinator.describe()
+        served.coordinator.refresh_metrics()
+        assert not answered.is_set(), "the aggregator has not answered yet"
+        assert described["round_id"] == 0
+        answered.set()
+        last.join()
+        assert served.coordinator.describe()["round_id"] == 1
 
 
 def test_a_round_that_waits_survives_a_restart_and_one_that_was_signed_too(tmp_path, softmax_bundle, ports):

@@ -54,7 +54,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("simulate", ["examples:", "--resume --out", "dirichlet:0.5", "report.html", "never for a production server"]),
+        ("simulate", ["examples:", "--resume --out", "dirichlet:0.5", "report.html", "--epsilon 8 --max", "--secure 3of5"]),
         ("data", ["examples:", "--from", "Debian"]),
     ],
 )

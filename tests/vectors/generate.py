@@ -350,6 +350,7 @@ def messages() -> dict[str, Any]:
         ("SecurePlan", _changed(PLAN, noise="devices", noise_variance="4", indicator_norm=1), "a bare indicator"),
         ("SecurePlan", _changed(PLAN, indicator_norm=1, indicator_variance="4"), "the aggregators' noise, not ours"),
         ("SecurePlan", _changed(PLAN, max_participations=0), "nobody would take part"),
+        ("SecurePlan", _changed(PLAN, max_participations=2**31), "more often than an aggregator counts"),
         ("SecurePlan", _changed(PLAN, suite="mlkem768-x25519"), "keys of another suite"),
         ("SecurePlan", _changed(PLAN, suite="rsa"), "unknown suite"),
         ("SecurePlan", _changed(PLAN, aggregator_keys=[*PLAN.aggregator_keys[:4], "00"]), "a key cut short"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import struct
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,11 +21,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from client_sdk.protocol.field import MERSENNE_61, MERSENNE_127, SEED_BYTES
-from client_sdk.protocol.sealing import SealingKey, SealingSuite, SharingTerms, noise_info, share_info
+from client_sdk.protocol.sealing import SealingKey, SealingSuite, SharingTerms
 from client_sdk.protocol.secure import SecureLayout, encode_shares
 from client_sdk.protocol.shamir import Scheme, share_seeded
 
-ID, OTHER_ID, HASH = "00112233445566778899aabbccddeeff", "f" * 32, "0123456789abcdef" * 4
+ID, OTHER_ID, DEVICE_ID = "00112233445566778899aabbccddeeff", "f" * 32, "d" * 32
+HASH = "0123456789abcdef" * 4
 SEALING_KEYS = tuple(SealingKey(SealingSuite.X25519, bytes([index] * 32)) for index in range(1, 6))
 HYBRID_KEYS = tuple(SealingKey(SealingSuite.MLKEM768_X25519, bytes([index] * 96)) for index in range(1, 4))
 EPHEMERAL = bytes(range(32))
@@ -34,6 +36,7 @@ TERMS = SharingTerms(field="m61", threshold=3, num_aggregators=5, packing=1, fra
 SHARE = {
     "task_id": ID,
     "assignment_id": OTHER_ID,
+    "device_id": DEVICE_ID,
     "aggregator_index": 1,
     "model_version": 12,
     "parameter_table_sha256": HASH,
@@ -49,6 +52,7 @@ ALL_TERMS = SharingTerms(
     indicator_norm=0.25,
     noise_variance="123456789012345678901234567890/11",
     indicator_variance="5/2",
+    max_participations=3,
 )
 NOISE = {
     "task_id": ID,
@@ -131,6 +135,40 @@ def hpke_open(ciphertext: bytes, suite: SealingSuite, private: bytes, info: byte
     return cipher.decrypt(nonce, sealed, b"")
 
 
+# --- the oracle: what a ciphertext is bound to, as docs/protocol.md has it ------------------------------------------
+
+
+def _written(value: Any) -> bytes:
+    match value:
+        case None:
+            return b""
+        case str():
+            return value.encode()
+        case float():
+            return struct.pack("<d", value)
+        case int():
+            return struct.pack("<Q", value)
+        case tuple():
+            return b"".join(map(_written, value))
+        case _:
+            return _fields(*asdict(value).values())
+
+
+def _fields(*values: Any) -> bytes:
+    encoded = [_written(value) for value in values]
+    return b"".join(struct.pack("<I", len(each)) + each for each in encoded)
+
+
+def share_info(**context: Any) -> bytes:
+    """Of a share; in the order of ``SHARE`` and of the terms."""
+    return _fields("pocketfed share v1", *(context[name] for name in SHARE))
+
+
+def noise_info(**context: Any) -> bytes:
+    """Of noise; in the order of ``NOISE``."""
+    return _fields("pocketfed noise v1", *(context[name] for name in NOISE))
+
+
 # --- sealing.json --------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +185,7 @@ def sealing() -> dict[str, Any]:
         "a share": SHARE,
         "a share with the device's own noise": SHARE | {"aggregator_index": 3, "terms": ALL_TERMS},
         "an indicator without noise": SHARE | {"terms": replace(TERMS, indicator_norm=2.0)},
+        "a device that takes part once": SHARE | {"terms": replace(TERMS, max_participations=1)},
     }
     noises = {"noise": NOISE, "noise of everybody": NOISE | {"contributors": (1, 2, 3, 4, 5), "run": 0}}
     infos = [
@@ -200,11 +239,18 @@ def sealing() -> dict[str, Any]:
         "no context": (curve, key, b"", whole),
         "another aggregator's index": (curve, key, share_info(**SHARE | {"aggregator_index": 2}), whole),
         "another assignment": (curve, key, share_info(**SHARE | {"assignment_id": ID}), whole),
+        "another device": (curve, key, share_info(**SHARE | {"device_id": ID}), whole),
         "another task": (curve, key, share_info(**SHARE | {"task_id": OTHER_ID}), whole),
         "another model": (curve, key, share_info(**SHARE | {"model_version": 13}), whole),
         "another parameter table": (curve, key, share_info(**SHARE | {"parameter_table_sha256": "a" * 64}), whole),
         "another clip norm": (curve, key, share_info(**SHARE | {"terms": replace(TERMS, clip_norm=15.0)}), whole),
         "a lower threshold": (curve, key, share_info(**SHARE | {"terms": replace(TERMS, threshold=2)}), whole),
+        "more participations": (
+            curve,
+            key,
+            share_info(**SHARE | {"terms": replace(TERMS, max_participations=9)}),
+            whole,
+        ),
         "noise for a share": (curve, key, noise, whole),
         "hybrid: a flipped bit in the lattice's part": (
             lattice,
