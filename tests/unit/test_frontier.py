@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,7 +154,7 @@ def test_a_tiny_frontier_from_the_command_to_its_page(tmp_path, monkeypatch, cap
     assert len(told) == len(cells) == len(kept.read_text().splitlines()) - 1 == 4 * 2 * 3
     assert page.count("\n| noised mean |") == 2 + 4 + 1  # worst, by attack, and what it is
     assert picture.startswith("<svg")
-    assert picture.count("worst attack") == 4 * 2 * 2
+    assert picture.count(", worst attack ") == 4 * 2 * 2
     # A second time nothing is run, and the page is the same.
     monkeypatch.setattr(study, "run_cell", None)
     assert command.main(arguments) == 0
@@ -166,3 +168,10 @@ def test_a_tiny_frontier_from_the_command_to_its_page(tmp_path, monkeypatch, cap
     assert found["sign-flip"] == outcomes[Cell(MODES[0], None, 0.2, "sign-flip").key].test
     with pytest.raises(ConfigurationError, match="another study"):
         study.run_study(TINY.model_copy(update={"rounds": 7}), kept)
+
+
+def test_the_page_quotes_figures_of_the_summary():
+    docs = Path(__file__).parents[2] / "docs"
+    quoted = set(re.findall(r"\b(\d\d\.\d) %", (docs / "frontier.md").read_text()))
+    assert len(quoted) > 8
+    assert quoted <= set(re.findall(r"\b\d\d\.\d\b", (docs / "frontier-summary.md").read_text()))

@@ -75,8 +75,10 @@ def test_epsilon_grows_with_every_release_and_ends_within_the_budget(tmp_path, s
         assert served.coordinator.describe()["finished"]
 
 
-@KINDS
-@pytest.mark.parametrize(("epsilon", "delta", "k"), [(0.3, 1e-6, 3), (1.0, 1e-5, 2), (8.0, 1e-4, 3)])
+@pytest.mark.parametrize(
+    ("kind", "epsilon", "delta", "k"),
+    [("server", 0.3, 1e-6, 3), ("aggregators", 0.3, 1e-6, 3), ("aggregators", 8.0, 1e-4, 2)],
+)
 def test_a_budget_for_k_participations_lasts_for_all_rounds(tmp_path, softmax_bundle, ports, kind, epsilon, delta, k):
     settings = private(kind, epsilon=epsilon, delta=delta, max_participations=k)
     with Served(tmp_path, softmax_bundle, rounds=5, buffer_size=2, **settings) as served:
@@ -265,8 +267,9 @@ def test_a_release_that_was_not_committed_is_used_and_not_drawn_again(tmp_path, 
         assert one < two, "the ledger goes on after a restart"
 
 
-@KINDS
-@pytest.mark.parametrize("damage", ["deleted", "altered", "cut"])
+@pytest.mark.parametrize(
+    ("kind", "damage"), [("server", "deleted"), ("server", "altered"), ("server", "cut"), ("aggregators", "deleted")]
+)
 def test_without_the_release_that_was_drawn_nothing_is_released(tmp_path, softmax_bundle, ports, kind, damage):
     with Served(tmp_path, softmax_bundle, rounds=2, buffer_size=2, **private(kind, noise_multiplier=1.0)) as served:
         first = served.model_sha256

@@ -141,7 +141,7 @@ def tampered(*indices: int, byte: int = -1) -> Callable[[bytes], bytes]:
     return amend
 
 
-@pytest.mark.parametrize("indices", [(1,), (5,), (1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("indices", [(1,), (1, 2, 3, 4, 5)], ids=str)
 def test_a_round_closes_without_a_report_that_cannot_be_opened_and_says_why(tmp_path, softmax_bundle, ports, indices):
     sent = updates(1, 3, 21)
     samples = (4, 50, 9)
@@ -275,7 +275,7 @@ def test_a_round_waits_for_aggregators_and_closes_by_itself_with_the_set_that_it
         assert committed["reports"] == 2
         served.report("d", served.assigned("d"), sent[3])
         assert [r["measurements"]["staleness"] for r in served.rounds] == [{"0": 2}, {"1": 2}]
-        assert not served.coordinator._postponed.waiting, "a success makes the next wait short again"
+        assert served.coordinator._postponed._pause_s == 0, "a success makes the next wait short again"
 
 
 def test_who_asks_where_the_task_stands_does_not_wait_for_aggregators(tmp_path, softmax_bundle, ports):
