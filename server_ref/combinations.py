@@ -118,8 +118,6 @@ def _check_adaptive_clipping(config: TaskConfig) -> None:
         wrong = "all updates of a sum need one clip norm: set task.staleness.max_staleness = 0 (leave --async out)"
     elif config.aggregation.rule != "mean":
         wrong = "the noise is on a mean: choose that (task.aggregation.rule, --rule)"
-    elif config.aggregation.clip_scope != "global":
-        wrong = "it is one norm, of the whole update: set task.aggregation.clip_scope (--clip-scope) = global"
     elif config.secure is not None and config.secure.checks != "trust-devices":
         wrong = "projections are checked against a fixed norm: set task.secure.checks (--checks) = trust-devices"
     if wrong is not None:

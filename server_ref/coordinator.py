@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.errors import (
+    DuplicateReport,
     MalformedMessage,
     ProtocolError,
     ReportMismatch,
@@ -100,6 +101,7 @@ class Coordinator:
             max_header_bytes=config.max_header_bytes,
             withholds_loss=config.task.withholds_loss,
             layout=None if self.task.sharing is None else self.task.sharing.layout,
+            private=self.task.privacy is not None,
         )
         self._state = DurableState(
             config.data_dir,
@@ -115,6 +117,7 @@ class Coordinator:
         self._buffer: Buffer
         self._postponed = Postponed(lambda: self._writer.submit(lambda _connection: None))
         self._to_fold: list[tuple[AssignmentRecord, Update]] = []
+        self._batch_ids: dict[str, str] = {}
         self._deferred: list[tuple[str, CheckInRequest, Future[CheckInReply]]] = []
         self._devices: dict[str, tuple[str, str]] = {}
         self._selection: AtCheckIn
@@ -237,7 +240,9 @@ class Coordinator:
             file = ReportFile(report_id, sha256, len(body), envelope.train_loss)
             self._state.blobs.put(file.blob_key, body)
             self._on_event("report-stored")
-            return self._writer.submit(lambda _connection: self._accept(record.assignment_id, device_id, file, update))
+            return self._writer.submit(
+                lambda connection: self._accept(connection, record.assignment_id, device_id, file, update)
+            )
         except ProtocolError as e:
             self.metrics.reports.labels(e.slug).inc()
             raise
@@ -350,24 +355,34 @@ class Coordinator:
             secure=self._buffers.announced,
         )
 
-    def _accept(self, assignment_id: str, device_id: str, file: ReportFile, update: Update | None) -> ReportReply:
+    def _accept(
+        self, connection: Connection, assignment_id: str, device_id: str, file: ReportFile, update: Update | None
+    ) -> ReportReply:
         with self._lock:
             record = self._state.find(assignment_id, device_id)
             try:
+                self._check_new_id(connection, record, file.report_id)
                 accepted = self._state.engine.report(record, file, self._clock.now())
             except ProtocolError as e:
                 self.metrics.reports.labels(e.slug).inc()
                 self._background.delete(file.blob_key)
                 raise
             if accepted:
+                self._batch_ids[file.report_id] = assignment_id
                 if update is not None:
                     self._to_fold.append((record, update))
                 self.metrics.reports.labels("accepted").inc()
-                self.metrics.report_bytes.inc(file.num_bytes)
+                self.metrics.report_bytes.inc(self._schema.told_bytes(file.num_bytes))
                 self.metrics.dense_bytes.inc(4 * self._schema.update_size)
             elif record.report is not None and record.report.blob_key != file.blob_key:
                 self._background.delete(file.blob_key)
             return _accepted(file.report_id, record)
+
+    def _check_new_id(self, connection: Connection, record: AssignmentRecord, report_id: str) -> None:
+        """Refuse the id of another assignment's report: the table would, and everybody in the batch with it."""
+        holder = self._batch_ids.get(report_id) or database.assignment_of_report(connection, report_id)
+        if holder not in {None, record.assignment_id}:
+            raise DuplicateReport(f"report id {report_id} was used before: draw a new one")
 
     # --- the writer's hooks ------------------------------------------------------------------------------
 
@@ -381,6 +396,7 @@ class Coordinator:
         with self._lock:
             self._state.flushed()
             folding, self._to_fold = self._to_fold, []
+            self._batch_ids.clear()
         self._on_event("batch-committed")
         version = self._state.engine.version
         for record, update in folding:
@@ -402,6 +418,7 @@ class Coordinator:
             self._selection = AtCheckIn.rebuild(self.config.task, self._state.db)
             self._buffer.reset()
             self._to_fold.clear()
+            self._batch_ids.clear()
 
     def _close_what_is_full(self) -> bool:
         """Close buffers as long as one is full; False where that has to wait for aggregators."""

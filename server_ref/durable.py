@@ -214,7 +214,7 @@ class DurableState:
         with self.db.begin() as connection:
             previous = database.model_version(connection, closing.round_id).state_sha256
             database.save_model(connection, version)
-            database.save_round(connection, _row(closing, opened_at, superseded, measurements))
+            database.save_round(connection, self._row(closing, opened_at, superseded, measurements))
             if self.task.sharing is not None:
                 self.releases.forget(connection, closing.round_id)
             if outcome.clip_norm is not None:
@@ -232,6 +232,23 @@ class DurableState:
             oldest = self.engine.version - self._memory
             spent += [_state_key(sha256) for sha256 in self._steps(since=oldest - 1, before=oldest)]
         return spent
+
+    def _row(
+        self, closing: Closing, opened_at: float, superseded: int, measurements: Mapping[str, Any]
+    ) -> database.CommittedRound:
+        reports = [r.report for r in closing.counted if r.report is not None]
+        return database.CommittedRound(
+            round_id=closing.round_id,
+            opened_at=opened_at,
+            closed_at=closing.closed_at,
+            reports=len(reports),
+            superseded=superseded,
+            total_weight=closing.total_weight,
+            bytes_up=sum(self._schema.told_bytes(report.num_bytes) for report in reports),
+            train_loss=closing.train_loss,
+            accepted_set_sha256=_set_hash(reports),
+            measurements_json=json.dumps(measurements, sort_keys=True, separators=(",", ":")),
+        )
 
     def _store_model(self, number: int, optimizer: ServerState) -> tuple[GlobalModel, database.ModelVersion]:
         """Blobs of a model version: what devices download, and what the next step needs."""
@@ -376,24 +393,6 @@ class DurableState:
 def _state_key(sha256: str) -> str:
     """Key of an optimizer's state: not among the blobs that anybody may download by their hash."""
     return f"{_STATES}/{sha256}"
-
-
-def _row(
-    closing: Closing, opened_at: float, superseded: int, measurements: Mapping[str, Any]
-) -> database.CommittedRound:
-    reports = [r.report for r in closing.counted if r.report is not None]
-    return database.CommittedRound(
-        round_id=closing.round_id,
-        opened_at=opened_at,
-        closed_at=closing.closed_at,
-        reports=len(reports),
-        superseded=superseded,
-        total_weight=closing.total_weight,
-        bytes_up=sum(report.num_bytes for report in reports),
-        train_loss=closing.train_loss,
-        accepted_set_sha256=_set_hash(reports),
-        measurements_json=json.dumps(measurements, sort_keys=True, separators=(",", ":")),
-    )
 
 
 def _set_hash(reports: Sequence[ReportFile]) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Final, Protocol
 
+from client_sdk.protocol.errors import StorageUnavailable
 from server_ref.aggregation.accounting import GaussianRelease, LedgerKeeper
 from server_ref.aggregation.batch import Aggregate, PrivateAggregate, Update
 from server_ref.aggregation.errors import NoiseMissing
 from server_ref.assignments import AssignmentRecord
 from server_ref.privacy_plan import PrivacyPlan
+
+_MEMBERS: Final = "released_set"
+"""Among a release's measurements: the reports that it was made of."""
 
 
 class Buffer(Protocol):
@@ -86,12 +91,29 @@ class PrivateBuffer:
             PocketfedError: As ``release_once``, and the inner buffer's own.
         """
         return release_once(
-            self._keeper, self._plan, self._releases, version, lambda: self._inner.reduce(counted, version)
+            self._keeper,
+            self._plan,
+            self._releases,
+            round_id=version,
+            reduce=lambda: self._inner.reduce(counted, version),
+            counted=counted,
         )
 
 
+def set_of(counted: Sequence[AssignmentRecord]) -> str:
+    """Name of a set of reports, whatever their order."""
+    numbers = ",".join(str(number) for number in sorted(r.number for r in counted))
+    return hashlib.sha256(numbers.encode("ascii")).hexdigest()
+
+
 def release_once(
-    keeper: LedgerKeeper, plan: PrivacyPlan, releases: Releases, round_id: int, reduce: Callable[[], Aggregate]
+    keeper: LedgerKeeper,
+    plan: PrivacyPlan,
+    releases: Releases,
+    *,
+    round_id: int,
+    reduce: Callable[[], Aggregate],
+    counted: Sequence[AssignmentRecord],
 ) -> PrivateAggregate:
     """A round's release: the one that was drawn before, or a new one that is paid for and kept before it is used.
 
@@ -101,13 +123,18 @@ def release_once(
         releases: Where releases are kept.
         round_id: Of the round.
         reduce: Makes the aggregate, with noise.
+        counted: The reports that it is made of.
 
     Raises:
+        StorageUnavailable: What was drawn before was of other reports: nothing more is released.
         PrivacyBudgetExhausted: The budget does not allow another release; no noise was drawn.
         NoiseMissing: The aggregate has none.
     """
+    members = set_of(counted)
     found = releases.load_release(round_id)
     if found is not None:
+        if found.measurements.get(_MEMBERS) != members:
+            raise StorageUnavailable(f"round {round_id} was released for other reports than those it would commit")
         return found
     multiplier = plan.multiplier_at(round_id)
     event = GaussianRelease(round_id=round_id, noise_multiplier=multiplier, adjacency=plan.budget.adjacency)
@@ -128,6 +155,6 @@ def release_once(
             "noise_stddev": aggregate.noise_stddev,
         }
     }
-    aggregate = replace(aggregate, measurements={**aggregate.measurements, **said})
+    aggregate = replace(aggregate, measurements={**aggregate.measurements, **said, _MEMBERS: members})
     releases.save_release(event, aggregate)
     return aggregate

@@ -57,6 +57,11 @@ class PrivacyConfig(_Section):
         """Whether anybody adds noise."""
         return self.noise != "none"
 
+    @property
+    def claim_follows_rounds(self) -> bool:
+        """Whether a longer task claims less privacy: with given noise, and no limit of participations."""
+        return self.noise_multiplier is not None and self.max_participations is None
+
     @model_validator(mode="after")
     def _budget_or_noise(self) -> Self:
         given = [name for name in ("epsilon", "noise_multiplier") if getattr(self, name) is not None]
@@ -64,6 +69,8 @@ class PrivacyConfig(_Section):
             raise ValueError("differential privacy needs either epsilon (and delta) or noise_multiplier, not both")
         if (self.noise == "devices") != (self.honest_devices is not None):
             raise ValueError("honest_devices goes with noise = devices, and that with it")
+        if self.noise == "devices" and self.buckets is not None:
+            raise ValueError("buckets need the full noise in each sum: set noise = aggregators")
         if self.noise_schedule != "constant" and (self.epsilon is None or self.noise == "devices"):
             raise ValueError("a noise schedule spends a budget (epsilon), and devices add the same noise in each round")
         self._check_adaptive()

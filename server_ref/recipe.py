@@ -66,6 +66,8 @@ def build_pipeline(
         ConfigurationError: A setting that cannot be.
     """
     size = update_size(config.plan, manifest.num_parameters)
+    if (privacy is not None or config.secure is not None) and config.aggregation.clip_scope != "global":
+        raise ConfigurationError("private and shared updates have one bound, on the whole: set clip_scope = global")
     spec = compression_of(config)
     check_combinations(config, spec, size)
     if config.secure is not None:
@@ -102,10 +104,6 @@ def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pi
         raise ConfigurationError(
             f"{config.plan.algorithm}'s updates are not clipped as one vector of public scale, and cannot be shared: "
             "choose fedavg, or leave task.secure out"
-        )
-    if settings.clip_scope != "global":
-        raise ConfigurationError(
-            "shared updates have one bound, on the whole: set task.aggregation.clip_scope = global"
         )
     schedule = _schedule(config)
     facts = Facts(

@@ -41,6 +41,7 @@ class ReportSchema:
         max_header_bytes: Largest frame header.
         withholds_loss: Whether reports say nothing of the device's loss.
         layout: What shares of updates hold; None where updates are not shared.
+        private: Whether nothing may be told of single reports.
     """
 
     update_size: int
@@ -52,6 +53,14 @@ class ReportSchema:
     max_header_bytes: int
     withholds_loss: bool = False
     layout: SecureLayout | None = None
+    private: bool = False
+
+    def told_bytes(self, num_bytes: int) -> int:
+        """What a task says of a report's length: of private ones the most that it could be.
+
+        What a payload is compressed to depends on the data, and carries no noise.
+        """
+        return self.max_bytes if self.private else num_bytes
 
     @property
     def max_bytes(self) -> int:

@@ -17,6 +17,7 @@ The engine is a cache of the assignments table: ``restore`` rebuilds it, ``take_
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable
 
 from client_sdk.protocol.errors import DuplicateReport, LeaseExpired, StaleReport
@@ -76,6 +77,7 @@ class RoundEngine:
         # Virtual time: assignments that were given back when they would have reported, which may lie after the close of
         # a buffer that is committed only now.
         self._given_back: list[AssignmentRecord] = []
+        self._latest = -math.inf
 
     @classmethod
     def restore(
@@ -225,7 +227,10 @@ class RoundEngine:
             raise StaleReport(f"assignment {record.assignment_id} is over")
         self.check_fresh(record, now)
         if not self.virtual_time:
-            record.arrival = now
+            # Later than every report before it, also where the clock was set back in between: a buffer that was full
+            # closes with the same reports, whatever comes meanwhile.
+            record.arrival = now if now > self._latest else math.nextafter(self._latest, math.inf)
+            self._latest = record.arrival
             self._busy.discard(record.number)
         record.report = report
         record.state = AssignmentState.REPORTED
@@ -354,6 +359,8 @@ class RoundEngine:
         heapq.heappush(self._deadlines, (record.deadline, record.number, record))
         if record.state is AssignmentState.REPORTED:
             self._reported[record.number] = record
+            if record.arrival is not None:
+                self._latest = max(self._latest, record.arrival)
         if self.virtual_time:
             # A slot is taken until the report arrives; the server cannot know earlier that none will.
             self._busy.add(record.number)

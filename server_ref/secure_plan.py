@@ -22,6 +22,9 @@ from server_ref.secure.messages import TaskBinding
 from server_ref.secure.parameters import CheckingMode, PinnedParameters, PinnedPrivacy
 from server_ref.secure.projections import ProjectionSettings
 
+_PER_BUCKET: Final = 3
+"""Reports for each bucket at least: a sum of fewer than two is not opened."""
+
 _COARSEST: Final = 16
 """Fraction bits without which rounding would show in a model."""
 
@@ -51,7 +54,8 @@ def grid_of(config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan 
     finest = choose_private_grid(
         # One grid for all rounds, whatever the clip norm of the present one.
         clip_norm=clip_norm if adaptive is None else adaptive.largest,
-        max_count=config.capacity,
+        # A set that is shared is never larger than the buffer.
+        max_count=config.capacity if config.secure is None else config.buffer_size,
         max_weight=config.max_weight * max_scale,
         noise_multiplier=noise,
         threshold=1 if config.secure is None else config.secure.threshold,
@@ -119,7 +123,7 @@ class SharingPlan:
         settings = config.secure
         if settings is None:
             return None
-        if config.compression is not None and config.staleness.max_staleness > 0:
+        if shared_size(config.compression, size) != size and config.staleness.max_staleness > 0:
             raise ConfigurationError(
                 "shares of one sum are at the same coordinates, which change with the round: compression of shared "
                 "updates needs synchronous rounds (max_staleness = 0)"
@@ -130,6 +134,12 @@ class SharingPlan:
                 "opened of at least: raise task.buffer_size, or lower task.secure.minimum_cohort (2 or more)"
             )
         buckets = config.privacy.buckets
+        if buckets is not None and config.buffer_size < _PER_BUCKET * buckets:
+            raise ConfigurationError(
+                f"{buckets} buckets of shared updates need buffers of {_PER_BUCKET * buckets} reports, so that one "
+                f"with a malformed share can be left out: raise task.buffer_size from {config.buffer_size}, or lower "
+                "task.privacy.buckets"
+            )
         if buckets is not None and (settings.checks != "trust-devices" or config.staleness.max_staleness > 0):
             raise ConfigurationError(
                 "buckets of shared updates need synchronous rounds (max_staleness = 0) and no other check: each is a "

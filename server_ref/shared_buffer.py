@@ -21,6 +21,7 @@ from server_ref.aggregation.shared_sum import SharedSum
 from server_ref.assignments import AssignmentRecord
 from server_ref.recipe import bucketed_rule
 from server_ref.secure.messages import ShareHeader, ciphertext_id
+from server_ref.secure.round import Deal
 from server_ref.secure.round_messages import SealedReport, SecureSum
 from server_ref.task import Task
 
@@ -29,7 +30,12 @@ class SecureRounds(Protocol):
     """Whoever asks the aggregators: ``SecureRound``."""
 
     def run(
-        self, round_id: int, reports: Sequence[SealedReport], *, noise_multiplier: float | None = None
+        self,
+        round_id: int,
+        reports: Sequence[SealedReport],
+        *,
+        noise_multiplier: float | None = None,
+        deal: Deal | None = None,
     ) -> SecureSum:
         """The sum of a round's reports; the same bits whenever it is asked again.
 
@@ -75,9 +81,13 @@ class SharedBuffer:
         Raises:
             PocketfedError: By its class; nothing was released, and the buffer closes later.
         """
-        places = self._places(counted)
-        reports = [self._sealed(r, version, places.get(r.number, 0)) for r in counted]
-        found = self._rounds.run(version, reports, noise_multiplier=self._scheduled(version))
+        reports = [self._sealed(record, version) for record in counted]
+        found = self._rounds.run(
+            version,
+            reports,
+            noise_multiplier=self._scheduled(version),
+            deal=None if self._rule is None else self._deal,
+        )
         released = [
             self._task.pipeline.release(self._aggregate(found, part, counted, version))
             for part in range(len(found.sums))
@@ -94,12 +104,12 @@ class SharedBuffer:
             return None
         return privacy.noise_per_clip_norm_at(version)
 
-    def _places(self, counted: Sequence[AssignmentRecord]) -> dict[int, int]:
-        """Which bucket each report is in: drawn when the reports are fixed, and kept with the set that is signed."""
-        if self._rule is None:
-            return {}
-        buckets = assign_buckets([r.number for r in counted], self._rule.num_buckets, os.urandom(32))
-        return {number: place for place, numbers in enumerate(buckets) for number in numbers}
+    def _deal(self, reports: Sequence[SealedReport]) -> Sequence[int]:
+        """Which bucket each report is in: drawn when it is known which ones count, and kept with the set of them."""
+        num_buckets = 1 if self._rule is None else self._rule.num_buckets
+        buckets = assign_buckets(range(len(reports)), num_buckets, os.urandom(32))
+        places = {position: place for place, positions in enumerate(buckets) for position in positions}
+        return [places[position] for position in range(len(reports))]
 
     @staticmethod
     def _combined(rule: BucketedRule, released: Sequence[Aggregate]) -> Aggregate:
@@ -109,7 +119,7 @@ class SharedBuffer:
         found = rule.combine(released)
         return replace(found, measurements={**released[0].measurements, **found.measurements, "staleness": dict(ages)})
 
-    def _sealed(self, record: AssignmentRecord, version: int, part: int) -> SealedReport:
+    def _sealed(self, record: AssignmentRecord, version: int) -> SealedReport:
         if record.report is None:
             raise StorageUnavailable(f"assignment {record.assignment_id} has no report to read back")
         shares, plan = self._load(record), self._task.announced(self._plan)
@@ -128,7 +138,7 @@ class SharedBuffer:
             # Read again for each aggregator: a cohort's shares need not fit into memory at once.
             return bytes(self._load(record)[index - 1])
 
-        return SealedReport(header, load, record.weight * scale, part)
+        return SealedReport(header, load, record.weight * scale)
 
     def _aggregate(self, found: SecureSum, part: int, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
         pipeline, parameters = self._task.pipeline, found.statement.parameters

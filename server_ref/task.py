@@ -199,6 +199,8 @@ def load_task(config: TaskConfig) -> Task:
         **{name: settings for name, settings in config.model_dump(mode="json").items() if name in _IDENTITY},
         # Two spellings of one compression are one task.
         "compression": None if compression is None else str(compression),
+        # Where the noise is given, more rounds are another claim. (Where epsilon is, the ledger keeps it.)
+        "rounds": config.rounds if config.privacy.claim_follows_rounds else None,
     }
     identity_json = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return Task(

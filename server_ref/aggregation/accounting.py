@@ -183,7 +183,8 @@ class PrivacyLedger(_Value):
         if after.epsilon > self.budget.epsilon:
             raise PrivacyBudgetExhausted(
                 f"after round {event.round_id} epsilon would be {after.epsilon:.6g}, beyond the budget of "
-                f"{self.budget.epsilon:g} at delta {self.budget.delta:g}; nothing is released any more"
+                f"{self.budget.epsilon:g} at delta {self.budget.delta:g} ({self.budget.adjacency} adjacency); nothing "
+                "is released any more"
             )
         return after
 

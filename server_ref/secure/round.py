@@ -17,7 +17,7 @@ Too few aggregators end a run with ``NotEnoughAggregators``: nothing is released
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from client_sdk.protocol.errors import ConfigurationError
@@ -56,6 +56,10 @@ from server_ref.secure.rules import check_statement
 from server_ref.secure.stages_table import Stage, StagesTable
 
 _log = logging.getLogger("pocketfed.secure")
+
+
+Deal = Callable[[Sequence[SealedReport]], Sequence[int]]
+"""From reports to the part that each is in, from 0."""
 
 
 class SecureRound:
@@ -129,7 +133,12 @@ class SecureRound:
         self._save(state.model_copy(update={"phase": Phase.ABANDONED}))
 
     def run(
-        self, round_id: int, reports: Sequence[SealedReport], *, noise_multiplier: float | None = None
+        self,
+        round_id: int,
+        reports: Sequence[SealedReport],
+        *,
+        noise_multiplier: float | None = None,
+        deal: Deal | None = None,
     ) -> SecureSum:
         """Sum these reports, or finish what was begun for the round.
 
@@ -138,6 +147,8 @@ class SecureRound:
             reports: In the order in which ties are broken. Of a round that was begun, those that it names are needed
                 again; others are left out once its set is fixed.
             noise_multiplier: Of a public noise schedule, where it is above the pinned one.
+            deal: Deals the reports that count out to parts, in the mode ``buckets``: called once they are known, and
+                never again once their set is fixed. None: as the reports say.
 
         Raises:
             NotEnoughAggregators: Too few answer now; nothing was released. Call again later.
@@ -155,7 +166,9 @@ class SecureRound:
         present = self._panel.present()
         self.table.require_live(Stage.OPEN, present.indices, present.why())
         if state is None or state.statement is None:
-            state = self._fix_set(state, round_id, reports, present.indices, noise_multiplier)
+            state = self._fix_set(
+                state, round_id, reports, present.indices, noise_multiplier=noise_multiplier, deal=deal
+            )
         by_id = {report.report_id: report for report in reports}
         if state.phase is Phase.CONTRIBUTING:
             state = self._agreement.contribute(state, by_id)
@@ -189,7 +202,9 @@ class SecureRound:
         round_id: int,
         reports: Sequence[SealedReport],
         live: tuple[int, ...],
+        *,
         noise_multiplier: float | None,
+        deal: Deal | None,
     ) -> RoundState:
         state = state or RoundState(round_id=round_id, phase=Phase.CHECKING)
         holders, refused = self._delivery.settle(round_id, reports, live)
@@ -199,9 +214,10 @@ class SecureRound:
         if self._selection is not None:
             state = self._selection.run(state, self._task.task_id, reports, holders)
         counted = [report for report in reports if report.report_id not in state.rejected]
-        parts: list[list[SealedReport]] = [[] for _ in range(1 + max((r.part for r in reports), default=0))]
-        for report in counted:
-            parts[report.part].append(report)
+        places = [report.part for report in counted] if deal is None else list(deal(counted))
+        parts: list[list[SealedReport]] = [[] for _ in range(1 + max(places, default=0))]
+        for report, place in zip(counted, places, strict=True):
+            parts[place].append(report)
         statement = RoundStatement(
             task_id=self._task.task_id,
             round_id=round_id,

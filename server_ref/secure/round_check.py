@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from client_sdk.protocol.secure import SecureLayout
 from client_sdk.protocol.shamir import Scheme
-from server_ref.secure.errors import AlreadyChallenged, AnswerRejected, SecureRoundError
+from server_ref.secure.errors import AlreadyChallenged, AnswerRejected, NotEnoughAggregators, SecureRoundError
 from server_ref.secure.messages import (
     MAX_CHALLENGED,
     ChallengeCommitment,
@@ -157,7 +157,13 @@ def reveal(challenge: Challenge, panel: Panel) -> CheckRequest:
 
     nonces = panel.ask(_committed(challenge), show, "reveal its nonce")
     if nonces.failed:
-        raise SecureRoundError(f"a challenge cannot be revealed: {nonces.why()}")
+        # Whoever committed has to reveal; the challenge is kept, and goes on when they are back.
+        raise NotEnoughAggregators(
+            f"a challenge waits to be revealed: {nonces.why()}",
+            stage=Stage.CHALLENGE,
+            needed=len(_committed(challenge)),
+            live=nonces.indices,
+        )
     return CheckRequest(transcript_sha256=transcript, nonces=tuple(nonces.good[i] for i in nonces.indices))
 
 

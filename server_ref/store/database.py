@@ -224,6 +224,14 @@ def load_assignment(connection: Connection, assignment_id: str) -> AssignmentRec
     return None if row is None else _from_row(row)
 
 
+def assignment_of_report(connection: Connection, report_id: str) -> str | None:
+    """Id of the assignment that a report of this id answered."""
+    table = schema.assignments
+    return connection.execute(
+        sa.select(table.c.assignment_id).where(table.c.report_id == report_id)
+    ).scalar_one_or_none()
+
+
 def load_live_assignments(connection: Connection) -> list[AssignmentRecord]:
     """Outstanding and reported assignments, in order of their numbers."""
     table = schema.assignments

@@ -177,14 +177,19 @@ class CohortServer:
 
     # --- rounds ------------------------------------------------------------------------------------------
 
-    def reduce(self, _counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
+    def reduce(self, counted: Sequence[AssignmentRecord], version: int) -> Aggregate:
         """The open buffer's aggregate: reports came in order, so that it holds those that count and no others."""
         self._fold_pending()
         task = self.task
         if task.privacy is None or task.keeper is None:
             return task.pipeline.finish(self._fold)
         return release_once(
-            task.keeper, task.privacy, MemoryReleases(), version, lambda: task.pipeline.finish(self._fold)
+            task.keeper,
+            task.privacy,
+            MemoryReleases(),
+            round_id=version,
+            reduce=lambda: task.pipeline.finish(self._fold),
+            counted=counted,
         )
 
     def _begin_buffer(self) -> None:

@@ -355,9 +355,9 @@ def test_performance_overhead(monkeypatch):
     """Test: integrated system against the baseline. Expected: less than 50 % slowdown.
 
     Seconds are measured by tests/benchmarks/bench_integrated.py. Beside a plain mean of 100 updates of 100,000
-    parameters, on a busy machine: 0.6 times its time with an elected support of 1 %, and there it holds; 12 times with
-    random-k at 10 %, 27 times dense, and there it does not. A third of that is the integer norm, which privacy rests
-    on, and a third exact noise on nine sums instead of one. What is held here: every update is decoded and
+    parameters, on a busy machine: 0.6 times its time with an elected support of 1 %, and there it holds; 12 to 27 times
+    dense or with random-k at 10 %, and there it does not. A third of that is the integer norm, which privacy rests on,
+    and a third exact noise on nine sums instead of one. What is held here: every update is decoded and
     clipped once, and folded once; noise is drawn, the ledger charged and the rule applied once for the whole buffer,
     on R rows and not on n updates.
     """

@@ -16,6 +16,7 @@ from server_ref.aggregation.bucketed import BucketSums
 from server_ref.aggregation.buckets import BucketedRule
 from server_ref.aggregation.centred import centred_stages
 from server_ref.aggregation.release import NoNoise
+from server_ref.aggregation.robust import RuleOptions, sensitivity_replace_one
 from simulator.frontier import __main__ as command
 from simulator.frontier import study
 from simulator.frontier.config import MODES, Cell, FrontierSettings
@@ -175,3 +176,7 @@ def test_the_page_quotes_figures_of_the_summary():
     quoted = set(re.findall(r"\b(\d\d\.\d) %", (docs / "frontier.md").read_text()))
     assert len(quoted) > 8
     assert quoted <= set(re.findall(r"\b\d\d\.\d\b", (docs / "frontier-summary.md").read_text()))
+    # And of rules on updates, beside the mean's.
+    for rule, times in (("multi-krum", 1337), ("trimmed-mean", 2.8)):
+        sensitivity = sensitivity_replace_one(rule, 12_000, 1200, 1.0, RuleOptions())
+        assert sensitivity / (2 / 12_000) == pytest.approx(times, rel=2e-3)

@@ -37,6 +37,7 @@ from server_ref.aggregation import (
 )
 from server_ref.aggregation.errors import (
     CohortDependentAcceptance,
+    DataDependentSupport,
     IndividualUpdatesNeeded,
     NoiseMissing,
     NoiseUnexpected,
@@ -47,6 +48,7 @@ from server_ref.aggregation.errors import (
     UnboundedRange,
     UnboundedWeight,
     UndeclaredRescaling,
+    UnderstatedSensitivity,
     UnknownSensitivity,
 )
 from tests.noise import CalibratedNoise
@@ -287,7 +289,9 @@ def test_every_refusal_has_a_case():
     def leaves(cls: type[PipelineError]) -> set[type[PipelineError]]:
         return {leaf for sub in cls.__subclasses__() for leaf in leaves(sub) or {sub}}
 
-    assert {case[3] for case in REFUSED} >= leaves(PipelineError)
+    # Refused by a configuration, before there are stages: their cases are among those of part 9.
+    of_configurations = {DataDependentSupport, UnderstatedSensitivity}
+    assert {case[3] for case in REFUSED} >= leaves(PipelineError) - of_configurations
 
 
 SOUND: list[tuple[str, tuple, dict]] = [

@@ -18,6 +18,7 @@ from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.accounting import GaussianRelease, LedgerKeeper, PrivacyBudget, PrivacyLedger
 from server_ref.aggregation.batch import Adjacency, Aggregate, PrivateAggregate
 from server_ref.aggregation.errors import NoiseMissing, PrivacyBudgetExhausted
+from server_ref.assignments import AssignmentRecord
 from server_ref.clock import WallClock
 from server_ref.privacy_plan import PrivacyPlan
 from server_ref.private_buffer import MemoryReleases, release_once
@@ -208,10 +209,10 @@ def test_a_round_is_reduced_once(stored):
         made.append(stored.keeper.round_id)
         return aggregate(np.full(3, float(len(made))))
 
-    first = release_once(stored.keeper, plan, stored.store, 0, reduce)
+    first = release_once(stored.keeper, plan, stored.store, round_id=0, reduce=reduce, counted=[])
     assert first.measurements["privacy"]["epsilon"] == stored.keeper.ledger.spent().epsilon
     stored.restart(version=0)
-    again = release_once(stored.keeper, plan, stored.store, 0, reduce)
+    again = release_once(stored.keeper, plan, stored.store, round_id=0, reduce=reduce, counted=[])
     assert made == [0]
     assert again.values.tobytes() == first.values.tobytes()
     assert dict(again.measurements) == dict(first.measurements)
@@ -226,7 +227,7 @@ def test_what_a_spent_budget_does_not_allow_is_not_even_reduced(tmp_path):
         raise AssertionError("noise was drawn")
 
     with pytest.raises(PrivacyBudgetExhausted):
-        release_once(stored.keeper, plan, stored.store, 0, reduce)
+        release_once(stored.keeper, plan, stored.store, round_id=0, reduce=reduce, counted=[])
     assert stored.kept == 0
     stored.restart(version=0)
     assert stored.keeper.ledger.events == ()
@@ -240,6 +241,21 @@ def test_an_aggregate_without_noise_leaves_no_private_task(stored):
     )
     for releases in (stored.store, MemoryReleases()):
         with pytest.raises(NoiseMissing):
-            release_once(stored.keeper, PrivacyPlan(1.0, stored.budget), releases, 0, lambda: naked)
+            release_once(
+                stored.keeper, PrivacyPlan(1.0, stored.budget), releases, round_id=0, reduce=lambda: naked, counted=[]
+            )
     assert stored.kept == 0
     assert stored.keeper.ledger.events == ()
+
+
+def test_what_was_drawn_for_some_reports_is_not_used_for_others(stored):
+    def record(number):
+        return AssignmentRecord(number, f"{number:032x}", "d" * 32, 0, 0, 1, 0.0, 1.0)
+
+    plan = PrivacyPlan(1.0, stored.budget)
+    first = [record(0), record(1)]
+    release_once(stored.keeper, plan, stored.store, round_id=0, reduce=aggregate, counted=first)
+    stored.restart(version=0)
+    release_once(stored.keeper, plan, stored.store, round_id=0, reduce=aggregate, counted=first[::-1])
+    with pytest.raises(StorageUnavailable, match="other reports"):
+        release_once(stored.keeper, plan, stored.store, round_id=0, reduce=aggregate, counted=[record(0), record(2)])

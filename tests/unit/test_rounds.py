@@ -288,3 +288,23 @@ def test_who_gives_back_after_the_close_was_at_work_when_it_closed():
         assert driver.close(25.0) == [good.number]
         invitations[name] = driver.engine.invitations
     assert invitations == {"after": 1, "before": 0, "restarted": 1}
+
+
+def test_a_full_buffer_closes_with_the_same_reports_also_where_the_clock_is_set_back():
+    """What was released for a set must be committed for it, whatever comes between a crash and the next attempt."""
+    engine = RoundEngine(RoundPolicy(**(vars(SYNC) | {"buffer_size": 2})))
+    records = [engine.check_in(device, 1, 100.0, iter([f"{n:032x}"]).__next__) for n, device in enumerate("abc")]
+    for n in (1, 2):
+        engine.report(records[n], ReportFile(f"{n:032x}", "0" * 64, 10, 0.0), 100.0 + n)
+    before = [r.number for r in engine.closing(103.0).counted]
+    restored = RoundEngine.restore(
+        engine.policy,
+        [engine.live(r.assignment_id) for r in records],
+        virtual_time=False,
+        version=0,
+        next_number=3,
+        opened_at=0.0,
+    )
+    late = restored.live(records[0].assignment_id)
+    restored.report(late, ReportFile("f" * 32, "0" * 64, 10, 0.0), 50.0)
+    assert [r.number for r in restored.closing(51.0).counted] == before
