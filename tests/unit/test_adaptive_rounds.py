@@ -194,7 +194,7 @@ def test_nothing_in_the_record_tells_how_many_updates_were_within_it(tmp_path, s
         served.play(population(served.size))
         [said] = served.measurements
         price = {"epsilon", "epsilon_rdp", "delta", "adjacency", "noise_multiplier"}
-        assert said.keys() - price == {"staleness", "clip_norm", "privacy", "aggregate_norm"}
+        assert said.keys() - price == {"staleness", "released_set", "clip_norm", "privacy", "aggregate_norm"}
 
 
 # --- what devices are told -------------------------------------------------------------------------------------------
