@@ -16,17 +16,18 @@ class OpenBuffer:
     """The updates folded so far. The order of folding does not change a bit of what comes out.
 
     Args:
-        pipeline: What a fold is, and what age does to an update.
+        pipeline: What a fold is, and what age does to an update, until the buffer is reset.
         load: Reads a report's update back from its blob.
     """
 
-    def __init__(self, pipeline: Pipeline, load: Callable[[AssignmentRecord], Update]) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: Callable[[], Pipeline], load: Callable[[AssignmentRecord], Update]) -> None:
+        self._current = pipeline
         self._load = load
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the durable set rebuilds it."""
+        self._pipeline = self._current()
         self._fold = self._pipeline.start()
         self._folded: dict[int, AssignmentRecord] = {}
 

@@ -23,17 +23,18 @@ class Buffers:
         config: Of the server.
         task: Whose updates come.
         state: Where they are kept.
-
-    Attributes:
-        announced: What devices are told of how to share their updates; None in other tasks, and before ``open``.
     """
 
     def __init__(self, config: ServerConfig, task: Task, state: DurableState) -> None:
-        self.announced: SecurePlan | None = None
         self._config = config
         self._task = task
         self._state = state
         self._rounds: OpenedRounds | None = None
+
+    @property
+    def announced(self) -> SecurePlan | None:
+        """What devices are told now of how to share their updates; None in other tasks, and before ``open``."""
+        return None if self._rounds is None else self._task.announced(self._rounds.plan)
 
     def open(self) -> Buffer:
         """The task's buffer.
@@ -42,7 +43,11 @@ class Buffers:
             ConfigurationError: The aggregators are not configured for this task.
         """
         task = self._task
-        buffer = self._shared() if task.sharing is not None else OpenBuffer(task.pipeline, self._state.load_update)
+        buffer: Buffer
+        if task.sharing is not None:
+            buffer = self._shared()
+        else:
+            buffer = OpenBuffer(lambda: task.pipeline, self._state.load_update)
         if task.privacy is None or task.keeper is None:
             return buffer
         _log.info("differential privacy: %s", task.privacy.words)
@@ -50,7 +55,7 @@ class Buffers:
 
     def _shared(self) -> SharedBuffer:
         opened = open_rounds(self._config, self._task, self._state.releases)
-        self._rounds, self.announced = opened, opened.plan
+        self._rounds = opened
         return SharedBuffer(self._task, opened.plan, opened.rounds, self._state.load_shares)
 
     def close(self) -> None:

@@ -69,11 +69,16 @@ def close_buffer(task: Task, state: Standing, buffer: Reducible, closing: Closin
         NotEnoughAggregators, AnswersInconsistent: As that: more aggregators have to answer first.
     """
     ages = [closing.round_id - r.model_version for r in closing.counted]
-    optimizer, step, norm = state.optimizer, None, None
+    optimizer, step, norm, clip_norm = state.optimizer, None, None, task.clip_norm
     measurements: dict[str, Any] = {"staleness": {}}
+    if clip_norm is not None:
+        measurements["clip_norm"] = clip_norm.clip_norm
     try:
         aggregate = buffer.reduce(closing.counted, closing.round_id)
         measurements |= aggregate.measurements
+        if clip_norm is not None and aggregate.indicator is not None:
+            # Of a release, whatever comes of it below.
+            clip_norm = clip_norm.after(aggregate.indicator, aggregate.count)
         if state.correction is not None:
             aggregate = _corrected(task, state.correction, aggregate, closing, ages)
             step = aggregate.values * task.pipeline.schedule.learning_rate_scale(ages, closing.round_id)
@@ -85,12 +90,14 @@ def close_buffer(task: Task, state: Standing, buffer: Reducible, closing: Closin
     except SPENT as e:
         _log.error("round %d is not released: %s", closing.round_id, e)
         measurements["unchanged"] = type(e).__name__
-        return RoundOutcome(optimizer, measurements, divergence_json=state.divergence_json, halted=str(e))
+        return RoundOutcome(
+            optimizer, measurements, divergence_json=state.divergence_json, halted=str(e), clip_norm=clip_norm
+        )
     except PocketfedError as e:
         _log.error("round %d leaves the model unchanged: %s", closing.round_id, e)
         measurements["unchanged"] = type(e).__name__
         step = None
-    outcome = RoundOutcome(optimizer, measurements, step=step)
+    outcome = RoundOutcome(optimizer, measurements, step=step, clip_norm=clip_norm)
     return _watched(task, state, outcome, closing, norm)
 
 

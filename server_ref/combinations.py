@@ -39,6 +39,7 @@ def check_combinations(config: TaskConfig, spec: CompressionSpec | None, size: i
     """
     _check_mean(config.aggregation)
     _check_delay(config)
+    _check_adaptive_clipping(config)
     if spec is not None:
         _check_sparse(config.aggregation, spec, size)
 
@@ -106,6 +107,21 @@ def _check_mean(settings: AggregationConfig) -> None:
             f"{' and '.join(ignored)}: the mean has no use for that; leave it out, or choose a robust rule "
             "(task.aggregation.rule, --rule)"
         )
+
+
+def _check_adaptive_clipping(config: TaskConfig) -> None:
+    """The clip norm belongs to a model version, and its bit to a sum of whole updates that nobody looks into."""
+    if not config.privacy.adaptive_clipping:
+        return
+    wrong = None
+    if config.staleness.tolerance(0) > 0:
+        wrong = "all updates of a sum need one clip norm: set task.staleness.max_staleness = 0 (leave --async out)"
+    elif config.aggregation.rule != "mean":
+        wrong = "the noise is on a mean: choose that (task.aggregation.rule, --rule)"
+    elif config.secure is not None and config.secure.checks != "trust-devices":
+        wrong = "projections are checked against a fixed norm: set task.secure.checks (--checks) = trust-devices"
+    if wrong is not None:
+        raise ConfigurationError(f"task.privacy.adaptive_clipping (--adaptive-clipping): {wrong}, or leave it out")
 
 
 def _check_delay(config: TaskConfig) -> None:

@@ -158,6 +158,11 @@ class TaskConfig(_Section):
         """Whether devices keep their losses to themselves: a sum may be private, what each of them says is not."""
         return self.privacy.enabled or self.secure is not None
 
+    def clipped_to(self, clip_norm: float) -> Self:
+        """The same settings with another clip norm: those of a round, where it is adaptive."""
+        aggregation = self.aggregation.model_copy(update={"clip_norm": clip_norm})
+        return self.model_copy(update={"aggregation": aggregation})
+
     def policy(self) -> RoundPolicy:
         """The engine's view of the rounds.
 

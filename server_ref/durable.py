@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection
 
 from client_sdk.protocol.errors import ConfigurationError, StorageUnavailable, UnknownAssignment
 from client_sdk.protocol.frames import FrameLimits, decode_frame, encode_frame
+from server_ref.aggregation.adaptive_clipping import AdaptiveClipNorm
 from server_ref.aggregation.batch import EncodedUpdate, Update
 from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.server_state import CONTROL, ServerState
@@ -36,6 +37,9 @@ _STATES = "states"
 _STEP = "step"
 """Among a round's measurements: hash of the aggregate that it applied."""
 
+_CLIP_NORM = "clip-norm"
+"""In the journal: the adaptive clip norm of the newest model."""
+
 
 @dataclass(frozen=True)
 class RoundOutcome:
@@ -47,6 +51,7 @@ class RoundOutcome:
         step: The aggregate that was applied, float64[size], where later rounds correct stale updates by it.
         divergence_json: The divergence detector's next state.
         halted: Why the task ends with this round, if it does.
+        clip_norm: The next model's, where it is adaptive.
     """
 
     optimizer: ServerState
@@ -54,6 +59,7 @@ class RoundOutcome:
     step: npt.NDArray[np.float64] | None = None
     divergence_json: str | None = None
     halted: str | None = None
+    clip_norm: AdaptiveClipNorm | None = None
 
 
 class DurableState:
@@ -139,6 +145,8 @@ class DurableState:
             given_back = database.load_given_back(connection, state.opened_at)
             self._first_new = database.next_assignment_number(connection)
             self.releases.reload(connection, latest.version)
+            clip_norm = database.load_note(connection, _CLIP_NORM)
+        self.task.current.begin(None if clip_norm is None else AdaptiveClipNorm.model_validate_json(clip_norm))
         if self._clock.is_virtual:
             # Time is written with a round; between two rounds the assignments tell how far it had come.
             self._clock.advance(max([state.clock_now, *(r.issued_at for r in live)]))
@@ -209,8 +217,11 @@ class DurableState:
             database.save_round(connection, self._row(closing, opened_at, superseded, measurements))
             if self.task.sharing is not None:
                 self.releases.forget(connection, closing.round_id)
+            if outcome.clip_norm is not None:
+                database.save_note(connection, _CLIP_NORM, outcome.clip_norm.model_dump_json())
             self.flush(connection)
         self.flushed()
+        self.task.current.begin(outcome.clip_norm)
         self.model, self.optimizer, self._newest = model, outcome.optimizer, version
         spent = [report.blob_key for record, report in held if self.engine.live(record.assignment_id) is None]
         if previous is not None and previous != version.state_sha256:

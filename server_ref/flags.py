@@ -155,6 +155,12 @@ def _add_privacy_flags(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="rounds that count a device at most; the fewer, the less noise (default: all)",
     )
+    add(
+        "--adaptive-clipping",
+        action="store_true",
+        help="let the clip norm follow a noised count of the updates within it, from --clip-norm on",
+    )
+    add("--target-quantile", type=float, metavar="Q", help="share of the updates that should be (default: 0.5)")
     add("--buckets", type=int, metavar="R", help="noised sums of disjoint groups, from which a robust --rule makes one")
     add(
         "--secure",
@@ -221,6 +227,8 @@ def _privacy(args: argparse.Namespace) -> dict[str, Any]:
         honest_devices=args.honest_devices,
         max_participations=args.max_participations,
         buckets=args.buckets,
+        adaptive_clipping=args.adaptive_clipping or None,
+        target_quantile=args.target_quantile,
     )
     noise = args.noise
     if noise is None and (args.epsilon is not None or args.noise_multiplier is not None):

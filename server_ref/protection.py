@@ -46,6 +46,12 @@ class PrivacyConfig(_Section):
         None, ge=2, description="noised sums of disjoint groups of reports, from which a robust rule makes one"
     )
 
+    adaptive_clipping: bool = Field(
+        default=False, description="let the clip norm follow a noised count of the updates that are within it"
+    )
+    target_quantile: float = Field(0.5, gt=0, lt=1, description="share of the updates that should be within it")
+    clip_learning_rate: float = Field(0.2, gt=0, le=10, description="how fast it moves: of its logarithm, a round")
+
     @property
     def enabled(self) -> bool:
         """Whether anybody adds noise."""
@@ -67,10 +73,23 @@ class PrivacyConfig(_Section):
             raise ValueError("buckets need the full noise in each sum: set noise = aggregators")
         if self.noise_schedule != "constant" and (self.epsilon is None or self.noise == "devices"):
             raise ValueError("a noise schedule spends a budget (epsilon), and devices add the same noise in each round")
+        self._check_adaptive()
         if not self.enabled and (given or self.buckets is not None):
             wanted = given[0] if given else "buckets"
             raise ValueError(f"{wanted} is given, but nobody adds noise: set privacy.noise to server or aggregators")
         return self
+
+    def _check_adaptive(self) -> None:
+        if not self.adaptive_clipping:
+            for name in ("target_quantile", "clip_learning_rate"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: only adaptive_clipping has a use for that; set it too")
+        elif self.noise not in {"server", "aggregators"}:
+            raise ValueError(
+                "adaptive_clipping follows a noised count: let the server or aggregators add noise (privacy.noise)"
+            )
+        elif self.buckets is not None or self.noise_schedule != "constant":
+            raise ValueError("adaptive_clipping needs one sum a round, with the same noise: no buckets, no schedule")
 
 
 class SecureConfig(_Section):

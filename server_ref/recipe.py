@@ -116,7 +116,7 @@ def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pi
         norm_bound=settings.clip_norm,
     )
     bounds = grid_of(config, size, schedule.derive(facts).max_scale, privacy)
-    noise = NoNoise() if privacy is None else ExternalNoise(privacy.budget.adjacency, privacy.noise_multiplier)
+    noise = NoNoise() if privacy is None else ExternalNoise(privacy.budget.adjacency, privacy.least_multiplier)
     return Pipeline.build(schedule, SharedSum(bounds), noise, _apply(config), facts=facts, private=privacy is not None)
 
 
@@ -194,7 +194,12 @@ def _reduce_and_noise(
 ) -> tuple[Reduce, Noise]:
     if privacy is None or keeper is None:
         return _reduce(config, size, max_scale, privacy), NoNoise()
-    noise = CentralNoise(privacy.schedule or privacy.noise_multiplier, keeper, privacy.budget.adjacency)
+    noise = CentralNoise(
+        privacy.schedule or privacy.noise_multiplier,
+        keeper,
+        privacy.budget.adjacency,
+        indicators=privacy.clip_norm is not None,
+    )
     rule = bucketed_rule(config)
     if rule is None:
         return _reduce(config, size, max_scale, privacy), noise

@@ -25,6 +25,7 @@ def encode_release(aggregate: PrivateAggregate) -> bytes:
         "total_weight": aggregate.total_weight,
         "sensitivity": {str(a): value for a, value in aggregate.sensitivity.items()},
         "measurements": dict(aggregate.measurements),
+        "indicator": aggregate.indicator,
         "noise_stddev": aggregate.noise_stddev,
         "adjacency": str(aggregate.adjacency),
     }
@@ -47,6 +48,7 @@ def decode_release(data: bytes | memoryview) -> PrivateAggregate:
             total_weight=facts["total_weight"],
             sensitivity={Adjacency(a): value for a, value in facts["sensitivity"].items()},
             measurements=facts["measurements"],
+            indicator=facts.get("indicator"),
             noise_stddev=facts["noise_stddev"],
             adjacency=Adjacency(facts["adjacency"]),
         )

@@ -33,7 +33,7 @@ def grid_of(config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan 
     """The grid of a task's sums, shared or not: both give the same bits.
 
     Args:
-        config: Its settings, with a clip norm.
+        config: Its settings, with the clip norm of the present round.
         size: Coordinates of an update.
         max_scale: Of the schedule.
         privacy: Its noise, for whose tails the sum leaves room.
@@ -45,19 +45,22 @@ def grid_of(config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan 
     clip_norm = config.aggregation.clip_norm
     if clip_norm is None:
         raise ConfigurationError("a sum on the grid needs a bound on each update: set task.aggregation.clip_norm")
+    adaptive = None if privacy is None else privacy.clip_norm
     noise = 0.0
     if privacy is not None:
         # Where devices add it and all of them are honest, there is more of it than was relied on.
         surplus = 1.0 if config.privacy.honest_devices is None else config.buffer_size / config.privacy.honest_devices
         noise = privacy.most_noise_per_clip_norm * math.sqrt(surplus)
     finest = choose_private_grid(
-        clip_norm=clip_norm,
+        # One grid for all rounds, whatever the clip norm of the present one.
+        clip_norm=clip_norm if adaptive is None else adaptive.largest,
         # A set that is shared is never larger than the buffer.
         max_count=config.capacity if config.secure is None else config.buffer_size,
         max_weight=config.max_weight * max_scale,
         noise_multiplier=noise,
         threshold=1 if config.secure is None else config.secure.threshold,
     )
+    finest = EncodedBounds(clip_norm=clip_norm, fraction_bits=finest.fraction_bits)
     if config.secure is None or config.secure.checks != "projections":
         return finest
     return _checkable(finest, config.secure, shared_size(config.compression, size))
@@ -156,12 +159,15 @@ class SharingPlan:
             max_weight=config.max_weight * max_scale,
             checking=CheckingMode(settings.checks) if buckets is None else CheckingMode.BUCKETS,
             distances=selects_by_distance(config),
+            indicator=config.privacy.adaptive_clipping,
             privacy=_pinned_privacy(config, privacy, bounds),
         )
         return cls(settings, pinned, shared_size(config.compression, size))
 
     def announce(self, sealing_keys: Sequence[str]) -> SecurePlan:
         """What devices are told: what the aggregators pin, or no share would open.
+
+        With a clip norm that moves: of the first model version (``Task.announced``).
 
         Args:
             sealing_keys: Of the aggregators, hex, in order.
@@ -176,6 +182,7 @@ class SharingPlan:
             packing=pinned.packing,
             fraction_bits=pinned.fraction_bits,
             clip_norm=pinned.clip_norm,
+            indicator_norm=pinned.clip_norm if pinned.indicator else None,
             noise="none" if privacy is None else privacy.noise,
             noise_variance=None if privacy is None else privacy.device_noise_variance,
             max_participations=None if privacy is None else privacy.max_participations,
@@ -217,6 +224,7 @@ def _pinned_privacy(config: TaskConfig, privacy: PrivacyPlan | None, bounds: Enc
         epsilon=budget.epsilon,
         delta=budget.delta,
         adjacency=budget.adjacency,
+        indicator_noise_multiplier=privacy.indicator_noise,
         noise="aggregators" if honest is None else "devices",
         device_noise_variance=variance,
         honest_devices=honest,

@@ -50,7 +50,7 @@ class SharedBuffer:
 
     Args:
         task: Whose updates these are.
-        plan: What devices were told.
+        plan: What devices were told with the first model.
         rounds: Asks the aggregators.
         load: Reads the sealed shares of a report back, in order of the aggregators.
     """
@@ -102,7 +102,7 @@ class SharedBuffer:
         privacy = self._task.privacy
         if privacy is None or privacy.schedule is None:
             return None
-        return privacy.moved * privacy.multiplier_at(version)
+        return privacy.noise_per_clip_norm_at(version)
 
     def _deal(self, reports: Sequence[SealedReport]) -> Sequence[int]:
         """Which bucket each report is in: drawn when it is known which ones count, and kept with the set of them."""
@@ -122,15 +122,15 @@ class SharedBuffer:
     def _sealed(self, record: AssignmentRecord, version: int) -> SealedReport:
         if record.report is None:
             raise StorageUnavailable(f"assignment {record.assignment_id} has no report to read back")
-        shares = self._load(record)
+        shares, plan = self._load(record), self._task.announced(self._plan)
         header = ShareHeader(
             report_id=record.report.report_id,
             assignment_id=record.assignment_id,
             device_id=record.device_id,
             model_version=record.model_version,
-            clip_norm=self._plan.clip_norm,
-            indicator_norm=self._plan.indicator_norm,
-            ciphertext_ids=tuple(ciphertext_id(share, self._plan.suite) for share in shares),
+            clip_norm=plan.clip_norm,
+            indicator_norm=plan.indicator_norm,
+            ciphertext_ids=tuple(ciphertext_id(share, plan.suite) for share in shares),
         )
         scale = self._task.pipeline.schedule.scale(version - record.model_version, version)
 
@@ -147,7 +147,7 @@ class SharedBuffer:
         noise = None
         if self._task.privacy is not None:
             # In steps of the grid: a multiple of what one update can add to the sum.
-            multiplier = self._task.privacy.moved * self._task.privacy.multiplier_at(version)
+            multiplier = self._task.privacy.noise_per_clip_norm_at(version)
             stddev = multiplier * parameters.max_weight * parameters.bound
             noise = (stddev, self._task.privacy.budget.adjacency)
         codes = found.sums[part]
@@ -158,6 +158,7 @@ class SharedBuffer:
             count=len(records),
             total_weight=sum(r.weight for r in records),
             noise=noise,
+            indicator=None if found.indicator_sums is None else found.indicator_sums[part],
             measurements={
                 "staleness": dict(sorted(ages.items())),
                 "shares_rejected": dict(Counter(found.rejected.values())),

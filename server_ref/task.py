@@ -14,9 +14,11 @@ from client_sdk.protocol.messages import Assignment, F32Encoding, I64SharesEncod
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.accounting import LedgerKeeper, PrivacyLedger
+from server_ref.aggregation.adaptive_clipping import AdaptiveClipNorm
 from server_ref.aggregation.pipeline import Pipeline
 from server_ref.assignments import AssignmentRecord
 from server_ref.config import TaskConfig
+from server_ref.current_pipeline import CurrentPipeline
 from server_ref.models import decode_model
 from server_ref.privacy_plan import PrivacyPlan
 from server_ref.recipe import build_pipeline, compression_of
@@ -49,7 +51,8 @@ _IDENTITY = frozenset(
 class Task:
     """What the server trains. ``identity_json`` holds every setting that changes a bit of the result.
 
-    ``keeper`` is the ledger in memory of a private task: the one thing here that changes while rounds go on.
+    Two things here change while rounds go on: ``keeper``, the ledger in memory of a private task, and ``current``, the
+    pipeline, where its clip norm is adaptive.
     """
 
     task_id: str
@@ -60,12 +63,29 @@ class Task:
     program: bytes
     initial_weights: npt.NDArray[np.float32]
     kind: UpdateKind
-    pipeline: Pipeline
+    current: CurrentPipeline
     compression: str | None
     settings: TaskConfig
     privacy: PrivacyPlan | None = None
     keeper: LedgerKeeper | None = None
     sharing: SharingPlan | None = None
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What is made of the updates of the present model version."""
+        return self.current.pipeline
+
+    @property
+    def clip_norm(self) -> AdaptiveClipNorm | None:
+        """That of the present model version, where it is adaptive."""
+        return self.current.clip_norm
+
+    def announced(self, plan: SecurePlan) -> SecurePlan:
+        """What devices are told with the present model version: the plan of the first, but for what has moved."""
+        if self.clip_norm is None:
+            return plan
+        norm = self.clip_norm.clip_norm
+        return plan.model_copy(update={"clip_norm": norm, "indicator_norm": norm})
 
     def shuffle_seed(self, assignment_number: int) -> int:
         """Seed of one assignment's shuffles."""
@@ -160,7 +180,13 @@ def load_task(config: TaskConfig) -> Task:
         raise ConfigurationError(f"{config.bundle / WEIGHTS_FILE}: {e.detail}") from e
     privacy = PrivacyPlan.of(config)
     keeper = None if privacy is None else LedgerKeeper(PrivacyLedger(budget=privacy.budget))
-    pipeline = build_pipeline(config, manifest, privacy=privacy, keeper=keeper)
+
+    def build(adaptive: AdaptiveClipNorm | None) -> Pipeline:
+        settings = config if adaptive is None else config.clipped_to(adaptive.clip_norm)
+        return build_pipeline(settings, manifest, privacy=privacy, keeper=keeper)
+
+    current = CurrentPipeline(build, None if privacy is None else privacy.clip_norm)
+    pipeline = current.pipeline
     sharing = SharingPlan.of(config, pipeline.entry.size, pipeline.admitted.max_scale, privacy)
     if sharing is None:
         # An exact sum that the bounds do not allow is an error of the settings, not of the first report.
@@ -186,7 +212,7 @@ def load_task(config: TaskConfig) -> Task:
         program=program,
         initial_weights=weights,
         kind=UpdateKind.DELTA,
-        pipeline=pipeline,
+        current=current,
         compression=None if compression is None else str(compression),
         settings=config,
         privacy=privacy,

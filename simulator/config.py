@@ -326,6 +326,8 @@ _FLAGS = {
     "privacy.adjacency": "--adjacency",
     "privacy.max_participations": "--max-participations",
     "privacy.buckets": "--buckets",
+    "privacy.adaptive_clipping": "--adaptive-clipping",
+    "privacy.target_quantile": "--target-quantile",
     "secure.threshold": "--secure",
     "secure.num_aggregators": "--secure",
     "secure.field": "--field",

@@ -89,6 +89,7 @@ class Measurements(BaseModel):
     clipped: int = 0
     norm_median: float | None = Field(None, description="of the counted updates' L2 norms, before clipping")
     norm_max: float | None = None
+    clip_norm: float | None = Field(None, description="that the round used, where it is adaptive")
     aggregate_norm: float | None = Field(None, description="L2 norm of what the updates were made into")
     num_byzantine: int | None = Field(None, description="dishonest updates that the rule reckoned with")
     degraded: bool = Field(default=False, description="whether these are fewer than it was to stand")

@@ -95,10 +95,15 @@ class NoiseSplit:
         return 2 * self.indicator_stddev
 
 
-def split_noise(noise_multiplier: float, count: int) -> NoiseSplit | None:
+def split_noise(noise_multiplier: float, count: int, *, least: float = 0.0) -> NoiseSplit | None:
     """How to divide a release between the update and the bit, for so many updates (a public number).
 
     sigma_b is ``count / 20``, or as much more as keeps the bit's share of the privacy loss at 10 %.
+
+    Args:
+        noise_multiplier: z of both together.
+        count: Updates in the sum.
+        least: sigma_b is at least this: where several parties draw parts of it, each part needs a width of its own.
 
     Returns:
         None where the bits would drown in their noise (more than 1/4 of ``count``): the clip norm has to stay as it is,
@@ -115,10 +120,20 @@ def split_noise(noise_multiplier: float, count: int) -> NoiseSplit | None:
     """
     if not noise_multiplier > 0:
         raise ConfigurationError(f"a noise multiplier is positive, got {noise_multiplier}")
-    stddev = max(count * INDICATOR_NOISE, noise_multiplier / (2 * math.sqrt(_LARGEST_SHARE)))
+    stddev = max(count * INDICATOR_NOISE, _floor(noise_multiplier, least))
     if stddev > count * _USELESS:
         return None
     return NoiseSplit(update_multiplier(noise_multiplier, stddev), stddev)
+
+
+def fewest_updates(noise_multiplier: float, *, least: float = 0.0) -> int:
+    """The smallest ``count`` for which ``split_noise`` is not None."""
+    return math.ceil(_floor(noise_multiplier, least) / _USELESS)
+
+
+def _floor(noise_multiplier: float, least: float) -> float:
+    """sigma_b for however few updates."""
+    return max(least, noise_multiplier / (2 * math.sqrt(_LARGEST_SHARE)))
 
 
 def update_multiplier(noise_multiplier: float, indicator_stddev: float) -> float:

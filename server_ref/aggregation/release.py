@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from server_ref.aggregation.stages import Noise
 
 
-_ROUNDING: Final = 1e-9
-"""Relative difference at which two standard deviations still count as the same number, computed in two places."""
+_ROUNDING: Final = 1e-6
+"""Relative difference at which two standard deviations still count as the same number, computed in two places.
+
+One of them is from a clip norm that was rounded down to the grid, the other from the clip norm.
+"""
 
 
 def require_sensitivity(facts: Facts, adjacency: Adjacency) -> float:

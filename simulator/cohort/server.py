@@ -208,6 +208,7 @@ class CohortServer:
         discarded = engine.commit(closing, halt=outcome.halted is not None)
         self.optimizer = outcome.optimizer
         self.divergence_json, self.halted = outcome.divergence_json, outcome.halted
+        self.task.current.begin(outcome.clip_norm)
         if self.correction is not None and outcome.step is not None:
             self.correction.record(outcome.step)
         self._selection.record(closing.counted)

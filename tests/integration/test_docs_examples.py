@@ -32,6 +32,7 @@ STORIES = [
     ("aggregation.md",),
     ("privacy.md",),
     ("audit.md",),
+    ("frontier.md",),
     ("aggregators.md",),
 ]
 

@@ -18,6 +18,7 @@ from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
 from server_ref.assignments import RoundPolicy
 from server_ref.config import DivergenceConfig, SelectionConfig, TaskConfig
+from server_ref.current_pipeline import CurrentPipeline
 from server_ref.evaluation import Evaluation
 from server_ref.recipe import build_pipeline
 from server_ref.task import Task
@@ -96,7 +97,7 @@ def task_of(policy, **changes):
         program=b"",
         initial_weights=START,
         kind=UpdateKind.DELTA,
-        pipeline=build_pipeline(settings, manifest),
+        current=CurrentPipeline(lambda _clip_norm: build_pipeline(settings, manifest)),
         compression=settings.compression,
         settings=settings,
     )

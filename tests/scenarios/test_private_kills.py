@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assigned
 from client_sdk.reports import build_report
+from server_ref.aggregation.adaptive_clipping import AdaptiveClipNorm
 from server_ref.releases import decode_release
 from tests.servers import RawDevice, ServerProcess, get_json, start_server, write_config
 
@@ -45,16 +47,17 @@ PAID: Point = ("server_ref.release_store:ReleaseStore.save_release", "after")
 
 
 class Lives:
-    """Two devices and one round, over as many lives of a server as points are named at which it dies."""
+    """Some devices and one round, over as many lives of a server as points are named at which it dies."""
 
-    def __init__(self, folder: Path, bundle: Path, points: list[Point], **settings: Any) -> None:
+    def __init__(self, folder: Path, bundle: Path, points: list[Point], *, devices: int = 2, **settings: Any) -> None:
         self.folder = folder
-        self.config = write_config(folder, bundle, rounds=1, buffer_size=2, **settings)
+        self.config = write_config(folder, bundle, rounds=1, buffer_size=devices, **settings)
         self.points = list(points)
         self.seen: list[tuple[int, list[bytes]]] = []
         self.server = self._start()
         self.devices = [
-            RawDevice(self.server.url, key=Ed25519PrivateKey.from_private_bytes(bytes([i + 1] * 32))) for i in range(2)
+            RawDevice(self.server.url, key=Ed25519PrivateKey.from_private_bytes(bytes([i + 1] * 32)))
+            for i in range(devices)
         ]
 
     def _start(self) -> ServerProcess:
@@ -158,3 +161,20 @@ def test_noise_of_the_aggregators_is_charged_once_and_drawn_once(tmp_path, softm
     assert (paid, lives.charges()) == (1, 1)
     assert lives.aggregators_charges() == [1] * 5
     assert after.tobytes() == moved(before, kept)
+
+
+def test_an_adaptive_clip_norm_goes_where_the_release_says_that_outlived_the_kill(tmp_path, softmax_bundle):
+    settings = {
+        "aggregation": {"clip_norm": 1.0},
+        "privacy": {"noise": "server", "noise_multiplier": 0.5, "adaptive_clipping": True},
+    }
+    lives = Lives(tmp_path, softmax_bundle, [PAID], devices=4, **settings)
+    before, after = lives.play()
+    [(_, [kept])] = lives.seen
+    assert after.tobytes() == moved(before, kept)
+    connection = sqlite3.connect(tmp_path / "state" / "pocketfed.db")
+    [[note]] = connection.execute("SELECT value FROM journal WHERE name = 'clip-norm'").fetchall()
+    connection.close()
+    release = decode_release(kept)
+    assert release.indicator is not None
+    assert json.loads(note)["clip_norm"] == AdaptiveClipNorm(clip_norm=1.0).after(release.indicator, 4).clip_norm

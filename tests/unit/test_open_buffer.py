@@ -39,10 +39,10 @@ def test_a_report_that_cannot_be_read_at_once_changes_no_bit_of_what_comes_out(r
     pipeline = Pipeline.build(reduce, Sgd(), facts=FACTS)
     # 30 were folded as they came; 20 of them do not count after all, and 30 others do.
     early, counted = RECORDS[:30], RECORDS[:10] + RECORDS[30:]
-    whole = OpenBuffer(pipeline, Disk(pipeline).load).reduce(counted, 0).values
+    whole = OpenBuffer(lambda: pipeline, Disk(pipeline).load).reduce(counted, 0).values
     # More reads than a part has succeed in a row, so that each attempt gets on.
     disk = Disk(pipeline, fails_every=19)
-    buffer = OpenBuffer(pipeline, disk.load)
+    buffer = OpenBuffer(lambda: pipeline, disk.load)
     for record in early:
         buffer.fold(record, disk.updates[record.number], 0)
     attempts = 0
