@@ -94,11 +94,62 @@ FREE = {
 }
 STALE = {"--max-staleness": ints(0, 100), "--staleness": weights(), "--tighten": ints(1, 100), "--stale-lr": None}
 LINKED = {"--prox-mu", "--algorithm", "--optimizer", "--server-momentum", "--attack", "--engine", "--server"}
+# Of privacy and secrecy; each needs a clip norm beside it.
+NOISE = {
+    "--delta": floats(1e-12, 1e-3),
+    "--adjacency": one_of("zero-out", "replace-one"),
+    "--max-participations": ints(100_000, 10**6),
+    "--buckets": ints(2, 50),
+}
+SHARES = {
+    "--field": one_of("m61", "m127"),
+    "--checks": one_of("trust-devices", "projections"),
+    "--minimum-cohort": ints(2, 10),
+    "--aggregators": one_of("embedded", "processes"),
+}
+PROTECTION = {
+    *("--epsilon", "--noise-multiplier", "--noise", "--honest-devices", "--noise-schedule", "--final-noise"),
+    *("--adaptive-clipping", "--target-quantile", "--secure", "--packing"),
+    *NOISE,
+    *SHARES,
+}
 
 
 def word(flag, values):
     """A flag with a value, or alone where it takes none."""
     return st.just(flag) if values is None else values.map(f"{flag}={{}}".format)
+
+
+@st.composite
+def protected(draw):
+    """Noise, shares or both, with a clip norm."""
+
+    def some(of):
+        return [draw(word(flag, of[flag])) for flag in draw(st.lists(st.sampled_from(sorted(of)), unique=True))]
+
+    words = ["--clip-norm=1", "--clip-scope=global"]
+    shared, noised = draw(st.sampled_from([(True, False), (False, True), (True, True)]))
+    if shared:
+        words += [
+            draw(one_of("--secure=3of5", "--secure=2of7")),
+            *some(SHARES),
+            *draw(st.sampled_from([[], ["--packing=2"]])),
+        ]
+    if noised:
+        schedule = st.tuples(
+            word("--noise-schedule", one_of("constant", "linear", "step")), word("--final-noise", floats(0.1, 2))
+        )
+        adaptive = st.tuples(st.just("--adaptive-clipping"), word("--target-quantile", floats(0.1, 0.9)))
+        spent = st.tuples(word("--epsilon", floats(0.1, 10)))
+        words += draw(st.one_of(spent, st.tuples(word("--noise-multiplier", floats(0.1, 100)))))
+        if words[-1].startswith("--epsilon"):
+            words += draw(st.one_of(st.just(()), schedule, adaptive))
+        words += some(NOISE)
+        if not shared:
+            words += draw(st.sampled_from([[], ["--noise=server"]]))
+        else:
+            words += draw(st.sampled_from([[], ["--noise=aggregators"]]))
+    return words
 
 
 # Flags that do not go with each other: one choice of each row.
@@ -114,6 +165,8 @@ CHOICES = [
         st.tuples(st.just("--byzantine=0.2"), word("--attack", ATTACKS)),
         st.just(["--engine=cohort"]),
         st.just(["--server=http://127.0.0.1:8470"]),
+        protected(),
+        st.just(["--secure=3of5", "--epsilon=1", "--clip-norm=1", "--noise=devices", "--honest-devices=2"]),
     ],
 ]
 
@@ -142,7 +195,7 @@ def test_the_words_of_the_command_give_the_same_configuration(words):
 
 def test_every_flag_that_decides_something_is_tried():
     known = {action.option_strings[0 if len(action.option_strings[0]) > 2 else -1] for action in parser()._actions}
-    assert known - HOW == {*FREE, *STALE, *LINKED}
+    assert known - HOW == {*FREE, *STALE, *LINKED, *PROTECTION}
 
 
 def test_nothing_but_what_the_run_is_about_is_said_of_a_run_of_defaults():
