@@ -99,7 +99,6 @@ NOISE = {
     "--delta": floats(1e-12, 1e-3),
     "--adjacency": one_of("zero-out", "replace-one"),
     "--max-participations": ints(100_000, 10**6),
-    "--buckets": ints(2, 50),
 }
 SHARES = {
     "--field": one_of("m61", "m127"),
@@ -109,7 +108,7 @@ SHARES = {
 }
 PROTECTION = {
     *("--epsilon", "--noise-multiplier", "--noise", "--honest-devices", "--noise-schedule", "--final-noise"),
-    *("--adaptive-clipping", "--target-quantile", "--secure", "--packing"),
+    *("--adaptive-clipping", "--target-quantile", "--buckets", "--secure", "--packing"),
     *NOISE,
     *SHARES,
 }
@@ -143,7 +142,7 @@ def protected(draw):
         spent = st.tuples(word("--epsilon", floats(0.1, 10)))
         words += draw(st.one_of(spent, st.tuples(word("--noise-multiplier", floats(0.1, 100)))))
         if words[-1].startswith("--epsilon"):
-            words += draw(st.one_of(st.just(()), schedule, adaptive))
+            words += draw(st.one_of(st.just(()), schedule, adaptive, st.tuples(word("--buckets", ints(2, 50)))))
         words += some(NOISE)
         if not shared:
             words += draw(st.sampled_from([[], ["--noise=server"]]))
