@@ -41,7 +41,7 @@ def check_combinations(config: TaskConfig, spec: CompressionSpec | None, size: i
     _check_delay(config)
     _check_adaptive_clipping(config)
     if spec is not None:
-        _check_sparse(config.aggregation, spec, size)
+        _check_sparse(config, spec, size)
 
 
 def expected_density(spec: CompressionSpec, size: int) -> float:
@@ -70,7 +70,7 @@ def expected_density(spec: CompressionSpec, size: int) -> float:
             return 0.0
 
 
-def _check_sparse(settings: AggregationConfig, spec: CompressionSpec, size: int) -> None:
+def _check_sparse(config: TaskConfig, spec: CompressionSpec, size: int) -> None:
     """A coordinate that at most half of the rows hold has a median of 0, whatever the others say.
 
     More than half is also where trimming stops taking more from a coordinate than the mean of all rows gives it: of
@@ -78,11 +78,15 @@ def _check_sparse(settings: AggregationConfig, spec: CompressionSpec, size: int)
     p = 1/2, and less below. Means of buckets hold what any of their updates holds. After mixing with n - f nearest
     neighbours every update is in more than half of the rows, so that there nothing is lost.
     """
+    settings = config.aggregation
     if settings.rule not in BY_COORDINATE or settings.mixing == "nnm":
         return
     density = expected_density(spec, size)
     if settings.mixing == "bucketing":
         density = 1 - (1 - density) ** settings.bucket_size
+    if config.privacy.buckets is not None:
+        # The rule sees the buckets' sums.
+        density = 1 - (1 - density) ** (config.buffer_size // config.privacy.buckets)
     if density > 0.5:
         return
     held = (

@@ -56,6 +56,15 @@ def test_a_rule_by_coordinate_is_refused_sparse_updates(rule, line):
         check(aggregation={"rule": rule}, compression=line)
 
 
+@pytest.mark.parametrize("rule", sorted(BY_COORDINATE))
+def test_a_rule_on_sums_of_buckets_sees_what_any_update_of_a_bucket_holds(rule):
+    noised = {"noise": "server", "epsilon": 1.0}
+    settings = {"aggregation": {"rule": rule, "clip_norm": 1.0}, "compression": "randomk:0.1", "buffer_size": 100}
+    check(**settings, privacy={**noised, "buckets": 10})
+    with pytest.raises(ConfigurationError, match="one coordinate at a time"):
+        check(**settings, privacy={**noised, "buckets": 20})
+
+
 @pytest.mark.parametrize("line", DENSE)
 @pytest.mark.parametrize("rule", sorted(BY_COORDINATE))
 def test_it_takes_updates_of_which_most_hold_a_coordinate(rule, line):
