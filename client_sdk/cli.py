@@ -12,11 +12,16 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import time
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError
 from client_sdk.protocol.profile import DeviceTier
+
+if TYPE_CHECKING:
+    from client_sdk.power import PowerPolicy
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -209,6 +214,49 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
         help="with --aggregator-keys: refuse an assignment if fewer than T aggregators could read the update (default: "
         "more than half of them)",
     )
+    resources = parser.add_argument_group("when it works, and what it may use")
+    resources.add_argument(
+        "--power",
+        choices=("watch", "ignore"),
+        default="watch",
+        help="watch: start above 20 %% battery and pause at 15 %%, pause when it is hot, rest as it warms up, resume "
+        "from the checkpoint; ignore: work whatever holds (default: %(default)s)",
+    )
+    resources.add_argument(
+        "--require",
+        nargs="+",
+        choices=("charging", "unmetered", "idle"),
+        default=[],
+        metavar="CONDITION",
+        help="work only while charging, on an unmetered network, while nobody uses the device: any of charging, "
+        "unmetered, idle",
+    )
+    resources.add_argument(
+        "--quiet-hours",
+        nargs="+",
+        type=_quiet_hours,
+        default=[],
+        metavar="HH:MM-HH:MM",
+        help="local times of day at which it does not work, such as 08:00-22:30",
+    )
+    resources.add_argument(
+        "--memory-limit",
+        type=_positive,
+        metavar="MIB",
+        help="what this process may use at most: training is planned for it, and refused where it does not fit",
+    )
+    resources.add_argument(
+        "--run-for",
+        type=_seconds,
+        metavar="SECONDS",
+        help="leave after so much time, with a checkpoint; the same command goes on from there",
+    )
+    resources.add_argument(
+        "--checkpoint-key",
+        type=Path,
+        metavar="FILE",
+        help="encrypt checkpoints with the key in this file: 64 hex digits, as `openssl rand -hex 32` makes them",
+    )
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--once", action="store_true", help="leave after one accepted report")
     stop.add_argument(
@@ -232,7 +280,44 @@ def _run_device(args: argparse.Namespace) -> int:
         max_reports=1 if args.once else args.max_reports,
         aggregator_keys=args.aggregator_keys,
         min_threshold=args.min_threshold,
+        power_policy=_power_policy(args),
+        memory_limit_mib=args.memory_limit,
+        checkpoint_key=args.checkpoint_key,
+        run_for_s=args.run_for,
     )
+
+
+def _power_policy(args: argparse.Namespace) -> PowerPolicy | None:
+    from client_sdk.power import PowerPolicy, QuietHours  # noqa: PLC0415 - not needed for --help
+
+    if args.power == "ignore":
+        if args.require or args.quiet_hours:
+            raise ConfigurationError("--require and --quiet-hours mean nothing with --power ignore; drop one of them")
+        return None
+    return PowerPolicy(
+        require_charging="charging" in args.require,
+        require_unmetered="unmetered" in args.require,
+        require_idle="idle" in args.require,
+        quiet_hours=tuple(QuietHours(begin=begin, end=end) for begin, end in args.quiet_hours),
+    )
+
+
+def _quiet_hours(text: str) -> tuple[time, time]:
+    begin, _, end = text.partition("-")
+    try:
+        hours = time.fromisoformat(begin), time.fromisoformat(end)
+    except ValueError:
+        hours = time(), time()
+    if hours[0] == hours[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a stretch of the day such as 08:00-22:30")
+    return hours
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+    return value
 
 
 def _positive(text: str) -> int:

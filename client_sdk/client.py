@@ -5,24 +5,25 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from client_sdk import events
+from client_sdk.checkpoint import CheckpointManager
 from client_sdk.data import as_examples
 from client_sdk.errors import IllegalTransition, Interrupted
-from client_sdk.executor import MAX_BLOB_BYTES, ActionExecutor, OnEvent, Surroundings
+from client_sdk.executor import ActionExecutor
+from client_sdk.local_training import LocalTraining, Weights
+from client_sdk.planner import DEFAULT_MEMORY_FRACTION
+from client_sdk.power import PowerMonitor
 from client_sdk.programs import EmbeddedProgram, ProgramProvider
-from client_sdk.protocol.errors import ConfigurationError, PocketfedError, ProgramInputError, StaleReport
+from client_sdk.protocol.errors import ConfigurationError, PocketfedError, StaleReport
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, ReportReply, VirtualTiming, Wait
 from client_sdk.protocol.profile import DeviceProfile
-from client_sdk.protocol.program import Float32Array, Manifest, Program, Role
-from client_sdk.protocol.training import TrainingPlan, normaliser
-from client_sdk.protocol.updates import LOCAL_STEPS, UpdateKind, WorkerGradient
+from client_sdk.protocol.program import Program
+from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.updates import WorkerGradient
 from client_sdk.session import DeviceSession
 from client_sdk.session_state import (
     WITH_ASSIGNMENT,
@@ -36,34 +37,39 @@ from client_sdk.session_state import (
     Stop,
 )
 from client_sdk.store import DeviceStore, MemoryDeviceStore
-from client_sdk.training import LocalTrainer
+from client_sdk.stopping import Stopper
+from client_sdk.surroundings import MAX_BLOB_BYTES, OnEvent, Surroundings
 from client_sdk.transport import Transport
 from client_sdk.trust import trusted_aggregators
-from client_sdk.watch import WatchedProgram
-
-Weights = Float32Array | Mapping[str, npt.NDArray[np.float32]]
-
 
 @dataclass(frozen=True)
 class RunSummary:
     """How a run ended, and after how many accepted reports.
 
-    ``cause`` is ``finished`` (the task is), ``enough-reports``, ``stopped`` (by the caller), ``gave-up`` (the same
-    step failed too often) or ``refused`` (waiting cannot help); ``error`` is what the last two are about.
+    ``cause`` is ``finished`` (the task is), ``enough-reports``, ``stopped`` (by the caller), ``out-of-time`` (the
+    budget of ``run_for``), ``gave-up`` (the same step failed too often) or ``refused`` (waiting cannot help); ``error``
+    is what the last two are about. ``again_after_s`` is how soon it makes sense to run again, where there is more to
+    do: 0 at once, None where there is not.
     """
 
     cause: str
     detail: str
     reports: int
     error: PocketfedError | None = None
+    again_after_s: float | None = None
 
 
 class MobileClient:
     """One device.
 
     Without a transport it trains locally (``train_local_model``). With one it also takes part in a server's task:
-    ``run`` is the whole life; ``check_in`` and ``perform`` are its two halves, for who schedules many devices.
-    One thread at a time uses a client; which one may change between calls.
+    ``run`` is the whole life, ``run_for`` a slice of it, as phones hand out time; ``check_in`` and ``perform`` are its
+    two halves, for who schedules many devices. One thread at a time uses a client; which one may change between calls.
+
+    Attributes:
+        power_monitor: What is asked before and during work; None where the app sees to that itself.
+        checkpoint_manager: Where training under way is kept; None where a training that stops begins anew.
+        training_paused: Whether the last step was paused, by the device's conditions or by the caller.
     """
 
     def __init__(
@@ -80,7 +86,12 @@ class MobileClient:
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.time,
         wait: Callable[[float, threading.Event], None] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
         conditions: Callable[[], str | None] = lambda: None,
+        power_monitor: PowerMonitor | None = None,
+        checkpoint_manager: CheckpointManager | None = None,
+        memory_fraction: float = DEFAULT_MEMORY_FRACTION,
+        memory_limit_bytes: int | None = None,
         on_event: OnEvent = lambda _: None,
         max_blob_bytes: int = MAX_BLOB_BYTES,
         aggregator_keys: Sequence[str] | None = None,
@@ -100,7 +111,13 @@ class MobileClient:
             rng: Jitter of the waits.
             clock: Seconds; must go on across restarts, since leases are noted in it.
             wait: Waits some seconds or until the event is set.
-            conditions: Why the device may not work now (power, network, ...), or None.
+            monotonic: Seconds of a clock that nobody sets back, for budgets and rests.
+            conditions: The app's own reason why the device may not work now ("the user opted out"), or None.
+            power_monitor: Battery, heat, network and user: training starts and goes on as its policy allows, and rests
+                as its duty cycle says. None leaves all that to the app.
+            checkpoint_manager: Keeps training under way; by default the store's own, which a state directory has.
+            memory_fraction: Part of the profile's memory that training is planned for; what does not fit is refused.
+            memory_limit_bytes: What this process may use at most: planned for, and looked at after each call.
             on_event: Told about everything in ``client_sdk.events``, in the calling thread.
             max_blob_bytes: Largest program or model that is downloaded.
             aggregator_keys: Public sealing keys (hex, that of aggregator 1 first) of those it trusts: an assignment
@@ -114,10 +131,17 @@ class MobileClient:
         self._profile = device_profile
         self._weights = weights
         self._clock = clock
-        self._on_event = on_event
+        self._monotonic = monotonic
+        self._wait = wait or _wait
+        self._memory_fraction = memory_fraction
+        self._memory_limit_bytes = memory_limit_bytes
+        self._app_event = on_event
         self._policy = policy
         self._rng = rng or random.Random()  # noqa: S311 - jitter only
         self._store = store or MemoryDeviceStore()
+        self.power_monitor = power_monitor
+        self.checkpoint_manager = checkpoint_manager or self._store.checkpoints
+        self.training_paused = False
         self._executor: ActionExecutor | None = None
         if transport is not None:
             if programs is None or data is None:
@@ -128,11 +152,16 @@ class MobileClient:
                     store=self._store,
                     programs=programs,
                     data=as_examples(data),
-                    tier=device_profile.device_type,
+                    profile=device_profile,
                     clock=clock,
-                    wait=wait or _wait,
-                    on_event=on_event,
+                    monotonic=monotonic,
+                    wait=self._wait,
+                    on_event=self._on_event,
                     conditions=conditions,
+                    power=power_monitor,
+                    checkpoints=self.checkpoint_manager,
+                    memory_fraction=memory_fraction,
+                    memory_limit_bytes=memory_limit_bytes,
                     max_blob_bytes=max_blob_bytes,
                     trusted=trusted_aggregators(aggregator_keys, min_threshold),
                 ),
@@ -153,47 +182,68 @@ class MobileClient:
     ) -> WorkerGradient | None:
         """Train on local data and return what changed.
 
+        Where there is a checkpoint manager, a training that was paused, interrupted or killed goes on from its last
+        checkpoint when the same call is made again, and ends in the same bits.
+
         Args:
             local_data: ``(x, y)`` or an iterable of such batches; x float32 ``[n, ...]``, y int64 ``[n]``.
             server_model_version: Version that the weights have; comes back in the metadata.
             weights: Where to start: flat float32 ``[d]``, or name -> array.
-            plan: Epochs, batch size, learning rate; by default one epoch in the program's largest batches.
+            plan: Epochs, batch size, learning rate; by default what the device's tier and memory allow
+                (``num_local_epochs``, ``batch_size``).
             shuffle_seed: Seed of the order of examples.
-            should_stop: Asked between two steps.
+            should_stop: Asked between two calls of the program.
 
         Returns:
-            The model delta (trained minus given weights) per parameter, of kind ``DELTA``; None if ``should_stop``
-            said so, and then nothing has changed. With fednova it is the plain delta too: the metadata's
-            ``local_steps`` is the plan's ``normaliser``, by which ``GradientAggregator`` divides.
+            The model delta (trained minus given weights) per parameter, of kind ``DELTA``; None if ``should_stop`` or
+            the power monitor said so, and then nothing has changed. With fednova it is the plain delta too: the
+            metadata's ``local_steps`` is the plan's ``normaliser``, by which ``GradientAggregator`` divides.
 
         Raises:
             ConfigurationError: No program or no weights, or scaffold, which needs a server's control variate.
             ProgramInputError: Data or weights that do not fit the program.
+            MemoryBudgetExceeded: The plan does not fit into the device's memory.
             TrainingDiverged: Weights or loss stopped being finite.
         """
         start = weights if weights is not None else self._weights
-        if self._program is None or start is None:
+        if start is None:
             raise ConfigurationError("local training needs a program and weights; pass both to MobileClient")
-        manifest = self._program.manifest
-        x, y = as_examples(local_data)
-        plan = plan or TrainingPlan(batch_size=manifest.method(Role.TRAIN).batch_size)
-        trainer = LocalTrainer(WatchedProgram(self._program, should_stop=should_stop))
-        try:
-            result = trainer.train(_flat(start, manifest), x, y, plan, shuffle_seed)
-        except Interrupted:
-            return None
-        return WorkerGradient(
-            worker_id=self._profile.device_id,
-            gradients=_named(result.delta, manifest),
-            num_samples=result.num_samples,
-            timestamp=self._clock(),
-            metadata={
-                "model_version": server_model_version,
-                "device_type": self._profile.device_type.value,
-                LOCAL_STEPS: normaliser(plan, result.steps) if plan.algorithm == "fednova" else result.steps,
-                "train_loss": result.last_epoch_loss,
-            },
-            kind=UpdateKind.DELTA,
+        update = self._local().train(
+            start, as_examples(local_data), server_model_version, plan, shuffle_seed, should_stop or (lambda: False)
+        )
+        self.training_paused = update is None
+        return update
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of one step that the device's memory allows, as planned from the program's manifest."""
+        return self._local().work().plan.batch_size
+
+    @property
+    def num_local_epochs(self) -> int:
+        """Passes over the data that suit the device's tier."""
+        return self._local().work().plan.local_epochs
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Calls of the program that one step of ``batch_size`` takes."""
+        return self._local().work().accumulation_steps
+
+    def _local(self) -> LocalTraining:
+        if self._program is None:
+            raise ConfigurationError("local training needs a program and weights; pass both to MobileClient")
+        never = threading.Event()
+        return LocalTraining(
+            self._program,
+            self._profile,
+            power=self.power_monitor,
+            checkpoints=self.checkpoint_manager,
+            memory_fraction=self._memory_fraction,
+            memory_limit_bytes=self._memory_limit_bytes,
+            on_event=self._on_event,
+            clock=self._clock,
+            monotonic=self._monotonic,
+            sleep=lambda seconds: self._wait(seconds, never),
         )
 
     # --- in a server's task ---
@@ -217,7 +267,7 @@ class MobileClient:
             PocketfedError: The server refuses the device, or cannot be reached in the policy's number of attempts.
         """
         executor = self._revived()
-        never = threading.Event()
+        never = Stopper()
         state = executor.session.state
         if state.phase in {Phase.SEALED, Phase.UPLOADING} and state.assignment is not None:
             return Assigned(assignment=state.assignment)
@@ -240,7 +290,7 @@ class MobileClient:
 
         Args:
             assignment: From ``check_in``.
-            stop: Ends training between two steps.
+            stop: Ends training between two calls of the program.
 
         Raises:
             StaleReport, LeaseExpired, DuplicateReport, UnknownAssignment: It came too late; the report is dropped.
@@ -249,12 +299,12 @@ class MobileClient:
             PocketfedError: Anything else that waiting did not help.
         """
         executor = self._revived()
-        stop = stop or threading.Event()
+        stopper = Stopper(stop)
         self._take_over(executor, assignment)
         executor.cause = None
         while True:
             action = self._proceed(executor)
-            executor.execute(action, stop)
+            executor.execute(action, stopper)
             if isinstance(action, Discard):
                 if action.accepted:
                     return ReportReply(report_id=action.report_id, assignment_id=assignment.assignment_id)
@@ -268,8 +318,35 @@ class MobileClient:
         Raises:
             StateDirUnusable: The state could not be saved.
         """
+        return self._run(Stopper(stop), max_reports)
+
+    def run_for(
+        self, budget_s: float, *, max_reports: int | None = None, stop: threading.Event | None = None
+    ) -> RunSummary:
+        """Take part for a slice of time, as a phone's scheduler hands it out; call it again for the next one.
+
+        Work ends at the first step boundary after the budget, with a checkpoint of a training under way; a wait that
+        is longer than what is left ends the slice at once. Nothing is lost between two slices, in one process or in
+        several. A request that is under way is not cut off: allow the transport's timeout on top.
+
+        Args:
+            budget_s: Seconds from now.
+            max_reports: Leave after so many accepted reports.
+            stop: Ends the slice early (the system wants the time back).
+
+        Returns:
+            With the cause ``out-of-time``, and in ``again_after_s`` when it makes sense to come again.
+
+        Raises:
+            StateDirUnusable: The state could not be saved.
+            ConfigurationError: A budget that is not positive.
+        """
+        if not budget_s > 0:
+            raise ConfigurationError(f"a budget of {budget_s} seconds leaves no time to work")
+        return self._run(Stopper(stop, budget_s=budget_s, monotonic=self._monotonic), max_reports)
+
+    def _run(self, stop: Stopper, max_reports: int | None) -> RunSummary:
         executor = self._networked()
-        stop = stop or threading.Event()
         session = executor.session = self._open_session(max_reports)
         before = session.state.reports
         end: Stop | None = None
@@ -283,15 +360,24 @@ class MobileClient:
         except Interrupted:
             pass
         reports = session.state.reports - before
-        summary = (
-            RunSummary("stopped", "stopped by the caller; the state is kept", reports)
-            if end is None
-            else RunSummary(end.cause, end.detail, reports, end.error)
-        )
+        if end is not None:
+            summary = RunSummary(end.cause, end.detail, reports, end.error)
+        else:
+            action = session.next_action()
+            again = action.left_s(self._clock()) if isinstance(action, Sleep) else 0.0
+            cause, detail = ("stopped", "stopped by the caller") if stop.event.is_set() else ("out-of-time", "time is up")
+            summary = RunSummary(cause, f"{detail}; the state is kept", reports, again_after_s=again)
         self._on_event(events.Finished(summary.cause, summary.detail, reports))
         return summary
 
     # --- pieces ---
+
+    def _on_event(self, event: events.Event) -> None:
+        if isinstance(event, events.Paused):
+            self.training_paused = event.step == "training"
+        elif isinstance(event, events.TrainingProgress):
+            self.training_paused = False
+        self._app_event(event)
 
     def _networked(self) -> ActionExecutor:
         if self._executor is None:
@@ -336,24 +422,8 @@ class MobileClient:
             elif isinstance(action, Sleep):
                 executor.session.on_slept()
             else:
-                executor.execute(action, threading.Event())
+                executor.execute(action, Stopper())
 
 
 def _wait(delay_s: float, stop: threading.Event) -> None:
     stop.wait(delay_s)
-
-
-def _flat(weights: Weights, manifest: Manifest) -> Float32Array:
-    """Flat weights in parameter-table order."""
-    if not isinstance(weights, Mapping):
-        return np.asarray(weights, np.float32)
-    expected = {p.name: p.shape for p in manifest.parameters}
-    found = {name: np.shape(array) for name, array in weights.items()}
-    if found != expected:
-        raise ProgramInputError(f"weights must be {expected}, got {found}")
-    return np.concatenate([np.ravel(np.asarray(weights[p.name], np.float32)) for p in manifest.parameters])
-
-
-def _named(flat: Float32Array, manifest: Manifest) -> dict[str, Float32Array]:
-    """Parameter name -> view into a flat vector."""
-    return {p.name: flat[p.offset : p.offset + p.num_elements].reshape(p.shape) for p in manifest.parameters}

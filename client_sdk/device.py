@@ -15,8 +15,9 @@ from typing import TextIO
 from client_sdk import events
 from client_sdk.client import MobileClient
 from client_sdk.data import load_examples
+from client_sdk.power import PowerMonitor, PowerPolicy
 from client_sdk.programs import DownloadedPrograms
-from client_sdk.protocol.errors import PocketfedError
+from client_sdk.protocol.errors import ConfigurationError, PocketfedError
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.store import FileDeviceStore
 from client_sdk.transport import HttpTransport
@@ -34,6 +35,10 @@ def run_device(
     max_reports: int | None = None,
     aggregator_keys: Path | None = None,
     min_threshold: int | None = None,
+    power_policy: PowerPolicy | None = None,
+    memory_limit_mib: int | None = None,
+    checkpoint_key: Path | None = None,
+    run_for_s: float | None = None,
 ) -> int:
     """Run one device until the task is finished, ``max_reports`` are accepted, or SIGINT or SIGTERM comes.
 
@@ -50,6 +55,10 @@ def run_device(
         max_reports: How many accepted reports to leave after.
         aggregator_keys: File with the sealing keys of the aggregators that the device trusts.
         min_threshold: How many of those it must take at least to read an update; by default more than half.
+        power_policy: When battery, heat, network and user allow to work; None does not ask.
+        memory_limit_mib: What this process may use at most.
+        checkpoint_key: File with 32 secret bytes in hex, with which checkpoints are encrypted.
+        run_for_s: Leave after so many seconds, at a step boundary; the state is kept.
 
     Returns:
         0.
@@ -60,7 +69,9 @@ def run_device(
     """
     examples = load_examples(data)
     trusted = None if aggregator_keys is None else load_aggregator_keys(aggregator_keys)
-    with closing(FileDeviceStore(state_dir)) as store, closing(HttpTransport(server_url, store.identity)) as transport:
+    key = None if checkpoint_key is None else load_checkpoint_key(checkpoint_key)
+    opened = FileDeviceStore(state_dir, checkpoint_key=key)
+    with closing(opened) as store, closing(HttpTransport(server_url, store.identity)) as transport:
         profile = DeviceProfile(
             device_id=name or store.identity.device_id,
             device_type=tier,
@@ -79,8 +90,13 @@ def run_device(
                 on_event=ProgressLines(profile.device_id, sys.stderr),
                 aggregator_keys=trusted,
                 min_threshold=min_threshold,
+                power_monitor=None if power_policy is None else PowerMonitor(policy=power_policy),
+                memory_limit_bytes=None if memory_limit_mib is None else memory_limit_mib * 2**20,
             )
-            summary = client.run(max_reports, stop)
+            if run_for_s is None:
+                summary = client.run(max_reports, stop)
+            else:
+                summary = client.run_for(run_for_s, max_reports=max_reports, stop=stop)
     if summary.cause in {"gave-up", "refused"}:
         raise summary.error or PocketfedError(summary.detail)
     return 0
@@ -112,6 +128,12 @@ class ProgressLines:
                 line = f"downloaded {sha256[:12]} ({size:,} bytes)"
             case events.TrainingProgress(done, total, loss) if done >= total:
                 line = f"trained on {done:,} examples; loss {loss:.4f}"
+            case events.TrainingResumed(epoch, steps):
+                line = f"training goes on from its checkpoint: epoch {epoch + 1}, {steps} steps done"
+            case events.Paused(step, _, detail):
+                line = f"{step} paused: {detail}"
+            case events.CheckpointFailed(detail):
+                line = f"no checkpoint: {detail}"
             case events.Uploaded(_, a, size, dense):
                 instead = f" instead of {dense:,}" if dense is not None and dense > size else ""
                 line = f"round {a.round_id}: report accepted ({size:,} bytes{instead})"
@@ -149,3 +171,20 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 def _available_memory_mib() -> int:
     return max(1, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20)
+
+
+def load_checkpoint_key(path: Path) -> bytes:
+    """The key of encrypted checkpoints: 32 bytes in hex.
+
+    Raises:
+        ConfigurationError: No such file, or something else in it; the message does not repeat it.
+    """
+    try:
+        key = bytes.fromhex(path.read_text("ascii"))
+    except OSError as e:
+        raise ConfigurationError(f"{path}: {e.strerror}; name a file with a key of 64 hex digits") from e
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise ConfigurationError(f"{path} is not a key of 64 hex digits; `openssl rand -hex 32` makes one")
+    return key

@@ -67,6 +67,18 @@ class Interrupted(DeviceError):
     """The caller asked to stop; what was begun can be begun again."""
 
 
+class TrainingPaused(DeviceError):
+    """The device's conditions do not allow to train now; what was done is kept, and training goes on from there.
+
+    Attributes:
+        reason: The policy's ``PauseReason``.
+    """
+
+    def __init__(self, detail: str, *, reason: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 class StateDirLocked(DeviceError):
     """Another process uses this state directory."""
 

@@ -39,6 +39,33 @@ class TrainingProgress:
 
 
 @dataclass(frozen=True)
+class TrainingResumed:
+    """Training goes on from a checkpoint, in this epoch (from 0) and after so many optimizer steps."""
+
+    epoch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Paused:
+    """The step in hand (``download``, ``training`` or ``upload``) may not go on now; what was done so far is kept.
+
+    ``reason`` is a ``PauseReason``, for the app to act on; ``detail`` a sentence for people.
+    """
+
+    step: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class CheckpointFailed:
+    """A checkpoint could not be kept (the disk is full, ...); training goes on, and a death costs more of it."""
+
+    detail: str
+
+
+@dataclass(frozen=True)
 class Uploaded:
     """The server holds the report, durably.
 
@@ -77,4 +104,16 @@ class Finished:
     reports: int
 
 
-Event = Enrolled | CheckedIn | Downloaded | TrainingProgress | Uploaded | Waiting | Dropped | Finished
+Event = (
+    Enrolled
+    | CheckedIn
+    | Downloaded
+    | TrainingProgress
+    | TrainingResumed
+    | Paused
+    | CheckpointFailed
+    | Uploaded
+    | Waiting
+    | Dropped
+    | Finished
+)

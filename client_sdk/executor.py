@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from client_sdk import events
 from client_sdk.blobs import Buffer
-from client_sdk.data import Examples
 from client_sdk.errors import (
     BundleMismatch,
     DeviceError,
@@ -17,10 +13,9 @@ from client_sdk.errors import (
     Interrupted,
     PrivacyRefusal,
     StateDirUnusable,
+    TrainingPaused,
 )
-from client_sdk.fulfilment import fulfil
-from client_sdk.memory import DeviceMemory
-from client_sdk.programs import ProgramProvider
+from client_sdk.power import PauseReason
 from client_sdk.protocol.errors import (
     ConfigurationError,
     LeaseExpired,
@@ -42,11 +37,11 @@ from client_sdk.protocol.messages import (
     VirtualTiming,
     Wait,
 )
-from client_sdk.protocol.profile import DeviceTier
-from client_sdk.protocol.program import Program
+from client_sdk.report_maker import ReportMaker
 from client_sdk.reports import Report, dense_bytes, is_report_of, keeps_memory
 from client_sdk.session import DeviceSession
 from client_sdk.session_state import (
+    PAUSABLE,
     Abandon,
     AbandonReason,
     Action,
@@ -60,40 +55,15 @@ from client_sdk.session_state import (
     Train,
     Upload,
 )
-from client_sdk.store import DeviceStore
-from client_sdk.transport import Transport
-from client_sdk.trust import TrustedAggregators, check_willing, is_trusted
-from client_sdk.watch import WatchedProgram
+from client_sdk.stopping import Stopper
+from client_sdk.surroundings import Surroundings
+from client_sdk.trust import is_trusted
 
 MAX_MANIFEST_BYTES = 4 * 2**20
-MAX_BLOB_BYTES = 256 * 2**20
 # How soon an ineligible device looks again whether it may work.
 _LOOK_AGAIN_S = (30.0, 300.0)
 # Failures that another model or another plan may not bring again. All others lie in the device, its data or the task.
 _PASSING = (TrainingDiverged, ProgramExecutionError, UpdateOutOfRange, MemoryBudgetExceeded)
-
-OnEvent = Callable[[events.Event], None]
-
-
-@dataclass
-class Surroundings:
-    """What a device works with.
-
-    ``conditions`` says why it may not work now, or None. ``trusted`` are those it sends shares to, and nothing to
-    anyone else; None for whomever the server names.
-    """
-
-    transport: Transport
-    store: DeviceStore
-    programs: ProgramProvider
-    data: Examples
-    tier: DeviceTier
-    clock: Callable[[], float]
-    wait: Callable[[float, threading.Event], None]
-    on_event: OnEvent
-    conditions: Callable[[], str | None] = field(default=lambda: None)
-    max_blob_bytes: int = MAX_BLOB_BYTES
-    trusted: TrustedAggregators | None = None
 
 
 class ActionExecutor:
@@ -111,15 +81,16 @@ class ActionExecutor:
         self._partial: dict[str, bytearray] = {}
         self._fetched: dict[str, Buffer] = {}
         self._sealed: tuple[str, Report] | None = None
+        self._reports = ReportMaker(around)
 
     def execute(
-        self, action: Action, stop: threading.Event, virtual: VirtualTiming | None = None
+        self, action: Action, stop: Stopper, virtual: VirtualTiming | None = None
     ) -> Assigned | Wait | Finished | None:
         """Do one action, tell the session, save it.
 
         Args:
             action: The session's ``next_action()``; not ``Stop``.
-            stop: Ends a wait, and training between two steps.
+            stop: Ends a wait, and training between two calls of the program.
             virtual: Simulated time of a check-in.
 
         Returns:
@@ -133,6 +104,8 @@ class ActionExecutor:
         if isinstance(action, Download | Train) and self._lease_is_over():
             self.cause = LeaseExpired("the lease ended before the report was ready")
             self.session.on_assignment_over(str(self.cause))
+        elif isinstance(action, PAUSABLE) and self._is_paused(action):
+            pass
         elif isinstance(action, Enrol | CheckIn | Download | Upload | Abandon):
             reply = self._try_remotely(action, virtual)
         else:
@@ -168,16 +141,34 @@ class ActionExecutor:
             self.session.on_failure(e)
         return None
 
-    def _do_locally(self, action: CheckConditions | Train | Discard | Sleep | Stop, stop: threading.Event) -> None:
+    def _is_paused(self, action: Download | Train | Upload) -> bool:
+        """Pause a step that the device's conditions do not allow now."""
+        power = self._around.power
+        if power is None:
+            return False
+        # Training is the dear step, and begins anew after a pause: it needs what a start needs.
+        verdict = power.start_verdict() if isinstance(action, Train) else power.continue_verdict()
+        # A report that is ready costs little to send, and much to lose: the network alone holds it back.
+        if verdict.allowed or (isinstance(action, Upload) and verdict.reason is not PauseReason.NETWORK):
+            return False
+        self._pause(action, str(verdict.reason), verdict.detail)
+        return True
+
+    def _pause(self, action: Download | Train | Upload, reason: str, detail: str) -> None:
+        step = {Download: "download", Train: "training", Upload: "upload"}[type(action)]
+        self._around.on_event(events.Paused(step, reason, detail))
+        self.session.on_paused(detail, _LOOK_AGAIN_S)
+
+    def _do_locally(self, action: CheckConditions | Train | Discard | Sleep | Stop, stop: Stopper) -> None:
         match action:
             case CheckConditions():
                 self._check_conditions()
-            case Train(assignment=assignment, report_id=report_id):
-                self._train(assignment, report_id, stop)
+            case Train():
+                self._train(action, stop)
             case Discard():
                 self._discard(action)
-            case Sleep(delay_s=delay_s, reason=reason):
-                self._sleep(delay_s, reason, stop)
+            case Sleep():
+                self._sleep(action, stop)
             case Stop():
                 raise IllegalTransition("Stop is for whoever drives the session")
 
@@ -187,6 +178,9 @@ class ActionExecutor:
 
     def _check_conditions(self) -> None:
         reason = self._around.conditions()
+        if reason is None and self._around.power is not None:
+            verdict = self._around.power.start_verdict()
+            reason = None if verdict.allowed else verdict.detail
         if reason is None:
             self.session.on_eligible()
         else:
@@ -194,7 +188,7 @@ class ActionExecutor:
 
     def _enrol(self) -> None:
         identity = self._around.store.identity
-        self._around.transport.enrol(EnrolRequest(public_key=identity.public_key.hex(), tier=self._around.tier))
+        self._around.transport.enrol(EnrolRequest(public_key=identity.public_key.hex(), tier=self._around.profile.device_type))
         self.session.on_enrolled()
         self._around.on_event(events.Enrolled(identity.device_id))
 
@@ -226,16 +220,19 @@ class ActionExecutor:
         self.session.on_blob(sha256)
         self._around.on_event(events.Downloaded(sha256, size))
 
-    def _train(self, assignment: Assignment, report_id: str, stop: threading.Event) -> None:
+    def _train(self, action: Train, stop: Stopper) -> None:
+        assignment, report_id = action.assignment, action.report_id
         try:
             sealed = self._usable_report(assignment, report_id)
             if sealed is not None:
                 # Killed after the report was durable and before the session said so.
                 self.session.on_sealed(hashlib.sha256(sealed).hexdigest())
                 return
-            report, memory = self._make_report(assignment, report_id, stop)
+            report, memory = self._reports.make(assignment, report_id, self._blob, stop)
         except Interrupted:
             raise
+        except TrainingPaused as e:
+            self._pause(action, e.reason, str(e))
         except _BlobLost:
             self.session.on_blobs_lost()
         except MemoryError:
@@ -261,23 +258,6 @@ class ActionExecutor:
             self.session.on_sealed(report_sha256)
             self._fetched.clear()
 
-    def _make_report(
-        self, assignment: Assignment, report_id: str, stop: threading.Event
-    ) -> tuple[Report, DeviceMemory | None]:
-        check_willing(assignment, self._around.trusted, self._around.store)
-        program = self._around.programs.open(assignment, self._blob)
-        self._fetched.pop(assignment.program_sha256, None)  # loaded: the runtime has its own copy
-        data = self._around.data
-        return fulfil(
-            assignment,
-            report_id,
-            device_id=self._around.store.identity.device_id,
-            program=self._watched(program, assignment, len(data[0]), stop),
-            read=self._blob,
-            data=data,
-            former=self._around.store.memory(assignment.task_id) if keeps_memory(assignment) else None,
-        )
-
     def _usable_report(self, assignment: Assignment, report_id: str) -> Buffer | None:
         """A sealed report that may be sent: whole, ours, to those we trust, and with the memory that it leaves."""
         store = self._around.store
@@ -288,24 +268,13 @@ class ActionExecutor:
             return None
         return frame if not keeps_memory(assignment) or store.has_staged_memory(report_id) else None
 
-    def _watched(self, program: Program, assignment: Assignment, samples: int, stop: threading.Event) -> Program:
-        plan = assignment.plan
-        total = samples * plan.local_epochs
-        if plan.max_steps is not None:
-            total = min(total, plan.max_steps * plan.batch_size)
-        done = 0
-
-        def progress(examples: int, loss: float) -> None:
-            nonlocal done
-            done += examples
-            self._around.on_event(events.TrainingProgress(done, total, loss))
-
-        return WatchedProgram(program, should_stop=stop.is_set, progress=progress)
-
     def _blob(self, sha256: str) -> Buffer:
         data = self._fetched.get(sha256)
         if data is None:
             data = self._around.store.blob(sha256)
+        assignment = self.session.state.assignment
+        if assignment is not None and sha256 == assignment.program_sha256:
+            self._fetched.pop(sha256, None)  # about to be loaded: the runtime has its own copy
         if data is None:
             raise _BlobLost
         return data
@@ -334,9 +303,15 @@ class ActionExecutor:
             return None
         return Report(frame, dense_bytes(frame, assignment, self._around.store.blob(assignment.manifest_sha256)))
 
-    def _sleep(self, delay_s: float, reason: str, stop: threading.Event) -> None:
-        self._around.on_event(events.Waiting(delay_s, reason))
-        self._around.wait(delay_s, stop)
+    def _sleep(self, action: Sleep, stop: Stopper) -> None:
+        now = self._around.clock()
+        left_s = action.left_s(now)
+        self.session.on_sleep_begun(now + left_s)
+        self.save()
+        self._around.on_event(events.Waiting(left_s, action.reason))
+        if left_s > stop.remaining_s():
+            raise Interrupted("the wait is longer than the time that is left")
+        self._around.wait(left_s, stop.event)
         if stop.is_set():
             raise Interrupted("interrupted while waiting")
         self.session.on_slept()
@@ -346,6 +321,8 @@ class ActionExecutor:
         counts = action.accepted and assignment is not None and keeps_memory(assignment)
         self._around.store.settle_memory(action.report_id, accepted=counts)
         self._around.store.discard(action.report_id)
+        if self._around.checkpoints is not None:
+            self._around.checkpoints.clear()
         self._partial.clear()
         self._fetched.clear()
         self._sealed = None

@@ -19,7 +19,8 @@ done           Discard              discarded -> idle, or stop
 =============  ===================  ==========================================================
 
 Two things lie across the phases: an unenrolled device enrols before its next signed request, and after a transient
-failure the session pauses (``Sleep``) and then repeats the same step. Failures in a row are bounded.
+failure the session pauses (``Sleep``) and then repeats the same step. Failures in a row are bounded. A download, a
+training or an upload that the device's conditions do not allow now is paused in the same way, as often as need be.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from client_sdk.protocol.errors import (
 )
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, ReportReply, Wait
 from client_sdk.session_state import (
+    PAUSABLE,
     REMOTE,
     SIGNED_PHASES,
     WITH_ASSIGNMENT,
@@ -113,7 +115,7 @@ class DeviceSession:
             return self._stop
         if state.pause is not None:
             pause = state.pause
-            return Sleep(pause.min_s, pause.max_s, pause.delay_s, pause.reason)
+            return Sleep(pause.min_s, pause.max_s, pause.delay_s, pause.reason, pause.ends_at)
         if not state.enrolled and state.phase in SIGNED_PHASES:
             return Enrol()
         if state.phase is Phase.ELIGIBLE:
@@ -150,6 +152,15 @@ class DeviceSession:
     def on_ineligible(self, reason: str, window: tuple[float, float]) -> None:
         """The device may not work now; look again within the window."""
         self._expect(CheckConditions)
+        self._move(pause=self._policy.draw(self._rng, 1, window, reason, asked=False))
+
+    def on_paused(self, reason: str, window: tuple[float, float]) -> None:
+        """The step in hand may not go on now (battery, heat, network, user); look again within the window.
+
+        It is no failure: what was done so far is kept, and the lease alone bounds how often this may happen.
+        """
+        if not isinstance(self.next_action(), PAUSABLE):
+            raise IllegalTransition(f"{type(self.next_action()).__name__} is not paused: {reason}")
         self._move(pause=self._policy.draw(self._rng, 1, window, reason, asked=False))
 
     def on_enrolled(self) -> None:
@@ -277,6 +288,13 @@ class DeviceSession:
             pause=pause,
             attempts=0,
         )
+
+    def on_sleep_begun(self, ends_at: float) -> None:
+        """The wait has begun, and ends then on the device's clock: a process that is killed does not wait anew."""
+        self._expect(Sleep)
+        pause = self._state.pause
+        if pause is not None and pause.ends_at is None:
+            self._move(pause=pause.model_copy(update={"ends_at": ends_at}))
 
     def on_slept(self) -> None:
         """The pause is over."""

@@ -97,12 +97,17 @@ class Discard:
 
 @dataclass(frozen=True)
 class Sleep:
-    """Wait ``delay_s``, drawn between ``min_s`` and ``max_s``."""
+    """Wait ``delay_s``, drawn between ``min_s`` and ``max_s``; until ``ends_at``, where the wait has begun already."""
 
     min_s: float
     max_s: float
     delay_s: float
     reason: str
+    ends_at: float | None = None
+
+    def left_s(self, now: float) -> float:
+        """What is left of the wait, between 0 and ``delay_s``: a clock that was set back does not prolong it."""
+        return self.delay_s if self.ends_at is None else min(self.delay_s, max(0.0, self.ends_at - now))
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ class Stop:
 
 Action = CheckConditions | Enrol | CheckIn | Download | Train | Upload | Abandon | Discard | Sleep | Stop
 REMOTE = (Enrol, CheckIn, Download, Upload, Abandon)
+PAUSABLE = (Download, Train, Upload)
 
 
 # --- state ---------------------------------------------------------------------------------------------------
@@ -133,6 +139,7 @@ class Pause(_Frozen):
     delay_s: float = Field(ge=0, allow_inf_nan=False)
     reason: str
     asked: bool = Field(description="whether the server named the window; our own back-off ends with the process")
+    ends_at: float | None = Field(None, description="once it has begun: when it ends, on the device's own clock")
 
 
 class SessionState(_Frozen):

@@ -12,6 +12,7 @@ from typing import IO, Protocol
 
 from client_sdk.atomic import set_aside, sync_folder, write_atomically
 from client_sdk.blobs import DEFAULT_CACHE_BYTES, BlobFiles, BlobPool, Buffer
+from client_sdk.checkpoint import CheckpointManager
 from client_sdk.errors import StateDirLocked, StateDirUnusable
 from client_sdk.identity import DeviceIdentity
 from client_sdk.memory import DeviceMemory, MemoryFiles
@@ -27,6 +28,11 @@ class DeviceStore(Protocol):
     @property
     def identity(self) -> DeviceIdentity:
         """The device's key, made on first use and the same ever after."""
+        ...
+
+    @property
+    def checkpoints(self) -> CheckpointManager | None:
+        """Where training under way is kept; None where it dies with the process."""
         ...
 
     def load_session(self) -> SessionState | None:
@@ -113,17 +119,24 @@ class FileDeviceStore:
     """A state directory, for a device that is a process of its own.
 
     Layout: ``identity.key`` (hex, 0600), ``session.json``, ``participations.json``, ``reports/ID.frame``,
-    ``memory/current`` and ``memory/ID.staged``, ``blobs/SHA256``, ``lock``. Every write is atomic and synced. What is
+    ``memory/current`` and ``memory/ID.staged``, ``checkpoints``, ``blobs/SHA256``, ``lock``. Every write is atomic and synced. What is
     damaged is set aside beside the original (``*.damaged``) and logged; but damaged participations stay an error, since
     a device must not begin to count again.
     """
 
-    def __init__(self, folder: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        checkpoint_key: bytes | None = None,
+    ) -> None:
         """Open (or make) a state directory and lock it.
 
         Args:
             folder: The directory.
             cache_bytes: Size of the blob cache.
+            checkpoint_key: 32 secret bytes with which checkpoints are encrypted; None leaves them as they are.
 
         Raises:
             StateDirLocked: Another process uses it.
@@ -133,11 +146,13 @@ class FileDeviceStore:
         self._reports = self.folder / "reports"
         self._session = self.folder / "session.json"
         memory, blobs = self.folder / "memory", self.folder / "blobs"
+        checkpoints = self.folder / "checkpoints"
         self._memory = MemoryFiles(memory)
         self._participations = ParticipationFile(self.folder / "participations.json")
         self._blobs = BlobFiles(blobs, cache_bytes)
+        self._checkpoints = CheckpointManager(checkpoints, key=checkpoint_key)
         with self._usable("open"):
-            for each in (self.folder, self._reports, memory, blobs):
+            for each in (self.folder, self._reports, memory, blobs, checkpoints):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(self.folder / "lock")
         try:
@@ -151,6 +166,11 @@ class FileDeviceStore:
     def identity(self) -> DeviceIdentity:
         """The device's key."""
         return self._identity
+
+    @property
+    def checkpoints(self) -> CheckpointManager:
+        """Where training under way is kept."""
+        return self._checkpoints
 
     def load_session(self) -> SessionState | None:
         """The last saved state; a damaged one is set aside, and the device starts over with its old key."""
@@ -303,6 +323,11 @@ class MemoryDeviceStore:
     def identity(self) -> DeviceIdentity:
         """The device's key."""
         return self._identity
+
+    @property
+    def checkpoints(self) -> None:
+        """None: what is kept in memory dies with the training."""
+        return
 
     def load_session(self) -> SessionState | None:
         """The last saved state."""

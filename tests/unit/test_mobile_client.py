@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from pathlib import Path
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 
 from client_sdk import MobileClient, events
+from client_sdk.checkpoint import CheckpointManager
+from client_sdk.conditions import Conditions, Network
 from client_sdk.errors import BundleMismatch, IllegalTransition, Interrupted, StateDirUnusable, TransportUnavailable
 from client_sdk.executor import MAX_MANIFEST_BYTES
 from client_sdk.identity import DeviceIdentity
+from client_sdk.power import PowerMonitor, PowerPolicy
 from client_sdk.programs import DownloadedPrograms
 from client_sdk.protocol.errors import (
     ConfigurationError,
@@ -37,7 +41,7 @@ from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.protocol.updates import UpdateKind
 from client_sdk.session_state import Phase, RetryPolicy
-from client_sdk.store import MemoryDeviceStore
+from client_sdk.store import FileDeviceStore, MemoryDeviceStore
 from client_sdk.training import LocalTrainer
 from tests.devices import (
     BATCH,
@@ -87,6 +91,11 @@ class World:
 
     def seen(self) -> list[str]:
         return [type(e).__name__ for e in self.events if not isinstance(e, events.TrainingProgress)]
+
+
+def sent(world: World) -> dict[str, bytes]:
+    """Assignment id -> bytes of the update that the server holds."""
+    return {assignment: update.tobytes() for assignment, update in world.server.updates().items()}
 
 
 @pytest.fixture
@@ -307,6 +316,176 @@ def test_conditions_hold_a_device_back(world: World):
     waiting = [e.reason for e in world.events if isinstance(e, events.Waiting)]
     assert waiting == ["battery is low", "no wifi"]
     assert world.seen().index("Waiting") < world.seen().index("Enrolled")
+
+
+class Weather:
+    """A source of conditions that a test sets; ``after`` says what holds once so many program calls were made."""
+
+    def __init__(self, program: ToyProgram, **now: Any) -> None:
+        self.program = program
+        self.now = Conditions(**now)
+        self.after: dict[int, Conditions] = {}
+
+    def read(self) -> Conditions:
+        due = [runs for runs in self.after if runs <= self.program.runs]
+        return self.after[max(due)] if due else self.now
+
+
+def watched(world: World, weather: Weather, **policy: Any) -> PowerMonitor:
+    return PowerMonitor(
+        weather,
+        PowerPolicy(**({"check_every_calls": 1, "require_unmetered": False, "duty_by_battery": ()} | policy)),
+        clock=lambda: world.now,
+    )
+
+
+def test_a_low_battery_keeps_a_device_from_asking_for_work(world: World):
+    weather = Weather(world.program, battery_level=0.19)
+    client = world.client(power_monitor=watched(world, weather), wait=lambda *_: mend(weather, battery_level=0.2))
+    assert client.run().cause == "finished"
+    assert world.seen()[:2] == ["Waiting", "Enrolled"]
+
+
+def mend(weather: Weather, **conditions: Any) -> None:
+    weather.now = Conditions(**conditions)
+    weather.after = {}
+
+
+def test_training_pauses_when_the_battery_falls_and_goes_on_from_its_checkpoint(tmp_path: Path):
+    plain = World()
+    plain.client().run()
+    calls = plain.program.runs
+    world = World()
+    world.store = FileDeviceStore(tmp_path)  # type: ignore[assignment] # another implementation of the same protocol
+    world.transport = world.server.device(world.store.identity.device_id)
+    weather = Weather(world.program, battery_level=0.5)
+    weather.after[calls // 2] = Conditions(battery_level=0.15)
+    client = world.client(
+        power_monitor=watched(world, weather), wait=lambda *_: mend(weather, battery_level=0.9, charging=True)
+    )
+    assert client.run().cause == "finished"
+    paused = [e for e in world.events if isinstance(e, events.Paused)]
+    assert [(e.step, e.reason) for e in paused] == [("training", "battery-low")]
+    assert "TrainingResumed" in world.seen()
+    assert world.program.runs == calls, "nothing was trained twice"
+    assert sent(world) == sent(plain)
+    assert not client.training_paused
+    assert client.checkpoint_manager is not None
+    assert not client.checkpoint_manager.has_checkpoint(), "a report that is delivered leaves none"
+
+
+def test_a_metered_network_holds_back_downloads_and_uploads_but_a_low_battery_no_upload(world: World):
+    weather = Weather(world.program, battery_level=0.5, network=Network.UNMETERED)
+    client = world.client(
+        power_monitor=watched(world, weather, require_unmetered=True),
+        wait=lambda *_: mend(weather, battery_level=0.5, network=Network.UNMETERED),
+    )
+    reply = client.check_in()
+    assert isinstance(reply, Assigned)
+    weather.now = Conditions(battery_level=0.5, network=Network.METERED)
+    # Once trained, the battery is low and the network metered: the one holds back, the other does not.
+    weather.after = {}
+    client.perform(reply.assignment)
+    assert [(e.step, e.reason) for e in world.events if isinstance(e, events.Paused)] == [("download", "network")]
+    world.events.clear()
+    world.server.work = 2
+    reply = client.check_in()
+    assert isinstance(reply, Assigned)
+    runs = world.program.runs
+    training = World()
+    training.client().run()
+    weather.after = {runs + training.program.runs: Conditions(battery_level=0.15, network=Network.METERED)}
+    client.perform(reply.assignment)
+    assert [(e.step, e.reason) for e in world.events if isinstance(e, events.Paused)] == []
+
+
+def test_a_slice_of_time_ends_at_its_budget_and_the_next_one_goes_on(tmp_path: Path):
+    plain = World()
+    plain.client().run()
+    world = World()
+    world.store = FileDeviceStore(tmp_path)  # type: ignore[assignment] # another implementation of the same protocol
+    world.transport = world.server.device(world.store.identity.device_id)
+    elapsed = itertools.count()  # a second passes whenever the clock is looked at
+    summaries = []
+    for _ in range(100):
+        summaries.append(world.client(monotonic=lambda: float(next(elapsed))).run_for(12))
+        if summaries[-1].cause != "out-of-time":
+            break
+    assert [s.cause for s in summaries[:-1]] == ["out-of-time"] * (len(summaries) - 1)
+    assert len(summaries) > 3
+    assert summaries[-1].cause == "finished"
+    assert all(s.again_after_s == 0 for s in summaries[:-1])
+    assert summaries[-1].again_after_s is None
+    assert sent(world) == sent(plain)
+    assert world.program.runs == plain.program.runs, "slices repeat nothing"
+
+
+def test_a_wait_longer_than_the_slice_ends_it_at_once_and_is_not_waited_for_twice(world: World, monkeypatch):
+    monkeypatch.setattr(world.transport, "check_in", lambda _: WAIT)
+    first = world.client(monotonic=lambda: 0.0).run_for(2)
+    assert (first.cause, world.waits) == ("out-of-time", [])
+    assert first.again_after_s is not None
+    assert 5 <= first.again_after_s <= 10
+    world.now += first.again_after_s - 1
+    monkeypatch.undo()
+    second = world.client(monotonic=lambda: 0.0).run_for(2)
+    assert second.cause == "finished"
+    assert world.waits == [pytest.approx(1)], "what had passed already counts"
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan")])
+def test_a_slice_without_time_is_refused(world: World, budget: float):
+    with pytest.raises(ConfigurationError, match="leaves no time"):
+        world.client().run_for(budget)
+
+
+def test_a_checkpoint_that_cannot_be_kept_costs_nothing_but_a_notice(tmp_path: Path):
+    world = World()
+    world.store = FileDeviceStore(tmp_path)  # type: ignore[assignment] # another implementation of the same protocol
+    world.transport = world.server.device(world.store.identity.device_id)
+    full = CheckpointManager(tmp_path / "none" / "such")
+    stop = threading.Event()
+    world.program.before_run = lambda: stop.set() if world.program.runs == 2 else None
+    assert world.client(checkpoint_manager=full).run(stop=stop).cause == "stopped"
+    assert "CheckpointFailed" in world.seen()
+    world.program.before_run = lambda: None
+    assert world.client(checkpoint_manager=full).run().cause == "finished"
+
+
+def test_local_training_is_planned_by_tier_and_memory():
+    weights = np.zeros(NUM_PARAMETERS, np.float32)
+    epochs = {}
+    for tier in DeviceTier:
+        client = MobileClient(ToyProgram(), DeviceProfile("phone", tier), weights=weights)
+        epochs[tier] = client.num_local_epochs
+        assert client.batch_size == BATCH
+        assert client.gradient_accumulation_steps == 1
+    assert epochs == {DeviceTier.HIGH_END: 5, DeviceTier.MID_RANGE: 3, DeviceTier.LOW_END: 1}
+
+
+def test_local_training_does_not_start_on_a_low_battery_and_resumes_where_it_paused(tmp_path: Path):
+    program = ToyProgram()
+    weights = np.frombuffer(decode_frame(make_model()).payload, np.float32)
+    plan = TrainingPlan(local_epochs=4, batch_size=BATCH)
+    undisturbed = MobileClient(ToyProgram(), PROFILE, weights=weights).train_local_model(make_data(), plan=plan)
+    weather = Weather(program, battery_level=0.1)
+    monitor = PowerMonitor(weather, PowerPolicy(check_every_calls=1, require_unmetered=False, duty_by_battery=()))
+    client = MobileClient(
+        program, PROFILE, weights=weights, power_monitor=monitor, checkpoint_manager=CheckpointManager(tmp_path)
+    )
+    assert client.train_local_model(make_data(), plan=plan) is None
+    assert (program.runs, client.training_paused) == (0, True)
+    mend(weather, battery_level=0.5)
+    weather.after = {5: Conditions(battery_level=0.15)}
+    assert client.train_local_model(make_data(), plan=plan) is None
+    assert (program.runs, client.training_paused) == (5, True)
+    mend(weather, battery_level=0.5)
+    resumed = client.train_local_model(make_data(), plan=plan)
+    assert resumed is not None
+    assert undisturbed is not None
+    assert not client.training_paused
+    assert program.runs == 12, "nothing was trained twice"
+    assert all(np.array_equal(resumed.gradients[n], undisturbed.gradients[n]) for n in undisturbed.gradients)
 
 
 def test_an_unfulfilled_assignment_is_handed_out_again_at_the_next_check_in(world: World):

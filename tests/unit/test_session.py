@@ -160,6 +160,35 @@ def test_an_ineligible_device_waits_and_looks_again():
     assert machine.next_action() == CheckConditions()
 
 
+@pytest.mark.parametrize("phase", [Phase.ASSIGNED, Phase.DOWNLOADING, Phase.TRAINING, Phase.SEALED, Phase.UPLOADING])
+def test_a_step_that_is_not_allowed_now_is_paused_as_often_as_need_be_and_then_repeated(phase: Phase):
+    machine = reach(phase, max_attempts=2)
+    action = machine.next_action()
+    for _ in range(20):
+        machine.on_paused("the battery is at 12%", (30, 60))
+        sleep = machine.next_action()
+        assert isinstance(sleep, Sleep)
+        assert 30 <= sleep.delay_s <= 60
+        machine.on_slept()
+        assert machine.next_action() == action
+    assert machine.state.phase is phase
+    assert machine.state.attempts == machine.state.training_failures == 0
+
+
+def test_a_wait_that_has_begun_goes_on_in_another_process():
+    machine = reach(Phase.CHECKED_IN)
+    sleep = machine.next_action()
+    assert isinstance(sleep, Sleep)
+    assert sleep.left_s(now=1e6) == sleep.delay_s
+    machine.on_sleep_begun(1000.0 + sleep.delay_s)
+    machine.on_sleep_begun(5000.0)  # once begun it is not prolonged
+    resumed = session(SessionState.model_validate_json(machine.state.model_dump_json())).next_action()
+    assert isinstance(resumed, Sleep)
+    assert resumed.left_s(now=1002.0) == pytest.approx(sleep.delay_s - 2)
+    assert resumed.left_s(now=1e6) == 0
+    assert resumed.left_s(now=-1e6) == sleep.delay_s, "a clock that was set back does not prolong it"
+
+
 def test_a_server_without_work_is_asked_again_within_its_window():
     machine = reach(Phase.ELIGIBLE)
     machine.on_check_in(WAIT)
@@ -175,6 +204,8 @@ def test_a_server_without_work_is_asked_again_within_its_window():
 EVENTS = {
     "on_eligible": (),
     "on_ineligible": ("r", (1, 2)),
+    "on_paused": ("r", (1, 2)),
+    "on_sleep_begun": (5.0,),
     "on_enrolled": (),
     "on_check_in": (WAIT,),
     "on_blob": (MANIFEST,),
@@ -193,12 +224,19 @@ EVENTS = {
 LEGAL = {
     Phase.IDLE: {"on_eligible", "on_ineligible"},
     Phase.ELIGIBLE: {"on_check_in", "on_failure"},
-    Phase.CHECKED_IN: {"on_slept"},
-    Phase.ASSIGNED: {"on_blob", "on_failure", "on_assignment_over"},
-    Phase.DOWNLOADING: {"on_failure", "on_assignment_over"},  # the manifest is there already
-    Phase.TRAINING: {"on_sealed", "on_training_failed", "on_blobs_lost", "on_assignment_over"},
-    Phase.SEALED: {"on_upload_started", "on_report_lost", "on_failure", "on_assignment_over"},
-    Phase.UPLOADING: {"on_upload_started", "on_uploaded", "on_report_lost", "on_failure", "on_assignment_over"},
+    Phase.CHECKED_IN: {"on_sleep_begun", "on_slept"},
+    Phase.ASSIGNED: {"on_blob", "on_failure", "on_assignment_over", "on_paused"},
+    Phase.DOWNLOADING: {"on_failure", "on_assignment_over", "on_paused"},  # the manifest is there already
+    Phase.TRAINING: {"on_sealed", "on_training_failed", "on_blobs_lost", "on_assignment_over", "on_paused"},
+    Phase.SEALED: {"on_upload_started", "on_report_lost", "on_failure", "on_assignment_over", "on_paused"},
+    Phase.UPLOADING: {
+        "on_upload_started",
+        "on_uploaded",
+        "on_report_lost",
+        "on_failure",
+        "on_assignment_over",
+        "on_paused",
+    },
     Phase.ABANDONING: {"on_abandoned", "on_failure", "on_assignment_over"},
     Phase.DONE: {"on_discarded"},
 }

@@ -1,0 +1,191 @@
+"""Training on a device's own account, without a server: what ``MobileClient.train_local_model`` does."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from client_sdk import events
+from client_sdk.checkpoint import Checkpoint, CheckpointBinding, CheckpointManager
+from client_sdk.data import Examples, fingerprint
+from client_sdk.errors import Interrupted, TrainingPaused
+from client_sdk.memory_budget import MemoryBudget
+from client_sdk.planner import DEFAULT_MEMORY_FRACTION, LocalWork, plan_work
+from client_sdk.power import PowerMonitor
+from client_sdk.protocol.errors import ProgramInputError
+from client_sdk.protocol.profile import DeviceProfile
+from client_sdk.protocol.program import Float32Array, Manifest, Program
+from client_sdk.protocol.training import MAX_TIER_EPOCHS, TrainingPlan, normaliser
+from client_sdk.protocol.updates import LOCAL_STEPS, UpdateKind, WorkerGradient
+from client_sdk.throttle import Governor
+from client_sdk.training import LocalTrainer
+from client_sdk.training_loop import OnEvent, TrainingLoop
+
+Weights = Float32Array | Mapping[str, npt.NDArray[np.float32]]
+
+MOST_EPOCHS = 5
+"""Epochs that a high-end device trains where the caller names no plan; the other tiers train fewer."""
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """A device that trains for itself.
+
+    Attributes:
+        program: What trains.
+        profile: What the device can spend.
+        power: Whether its conditions allow it; None for always.
+        checkpoints: Where training under way is kept; None keeps nothing.
+        memory_fraction: Part of the profile's memory that training is planned for.
+        memory_limit_bytes: What the process may use at most; None for no limit.
+        on_event: Told about progress, pauses and checkpoints.
+        clock: Seconds since the epoch, for the result's time.
+        monotonic: Seconds of a clock that nobody sets back.
+        sleep: Rests so many seconds.
+    """
+
+    program: Program
+    profile: DeviceProfile
+    power: PowerMonitor | None = None
+    checkpoints: CheckpointManager | None = None
+    memory_fraction: float = DEFAULT_MEMORY_FRACTION
+    memory_limit_bytes: int | None = None
+    on_event: OnEvent = lambda _: None
+    clock: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], object] = time.sleep
+
+    def work(self, plan: TrainingPlan | None = None, num_samples: int = 1) -> LocalWork:
+        """How this device does a plan; without one what its tier and memory allow.
+
+        Raises:
+            MemoryBudgetExceeded: No batch size of the program fits.
+        """
+        manifest = self.program.manifest
+        if plan is None:
+            plan = TrainingPlan(
+                batch_size=max(manifest.training_batch_sizes()), local_epochs=MOST_EPOCHS, adaptive=True
+            )
+        return plan_work(
+            manifest,
+            self.profile,
+            plan,
+            num_samples=num_samples,
+            memory_fraction=self.memory_fraction,
+            limit_bytes=self.memory_limit_bytes,
+        )
+
+    def train(
+        self,
+        weights: Weights,
+        examples: Examples,
+        model_version: int,
+        plan: TrainingPlan | None,
+        shuffle_seed: int,
+        should_stop: Callable[[], bool],
+    ) -> WorkerGradient | None:
+        """Train, or go on with what was begun; None where it had to stop before the end.
+
+        Raises:
+            ProgramError, ConfigurationError: See ``LocalTrainer.train``.
+        """
+        manifest = self.program.manifest
+        start = flat(weights, manifest)
+        work = self.work(plan, len(examples[0]))
+        if self.power is not None:
+            verdict = self.power.start_verdict()
+            if not verdict.allowed:
+                self.on_event(events.Paused("training", str(verdict.reason), verdict.detail))
+                return None
+        loop = TrainingLoop(
+            checkpoints=self.checkpoints,
+            governor=None
+            if self.power is None
+            else Governor(self.power, monotonic=self.monotonic, sleep=self.sleep),
+            budget=None if self.memory_limit_bytes is None else MemoryBudget(self.memory_limit_bytes),
+            should_stop=should_stop,
+            on_event=self.on_event,
+            monotonic=self.monotonic,
+        )
+        trainer = LocalTrainer(self.program)
+        trainer.check(start, *examples)
+        binding = self._binding(start, examples, model_version, work, shuffle_seed)
+        former = None if binding is None else loop.former(binding)
+        run = trainer.begin(
+            start,
+            *examples,
+            work.plan,
+            shuffle_seed,
+            slice_size=work.slice_size,
+            state=None if former is None else former.state,
+        )
+        try:
+            result = loop.drive(run, lambda state: None if binding is None else Checkpoint(binding, state, None))
+        except Interrupted:
+            return None
+        except TrainingPaused as e:
+            self.on_event(events.Paused("training", e.reason, str(e)))
+            return None
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
+        fednova = work.plan.algorithm == "fednova"
+        return WorkerGradient(
+            worker_id=self.profile.device_id,
+            gradients=named(result.delta, manifest),
+            num_samples=result.num_samples,
+            timestamp=self.clock(),
+            metadata={
+                "model_version": model_version,
+                "device_type": self.profile.device_type.value,
+                LOCAL_STEPS: normaliser(work.plan, result.steps) if fednova else result.steps,
+                "train_loss": result.last_epoch_loss,
+            },
+            kind=UpdateKind.DELTA,
+        )
+
+    def _binding(
+        self, start: Float32Array, examples: Examples, model_version: int, work: LocalWork, shuffle_seed: int
+    ) -> CheckpointBinding | None:
+        """What a checkpoint of this training belongs to. No server named it, so its ids follow from what it is."""
+        if self.checkpoints is None:
+            return None
+        manifest = self.program.manifest
+        data_sha256 = fingerprint(examples)
+        name = hashlib.sha256(f"local:{self.profile.device_id}:{data_sha256}".encode()).hexdigest()[:32]
+        return CheckpointBinding(
+            assignment_id=name,
+            task_id=name,
+            model_version=model_version,
+            model_sha256=hashlib.sha256(start.data).hexdigest(),
+            program_sha256=manifest.program_sha256,
+            parameter_table_sha256=manifest.parameter_table_sha256,
+            plan=work.plan,
+            shuffle_seed=shuffle_seed,
+            slice_size=work.slice_size,
+            data_sha256=data_sha256,
+        )
+
+
+def flat(weights: Weights, manifest: Manifest) -> Float32Array:
+    """Flat weights in parameter-table order.
+
+    Raises:
+        ProgramInputError: Named weights that are not the manifest's.
+    """
+    if not isinstance(weights, Mapping):
+        return np.ascontiguousarray(weights, np.float32)
+    expected = {p.name: p.shape for p in manifest.parameters}
+    found = {name: np.shape(array) for name, array in weights.items()}
+    if found != expected:
+        raise ProgramInputError(f"weights must be {expected}, got {found}")
+    return np.concatenate([np.ravel(np.asarray(weights[p.name], np.float32)) for p in manifest.parameters])
+
+
+def named(vector: Float32Array, manifest: Manifest) -> dict[str, Float32Array]:
+    """Parameter name -> view into a flat vector."""
+    return {p.name: vector[p.offset : p.offset + p.num_elements].reshape(p.shape) for p in manifest.parameters}

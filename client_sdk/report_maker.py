@@ -1,0 +1,85 @@
+"""Makes the report of an assignment on this device: within its memory, under its conditions, from its checkpoint."""
+
+from __future__ import annotations
+
+from client_sdk.fulfilment import fulfil
+from client_sdk.memory import DeviceMemory
+from client_sdk.memory_budget import MemoryBudget
+from client_sdk.planner import LocalWork, plan_work
+from client_sdk.programs import ReadBlob
+from client_sdk.protocol.errors import ManifestError
+from client_sdk.protocol.messages import Assignment
+from client_sdk.protocol.program import Manifest
+from client_sdk.reports import Report, keeps_memory
+from client_sdk.stopping import Stopper
+from client_sdk.surroundings import Surroundings
+from client_sdk.throttle import Governor
+from client_sdk.training_loop import TrainingLoop
+from client_sdk.trust import check_willing
+
+
+class ReportMaker:
+    """Trains for assignments, one after the other."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+
+    def make(
+        self, assignment: Assignment, report_id: str, read: ReadBlob, stop: Stopper
+    ) -> tuple[Report, DeviceMemory | None]:
+        """Train and build the report; see ``fulfil`` for what is raised.
+
+        Raises:
+            PrivacyRefusal: The device will not send what the assignment asks for.
+            MemoryBudgetExceeded: It does not fit into the device's memory; said before the program is opened.
+        """
+        around = self._around
+        check_willing(assignment, around.trusted, around.store)
+        self._check_memory(assignment, read)
+        program = around.programs.open(assignment, read)
+        return fulfil(
+            assignment,
+            report_id,
+            device_id=around.store.identity.device_id,
+            program=program,
+            work=self._plan(program.manifest, assignment),
+            read=read,
+            data=around.data,
+            data_sha256=around.data_sha256,
+            former=around.store.memory(assignment.task_id) if keeps_memory(assignment) else None,
+            loop=self._loop(stop),
+        )
+
+    def _check_memory(self, assignment: Assignment, read: ReadBlob) -> None:
+        """Refuse what cannot fit before anything of it is loaded."""
+        try:
+            manifest = Manifest.from_json(bytes(read(assignment.manifest_sha256)))
+        except ManifestError:
+            return  # an app with a program of its own never reads it; who does will say what is wrong with it
+        self._plan(manifest, assignment)
+
+    def _plan(self, manifest: Manifest, assignment: Assignment) -> LocalWork:
+        around = self._around
+        return plan_work(
+            manifest,
+            around.profile,
+            assignment.plan,
+            num_samples=len(around.data[0]),
+            memory_fraction=around.memory_fraction,
+            limit_bytes=around.memory_limit_bytes,
+            secure=assignment.secure is not None,
+        )
+
+    def _loop(self, stop: Stopper) -> TrainingLoop:
+        around = self._around
+        governor = None
+        if around.power is not None:
+            governor = Governor(around.power, monotonic=around.monotonic, sleep=lambda s: around.wait(s, stop.event))
+        return TrainingLoop(
+            checkpoints=around.checkpoints,
+            governor=governor,
+            budget=None if around.memory_limit_bytes is None else MemoryBudget(around.memory_limit_bytes),
+            should_stop=stop.is_set,
+            on_event=around.on_event,
+            monotonic=around.monotonic,
+        )
