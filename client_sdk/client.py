@@ -16,6 +16,7 @@ from client_sdk import events
 from client_sdk.data import as_examples
 from client_sdk.errors import IllegalTransition, Interrupted
 from client_sdk.executor import MAX_BLOB_BYTES, ActionExecutor, OnEvent, Surroundings
+from client_sdk.privacy import LocalPrivacy
 from client_sdk.programs import EmbeddedProgram, ProgramProvider
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError, ProgramInputError, StaleReport
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, ReportReply, VirtualTiming, Wait
@@ -85,6 +86,7 @@ class MobileClient:
         max_blob_bytes: int = MAX_BLOB_BYTES,
         aggregator_keys: Sequence[str] | None = None,
         min_threshold: int | None = None,
+        local_privacy: LocalPrivacy | None = None,
     ) -> None:
         """Put a device together; nothing is sent or loaded yet.
 
@@ -107,6 +109,8 @@ class MobileClient:
                 that would send its update to anyone else, or in the clear, is refused. None trusts the server's word.
             min_threshold: With ``aggregator_keys``: so many of them must be needed at least to read an update; by
                 default more than half.
+            local_privacy: The noise that each report gets on this device, and the ledger that it is charged to; None
+                for none. ``train_local_model`` returns what was trained, without noise.
         """
         if programs is None and program is not None:
             programs = EmbeddedProgram(program)
@@ -135,6 +139,7 @@ class MobileClient:
                     conditions=conditions,
                     max_blob_bytes=max_blob_bytes,
                     trusted=trusted_aggregators(aggregator_keys, min_threshold),
+                    local_privacy=local_privacy,
                 ),
                 self._open_session(None),
             )

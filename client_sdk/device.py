@@ -15,6 +15,8 @@ from typing import TextIO
 from client_sdk import events
 from client_sdk.client import MobileClient
 from client_sdk.data import load_examples
+from client_sdk.privacy import LocalPrivacy, LocalPrivacyPolicy
+from client_sdk.privacy_ledger import LEDGER_FILE, LocalPrivacyLedger
 from client_sdk.programs import DownloadedPrograms
 from client_sdk.protocol.errors import PocketfedError
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
@@ -34,6 +36,7 @@ def run_device(
     max_reports: int | None = None,
     aggregator_keys: Path | None = None,
     min_threshold: int | None = None,
+    local_privacy: LocalPrivacyPolicy | None = None,
 ) -> int:
     """Run one device until the task is finished, ``max_reports`` are accepted, or SIGINT or SIGTERM comes.
 
@@ -50,6 +53,7 @@ def run_device(
         max_reports: How many accepted reports to leave after.
         aggregator_keys: File with the sealing keys of the aggregators that the device trusts.
         min_threshold: How many of those it must take at least to read an update; by default more than half.
+        local_privacy: Noise on each report, and its budget; what is spent stands in the state directory.
 
     Returns:
         0.
@@ -67,6 +71,11 @@ def run_device(
             available_memory_mb=_available_memory_mib(),
             cpu_cores=os.cpu_count() or 1,
         )
+        lines = ProgressLines(profile.device_id, sys.stderr)
+        private = None
+        if local_privacy is not None:
+            private = LocalPrivacy(local_privacy, LocalPrivacyLedger(store.folder / LEDGER_FILE))
+            lines.say(private.label())
         programs = DownloadedPrograms(store.folder / "programs", runtime)
         with closing(programs), _stop_on_signals() as stop:
             client = MobileClient(
@@ -76,9 +85,10 @@ def run_device(
                 transport=transport,
                 store=store,
                 programs=programs,
-                on_event=ProgressLines(profile.device_id, sys.stderr),
+                on_event=lines,
                 aggregator_keys=trusted,
                 min_threshold=min_threshold,
+                local_privacy=private,
             )
             summary = client.run(max_reports, stop)
     if summary.cause in {"gave-up", "refused"}:
@@ -97,8 +107,12 @@ class ProgressLines:
         """Write the event's line, if it has one."""
         line = self._line(event)
         if line is not None:
-            self._stream.write(f"{self._prefix}{line}\n")
-            self._stream.flush()
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Write a line that no event has."""
+        self._stream.write(f"{self._prefix}{line}\n")
+        self._stream.flush()
 
     @staticmethod
     def _line(event: events.Event) -> str | None:

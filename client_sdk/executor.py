@@ -20,6 +20,7 @@ from client_sdk.errors import (
 )
 from client_sdk.fulfilment import fulfil
 from client_sdk.memory import DeviceMemory
+from client_sdk.privacy import LocalPrivacy
 from client_sdk.programs import ProgramProvider
 from client_sdk.protocol.errors import (
     ConfigurationError,
@@ -94,6 +95,7 @@ class Surroundings:
     conditions: Callable[[], str | None] = field(default=lambda: None)
     max_blob_bytes: int = MAX_BLOB_BYTES
     trusted: TrustedAggregators | None = None
+    local_privacy: LocalPrivacy | None = None
 
 
 class ActionExecutor:
@@ -199,7 +201,10 @@ class ActionExecutor:
         self._around.on_event(events.Enrolled(identity.device_id))
 
     def _check_in(self, virtual: VirtualTiming | None) -> Assigned | Wait | Finished:
-        request = CheckInRequest(num_samples=len(self._around.data[0]), virtual=virtual)
+        samples = len(self._around.data[0])
+        if self._around.local_privacy is not None:
+            samples = self._around.local_privacy.told_samples(samples)
+        request = CheckInRequest(num_samples=samples, virtual=virtual)
         reply = self._around.transport.check_in(request)
         ends_at = None
         if isinstance(reply, Assigned):
@@ -264,11 +269,14 @@ class ActionExecutor:
     def _make_report(
         self, assignment: Assignment, report_id: str, stop: threading.Event
     ) -> tuple[Report, DeviceMemory | None]:
+        private = self._around.local_privacy
         check_willing(assignment, self._around.trusted, self._around.store)
+        if private is not None:
+            private.check(assignment)
         program = self._around.programs.open(assignment, self._blob)
         self._fetched.pop(assignment.program_sha256, None)  # loaded: the runtime has its own copy
         data = self._around.data
-        return fulfil(
+        report, memory = fulfil(
             assignment,
             report_id,
             device_id=self._around.store.identity.device_id,
@@ -276,7 +284,11 @@ class ActionExecutor:
             read=self._blob,
             data=data,
             former=self._around.store.memory(assignment.task_id) if keeps_memory(assignment) else None,
+            local_privacy=private,
         )
+        if private is not None:
+            private.name(report.frame)
+        return report, memory
 
     def _usable_report(self, assignment: Assignment, report_id: str) -> Buffer | None:
         """A sealed report that may be sent: whole, ours, to those we trust, and with the memory that it leaves."""
@@ -285,6 +297,9 @@ class ActionExecutor:
         if frame is None or not is_report_of(frame, assignment, report_id):
             return None
         if not is_trusted(assignment, self._around.trusted):
+            return None
+        private = self._around.local_privacy
+        if private is not None and not private.covers(frame):
             return None
         return frame if not keeps_memory(assignment) or store.has_staged_memory(report_id) else None
 
