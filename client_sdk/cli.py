@@ -257,6 +257,17 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
         metavar="FILE",
         help="encrypt checkpoints with the key in this file: 64 hex digits, as `openssl rand -hex 32` makes them",
     )
+    private = parser.add_argument_group(
+        "local privacy",
+        "noise that this device adds to each report by itself, so that it need not trust the server; what it spends is "
+        "noted in the state directory, over all runs (default: none)",
+    )
+    private.add_argument("--local-epsilon", type=float, metavar="E", help="of one report; needs the two below")
+    private.add_argument("--local-clip", type=float, metavar="C", help="largest L2 norm of an update before the noise")
+    private.add_argument(
+        "--local-budget", type=float, metavar="E_TOTAL", help="largest epsilon of all reports together"
+    )
+    private.add_argument("--local-delta", type=float, metavar="D", help="of both (default: 1e-6)")
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument("--once", action="store_true", help="leave after one accepted report")
     stop.add_argument(
@@ -269,6 +280,7 @@ def _run_device(args: argparse.Namespace) -> int:
     if not args.data.is_file():
         raise ConfigurationError(f"--data {args.data}: no such file; name an .npz file with arrays x and y")
     from client_sdk.device import run_device  # noqa: PLC0415 - numpy and httpx are not needed for --help
+    from client_sdk.privacy import local_policy  # noqa: PLC0415 - likewise
 
     return run_device(
         server_url=args.server,
@@ -284,6 +296,9 @@ def _run_device(args: argparse.Namespace) -> int:
         memory_limit_mib=args.memory_limit,
         checkpoint_key=args.checkpoint_key,
         run_for_s=args.run_for,
+        local_privacy=local_policy(
+            epsilon=args.local_epsilon, clip_norm=args.local_clip, budget=args.local_budget, delta=args.local_delta
+        ),
     )
 
 

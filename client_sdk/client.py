@@ -17,6 +17,7 @@ from client_sdk.executor import ActionExecutor
 from client_sdk.local_training import LocalTraining, Weights
 from client_sdk.planner import DEFAULT_MEMORY_FRACTION
 from client_sdk.power import PowerMonitor
+from client_sdk.privacy import LocalPrivacy
 from client_sdk.programs import EmbeddedProgram, ProgramProvider
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError, StaleReport
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, ReportReply, VirtualTiming, Wait
@@ -96,6 +97,7 @@ class MobileClient:
         max_blob_bytes: int = MAX_BLOB_BYTES,
         aggregator_keys: Sequence[str] | None = None,
         min_threshold: int | None = None,
+        local_privacy: LocalPrivacy | None = None,
     ) -> None:
         """Put a device together; nothing is sent or loaded yet.
 
@@ -124,6 +126,8 @@ class MobileClient:
                 that would send its update to anyone else, or in the clear, is refused. None trusts the server's word.
             min_threshold: With ``aggregator_keys``: so many of them must be needed at least to read an update; by
                 default more than half.
+            local_privacy: The noise that each report gets on this device, and the ledger that it is charged to; None
+                for none. ``train_local_model`` returns what was trained, without noise.
         """
         if programs is None and program is not None:
             programs = EmbeddedProgram(program)
@@ -164,6 +168,7 @@ class MobileClient:
                     memory_limit_bytes=memory_limit_bytes,
                     max_blob_bytes=max_blob_bytes,
                     trusted=trusted_aggregators(aggregator_keys, min_threshold),
+                    local_privacy=local_privacy,
                 ),
                 self._open_session(None),
             )

@@ -16,6 +16,8 @@ from client_sdk import events
 from client_sdk.client import MobileClient
 from client_sdk.data import load_examples
 from client_sdk.power import PowerMonitor, PowerPolicy
+from client_sdk.privacy import LocalPrivacy, LocalPrivacyPolicy
+from client_sdk.privacy_ledger import LEDGER_FILE, LocalPrivacyLedger
 from client_sdk.programs import DownloadedPrograms
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
@@ -39,6 +41,7 @@ def run_device(
     memory_limit_mib: int | None = None,
     checkpoint_key: Path | None = None,
     run_for_s: float | None = None,
+    local_privacy: LocalPrivacyPolicy | None = None,
 ) -> int:
     """Run one device until the task is finished, ``max_reports`` are accepted, or SIGINT or SIGTERM comes.
 
@@ -59,6 +62,7 @@ def run_device(
         memory_limit_mib: What this process may use at most.
         checkpoint_key: File with 32 secret bytes in hex, with which checkpoints are encrypted.
         run_for_s: Leave after so many seconds, at a step boundary; the state is kept.
+        local_privacy: Noise on each report, and its budget; what is spent stands in the state directory.
 
     Returns:
         0.
@@ -78,6 +82,11 @@ def run_device(
             available_memory_mb=_available_memory_mib(),
             cpu_cores=os.cpu_count() or 1,
         )
+        lines = ProgressLines(profile.device_id, sys.stderr)
+        private = None
+        if local_privacy is not None:
+            private = LocalPrivacy(local_privacy, LocalPrivacyLedger(store.folder / LEDGER_FILE))
+            lines.say(private.label())
         programs = DownloadedPrograms(store.folder / "programs", runtime)
         with closing(programs), _stop_on_signals() as stop:
             client = MobileClient(
@@ -87,11 +96,12 @@ def run_device(
                 transport=transport,
                 store=store,
                 programs=programs,
-                on_event=ProgressLines(profile.device_id, sys.stderr),
+                on_event=lines,
                 aggregator_keys=trusted,
                 min_threshold=min_threshold,
                 power_monitor=None if power_policy is None else PowerMonitor(policy=power_policy),
                 memory_limit_bytes=None if memory_limit_mib is None else memory_limit_mib * 2**20,
+                local_privacy=private,
             )
             if run_for_s is None:
                 summary = client.run(max_reports, stop)
@@ -113,8 +123,12 @@ class ProgressLines:
         """Write the event's line, if it has one."""
         line = self._line(event)
         if line is not None:
-            self._stream.write(f"{self._prefix}{line}\n")
-            self._stream.flush()
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Write a line that no event has."""
+        self._stream.write(f"{self._prefix}{line}\n")
+        self._stream.flush()
 
     @staticmethod
     def _line(event: events.Event) -> str | None:

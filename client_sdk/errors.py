@@ -37,6 +37,21 @@ class InvalidReply(DeviceError):
     retryable = True
 
 
+class UntrustedReply(InvalidReply):
+    """What answered did not sign its reply to this request as the server does.
+
+    Retried, as every ``InvalidReply``: a portal, a proxy or a cache that stands in for the server goes away.
+    """
+
+
+class ServerKeyChanged(DeviceError):
+    """The reply is signed, but by another key than the server's that this device knows.
+
+    Not retried: waiting does not bring the key back. Either the server has a new one, which whoever embeds the device
+    has to confirm, or somebody else speaks in its name.
+    """
+
+
 class BlobHashMismatch(DeviceError):
     """The downloaded bytes are not those the assignment names. Retried: a proxy may have mangled them."""
 
@@ -57,6 +72,14 @@ class UntrustedAggregators(PrivacyRefusal):
 
 class ParticipationsSpent(PrivacyRefusal):
     """The device has taken part as often as the task's privacy allows."""
+
+
+class LocalBudgetSpent(PrivacyRefusal):
+    """Another noised report would spend more than the device's own budget."""
+
+
+class LocalPrivacyUnavailable(PrivacyRefusal):
+    """The assignment asks for what the device's local privacy does not cover."""
 
 
 class IllegalTransition(DeviceError):

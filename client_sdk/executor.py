@@ -193,7 +193,10 @@ class ActionExecutor:
         self._around.on_event(events.Enrolled(identity.device_id))
 
     def _check_in(self, virtual: VirtualTiming | None) -> Assigned | Wait | Finished:
-        request = CheckInRequest(num_samples=len(self._around.data[0]), virtual=virtual)
+        samples = len(self._around.data[0])
+        if self._around.local_privacy is not None:
+            samples = self._around.local_privacy.told_samples(samples)
+        request = CheckInRequest(num_samples=samples, virtual=virtual)
         reply = self._around.transport.check_in(request)
         ends_at = None
         if isinstance(reply, Assigned):
@@ -265,6 +268,9 @@ class ActionExecutor:
         if frame is None or not is_report_of(frame, assignment, report_id):
             return None
         if not is_trusted(assignment, self._around.trusted):
+            return None
+        private = self._around.local_privacy
+        if private is not None and not private.covers(frame):
             return None
         return frame if not keeps_memory(assignment) or store.has_staged_memory(report_id) else None
 

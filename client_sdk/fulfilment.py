@@ -8,8 +8,9 @@ import numpy as np
 
 from client_sdk.checkpoint import Checkpoint, CheckpointBinding
 from client_sdk.data import Examples
-from client_sdk.memory import CONTROL, RESIDUAL, DeviceMemory
+from client_sdk.memory import CONTROL, NOISED_RESIDUAL, RESIDUAL, DeviceMemory
 from client_sdk.planner import LocalWork
+from client_sdk.privacy import LocalPrivacy
 from client_sdk.programs import ReadBlob, check_program, control_vector, model_weights
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment
@@ -31,12 +32,13 @@ def fulfil(
     data_sha256: Callable[[], str],
     former: DeviceMemory | None,
     loop: TrainingLoop,
+    local_privacy: LocalPrivacy | None = None,
 ) -> tuple[Report, DeviceMemory | None]:
     """Train and build the report.
 
     Guarantees: the same bits for the same arguments, whether training was interrupted or not, so that a process that
-    was killed can do it again. But the shares of a secure report are drawn anew each time: it is the stored one that is
-    sent.
+    was killed can do it again. But the shares of a secure report and the noise of local privacy are drawn anew each
+    time: it is the stored one that is sent.
 
     Args:
         assignment: What to do.
@@ -49,6 +51,7 @@ def fulfil(
         data_sha256: Their fingerprint; asked where checkpoints are kept.
         former: What the device remembers of the task; without it the residual and the control variate begin at 0.
         loop: Drives the training, and keeps its checkpoints.
+        local_privacy: The device's own, if it has any; its ledger is charged after training.
 
     Returns:
         The report, and the memory that counts once the report is accepted; None where nothing is to be remembered.
@@ -82,6 +85,7 @@ def fulfil(
 
     result = loop.drive(run, keep)
     update = result.update(work.plan)
+    left_out = RESIDUAL if local_privacy is None else NOISED_RESIDUAL
     report = build_report(
         assignment,
         report_id,
@@ -89,11 +93,12 @@ def fulfil(
         device_id=device_id,
         steps=result.steps,
         train_loss=result.last_epoch_loss,
-        residual=None if former is None else former.vector(RESIDUAL, len(update)),
+        residual=None if former is None else former.vector(left_out, len(update)),
+        local_privacy=local_privacy,
     )
     vectors: dict[str, Float32Array] = {}
     if report.residual is not None:
-        vectors[RESIDUAL] = report.residual
+        vectors[left_out] = report.residual
     if controls is not None and result.control_delta is not None:
         vectors[CONTROL] = controls.device + result.control_delta
     return report, DeviceMemory(assignment.task_id, report_id, vectors) if vectors else None

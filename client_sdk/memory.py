@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 
 RESIDUAL = "residual"
 """What error feedback left out of the reports so far: float32 of the update's length."""
+NOISED_RESIDUAL = "noised-residual"
+"""Likewise, of reports with local privacy. Another name, because it may only ever be made of noised updates: what was
+left out of reports before the device had local privacy is dropped, never added to a later one."""
 CONTROL = "control"
 """SCAFFOLD's control variate of this device: float32[d]."""
 

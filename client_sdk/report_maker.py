@@ -34,10 +34,13 @@ class ReportMaker:
             MemoryBudgetExceeded: It does not fit into the device's memory; said before the program is opened.
         """
         around = self._around
+        private = around.local_privacy
         check_willing(assignment, around.trusted, around.store)
+        if private is not None:
+            private.check(assignment)
         self._check_memory(assignment, read)
         program = around.programs.open(assignment, read)
-        return fulfil(
+        report, memory = fulfil(
             assignment,
             report_id,
             device_id=around.store.identity.device_id,
@@ -48,7 +51,11 @@ class ReportMaker:
             data_sha256=around.data_sha256,
             former=around.store.memory(assignment.task_id) if keeps_memory(assignment) else None,
             loop=self._loop(stop),
+            local_privacy=private,
         )
+        if private is not None:
+            private.name(report.frame)
+        return report, memory
 
     def _check_memory(self, assignment: Assignment, read: ReadBlob) -> None:
         """Refuse what cannot fit before anything of it is loaded."""

@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from client_sdk.blobs import Buffer
 from client_sdk.errors import BundleMismatch
+from client_sdk.native.sharing import UpdateKernels
+from client_sdk.privacy import LocalPrivacy
 from client_sdk.protocol.compression import Codec, CompressionSpec, ErrorFeedback
 from client_sdk.protocol.errors import MalformedFrame, ManifestError, OversizedBody, UpdateOutOfRange
 from client_sdk.protocol.field import RandomBytes
@@ -99,6 +101,8 @@ def build_report(
     steps: int,
     train_loss: float,
     residual: Float32Array | None = None,
+    local_privacy: LocalPrivacy | None = None,
+    kernels: UpdateKernels | None = None,
     random: RandomBytes = os.urandom,
 ) -> Report:
     """The report to send.
@@ -106,17 +110,26 @@ def build_report(
     With error feedback ``decoded + new residual == update + residual``: nothing is lost, it comes later. What would lie
     beyond the assignment's bound with the residual added stays in the residual.
 
+    With local privacy the update is charged for, clipped and noised before anything else is done to it: the report and
+    the new residual depend on the noised version alone. Noise beyond the assignment's bound is cut off there.
+
     Args:
         assignment: What the report answers.
         report_id: Its id.
         update: float32 ``[n]``, finite; n is the assignment's ``update_size``.
         device_id: Who reports; a secure report counts for this device only.
         steps: Local optimizer steps taken.
-        train_loss: Mean loss over the last local epoch; withheld where the assignment says so, or is secure.
-        residual: float32 ``[n]``, what the last accepted report left out; needed with error feedback only.
-        random: Source of random bytes: what a secure report's secrecy rests on.
+        train_loss: Mean loss over the last local epoch; withheld where the assignment says so, or is secure, and with
+            local privacy.
+        residual: float32 ``[n]``, what the last accepted report left out; needed with error feedback only. With local
+            privacy, of an update that was noised.
+        local_privacy: The device's own, if it has any.
+        kernels: What splits a secure report's update; see ``client_sdk.secure_reports.sealed_shares``.
+        random: Source of random bytes: what a secure report's secrecy and local privacy rest on.
 
     Raises:
+        LocalBudgetSpent: The device's local privacy does not allow another report.
+        StateDirUnusable: Its ledger cannot be read or written; no noise was drawn.
         UpdateOutOfRange: A value beyond the assignment's bound: the server would refuse it.
         NonFiniteUpdate: Likewise NaN or infinities.
         OversizedBody: Larger than the assignment allows.
@@ -124,9 +137,13 @@ def build_report(
     """
     left_out = None
     tensors: Mapping[str, npt.NDArray[np.generic]]
+    if local_privacy is not None:
+        update = local_privacy.release(update, random=random)
+        if isinstance(assignment.encoding, F32Encoding):
+            update = _within(update, assignment.encoding.max_abs)
     if assignment.secure is not None:
         tensors = share_tensors(
-            sealed_shares(assignment, assignment.secure, update, device_id=device_id, random=random)
+            sealed_shares(assignment, assignment.secure, update, device_id=device_id, random=random, kernels=kernels)
         )
     else:
         tensor, left_out = _clear_tensor(assignment, update, residual)
@@ -142,7 +159,7 @@ def build_report(
         compression=assignment.compression or UNCOMPRESSED,
         compression_seed=str(assignment.compression_seed),
         steps=str(steps),
-        train_loss=WITHHELD if assignment.withholds_loss else repr(float(train_loss)),
+        train_loss=WITHHELD if assignment.withholds_loss or local_privacy is not None else repr(float(train_loss)),
     )
     frame = encode_frame(tensors, facts.model_dump(mode="json"))
     if len(frame) > assignment.max_report_bytes:
@@ -227,12 +244,17 @@ def compress_update(
     feedback = ErrorFeedback.zeros(codec.size) if residual is None else ErrorFeedback(residual)
     compensated = feedback.compensate(update)
     # Else a residual that has grown beyond the bound could never be sent, and no report of this device either.
-    with np.errstate(over="ignore"):
-        bound = np.nextafter(np.float32(max_abs), np.float32(0))
-    payload = codec.encode(np.clip(compensated, -bound, bound), seed, rounding_seed=rounding_seed)
+    payload = codec.encode(_within(compensated, max_abs), seed, rounding_seed=rounding_seed)
     sent = codec.decode(payload, seed)
     _check_reach(sent, max_abs)
     return payload, ErrorFeedback.after(compensated, sent).residual
+
+
+def _within(values: Float32Array, max_abs: float) -> Float32Array:
+    """The values, those beyond the bound just inside it."""
+    with np.errstate(over="ignore"):
+        bound = np.nextafter(np.float32(max_abs), np.float32(0))
+    return np.clip(values, -bound, bound)
 
 
 def _check_reach(update: Float32Array, max_abs: float) -> None:

@@ -11,6 +11,7 @@ from client_sdk.checkpoint import CheckpointManager
 from client_sdk.data import Examples, fingerprint
 from client_sdk.planner import DEFAULT_MEMORY_FRACTION
 from client_sdk.power import PowerMonitor
+from client_sdk.privacy import LocalPrivacy
 from client_sdk.programs import ProgramProvider
 from client_sdk.protocol.profile import DeviceProfile
 from client_sdk.store import DeviceStore
@@ -43,6 +44,7 @@ class Surroundings:
         memory_limit_bytes: What the process may use at most, measured while it trains; None for no limit.
         max_blob_bytes: Largest program or model that is downloaded.
         trusted: Those it sends shares to, and nothing to anyone else; None for whomever the server names.
+        local_privacy: Noise of its own on each report; None for none.
     """
 
     transport: Transport
@@ -61,6 +63,7 @@ class Surroundings:
     memory_limit_bytes: int | None = None
     max_blob_bytes: int = MAX_BLOB_BYTES
     trusted: TrustedAggregators | None = None
+    local_privacy: LocalPrivacy | None = None
     _data_sha256: str | None = field(default=None, repr=False)
 
     def data_sha256(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from client_sdk.protocol.errors import ConfigurationError
@@ -24,6 +25,8 @@ ORDERS: Final[tuple[float, ...]] = (
 
 SMALLEST_STDDEV: Final = 3.0
 """Of one contributor's noise, in integer units. From here on a sum of discrete Gaussians is one but for 1e-37."""
+
+_MOST_NOISE: Final = 2.0**40
 
 
 def gaussian_rdp(noise_multiplier: float, orders: Sequence[float] = ORDERS) -> list[float]:
@@ -141,6 +144,38 @@ def rdp_to_epsilon(rdp: Sequence[float], delta: float, orders: Sequence[float] =
         for order, divergence in zip(orders, rdp, strict=True)
     )
     return max(0.0, min(found))
+
+
+@lru_cache(maxsize=32)
+def noise_for_epsilon(epsilon: float, delta: float) -> float:
+    """The least noise multiplier, but for one part in a million, with which one release costs at most epsilon.
+
+    Args:
+        epsilon: Positive.
+        delta: In (0, 1).
+
+    Raises:
+        ConfigurationError: A number out of its range, or an epsilon so small that no order of ``ORDERS`` shows it.
+
+    Example:
+        >>> z = noise_for_epsilon(1.0, 1e-5)
+        >>> round(z, 3), rdp_to_epsilon(gaussian_rdp(z), 1e-5) <= 1.0
+        (4.045, True)
+    """
+    if not 0 < epsilon < math.inf:
+        raise ConfigurationError(f"epsilon is positive and finite, got {epsilon}")
+    low, high = 0.0, 1.0
+    while rdp_to_epsilon(gaussian_rdp(high), delta) > epsilon:
+        low, high = high, 2 * high
+        if high > _MOST_NOISE:
+            raise ConfigurationError(f"epsilon = {epsilon:g} at delta = {delta:g} is beyond this accountant")
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        if rdp_to_epsilon(gaussian_rdp(middle), delta) > epsilon:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 @dataclass(frozen=True)
