@@ -90,7 +90,15 @@ SCAFFOLD = ASSIGNMENT.model_copy(
 )
 COMPRESSED = ASSIGNMENT.model_copy(
     update={
-        "plan": TrainingPlan(batch_size=32, learning_rate=0.125, prox_mu=0.5, max_steps=100, algorithm="fednova"),
+        "plan": TrainingPlan(
+            local_epochs=5,
+            batch_size=32,
+            learning_rate=0.125,
+            prox_mu=0.5,
+            max_steps=100,
+            algorithm="fednova",
+            adaptive=True,
+        ),
         "compression": "topk:0.5",
         "compression_seed": 9007199254740991,
     }
