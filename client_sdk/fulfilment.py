@@ -6,11 +6,14 @@ import numpy as np
 
 from client_sdk.data import Examples
 from client_sdk.memory import CONTROL, NOISED_RESIDUAL, RESIDUAL, DeviceMemory
+from client_sdk.native.sharing import UpdateKernels
 from client_sdk.privacy import LocalPrivacy
+from client_sdk.program_sharing import choose_kernels
 from client_sdk.programs import ReadBlob, check_program, control_vector, model_weights
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment
 from client_sdk.protocol.program import Float32Array, Manifest, Program
+from client_sdk.protocol.secure import SecureLayout, shared_size
 from client_sdk.reports import Report, build_report, check_reportable
 from client_sdk.training import Controls, LocalTrainer
 
@@ -66,6 +69,7 @@ def fulfil(
         train_loss=result.last_epoch_loss,
         residual=None if former is None else former.vector(left_out, len(update)),
         local_privacy=local_privacy,
+        kernels=_kernels(assignment, program, len(update)),
     )
     vectors: dict[str, Float32Array] = {}
     if report.residual is not None:
@@ -73,6 +77,14 @@ def fulfil(
     if controls is not None and result.control_delta is not None:
         vectors[CONTROL] = controls.device + result.control_delta
     return report, DeviceMemory(assignment.task_id, report_id, vectors) if vectors else None
+
+
+def _kernels(assignment: Assignment, program: Program, size: int) -> UpdateKernels | None:
+    """What splits the update of a secure assignment."""
+    if assignment.secure is None:
+        return None
+    layout = SecureLayout.of(assignment.secure, shared_size(assignment.compression, size))
+    return choose_kernels(program, layout.scheme, layout.size)
 
 
 def _controls(
