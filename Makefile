@@ -37,7 +37,7 @@ STAMPS := $(VENV)/stamps
 # -qq hides pip's chatter and keeps its errors.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH_PIN := $(shell grep -owm1 'torch==[0-9.]*' pyproject.toml)
-NATIVE_SOURCES := $(sort $(wildcard client_sdk/native/*.py client_sdk/native/*.cpp client_sdk/native/*.h))
+NATIVE_SOURCES := $(sort $(wildcard client_sdk/native/*.py client_sdk/native/*.cpp client_sdk/native/*.h client_sdk/native/*.map))
 
 hash = $(shell { $(1); } 2>/dev/null | sha256sum | cut -c1-16)
 VENV_KEY := $(call hash,$(PYTHON) -VV; pwd)
