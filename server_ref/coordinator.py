@@ -55,6 +55,7 @@ from server_ref.postponed import Postponed
 from server_ref.private_buffer import Buffer
 from server_ref.recipe import max_payload_bytes
 from server_ref.reports import ReportSchema, open_report
+from server_ref.server_identity import KEY_FILE, ServerIdentity
 from server_ref.store import database
 from server_ref.store.writer import GroupCommitWriter
 from server_ref.task import Task, load_task
@@ -111,6 +112,9 @@ class Coordinator:
             clock=clock,
             quota_bytes=config.blob_quota_bytes,
         )
+        self.identity, new_key = ServerIdentity.open(config.data_dir)
+        if new_key:
+            _log.warning("a new key for signing replies is in %s", config.data_dir / KEY_FILE)
         self._writer = GroupCommitWriter(self._state.db, self)
         self._background = Background(evaluator, self._evaluated, self._state.blobs.delete)
         self._buffers = Buffers(config, self.task, self._state)
@@ -140,6 +144,9 @@ class Coordinator:
                 self._background.evaluate(version.version, self._state.load_model(version).weights)
         # A buffer that was full when the last process died closes now.
         self._writer.submit(lambda _connection: None).result()
+        _log.info(
+            "replies are signed by the key %s; a device that is given it trusts no other", self.identity.public_key
+        )
         manifest, engine = self.task.manifest, self._state.engine
         _log.info(
             "task %s: %s with %d parameters, model version %d of %d, %d reports a round",
@@ -172,7 +179,7 @@ class Coordinator:
 
         def run(connection: Connection) -> EnrolReply:
             database.enrol(connection, device_id, request.public_key, request.tier.value, self._clock.now())
-            return EnrolReply(device_id=device_id)
+            return EnrolReply(device_id=device_id, server_key=self.identity.public_key)
 
         def remember(done: Future[EnrolReply]) -> None:
             if not done.cancelled() and done.exception() is None:
@@ -277,7 +284,8 @@ class Coordinator:
     def describe(self) -> dict[str, Any]:
         """The task and where it stands."""
         with self._lock:
-            return status.describe(self._state, embedded=self.config.aggregators.mode == "embedded")
+            found = status.describe(self._state, embedded=self.config.aggregators.mode == "embedded")
+        return found | {"server_key": self.identity.public_key}
 
     def history(self, since: int) -> list[dict[str, Any]]:
         """Committed rounds from ``since`` on, oldest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -92,7 +93,8 @@ def hosting() -> Iterator[AggregatorHost]:
 def signed_headers(method: str, path: str, body: bytes, key: SigningKey = COORDINATOR) -> dict[str, str]:
     """What authenticates a request."""
     private = Ed25519PrivateKey.from_private_bytes(key.private_bytes())
-    return sign_request(private, device_id_of(bytes.fromhex(key.public)), method, path, body)
+    device_id = device_id_of(bytes.fromhex(key.public))
+    return sign_request(private, device_id, method, path, body, nonce=secrets.token_hex(16))
 
 
 def send(

@@ -37,6 +37,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Id128 = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="128 bits, hex")]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 SealingKeyHex = Annotated[str, Field(pattern="^[0-9a-f]{64,2432}$")]
+SigningKeyHex = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Ed25519 public key, hex")]
 Variance = Annotated[
     str,
     Field(
@@ -56,14 +57,15 @@ class EnrolRequest(Message):
     """A device introduces its public key. Repeating it is harmless: the id follows from the key."""
 
     protocol_version: Literal[1] = PROTOCOL_VERSION
-    public_key: str = Field(pattern="^[0-9a-f]{64}$", description="Ed25519 public key, hex")
+    public_key: SigningKeyHex
     tier: DeviceTier = DeviceTier.MID_RANGE
 
 
 class EnrolReply(Message):
-    """The id under which the device signs its requests from now on."""
+    """The id under which the device signs its requests from now on, and the key that signs the replies."""
 
     device_id: Id128
+    server_key: SigningKeyHex
 
 
 class VirtualTiming(Message):

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from client_sdk.protocol.errors import ServerBusy
 from client_sdk.protocol.messages import MAX_JSON_BYTES, AbandonRequest, CheckInRequest, EnrolRequest, ReportReply
 from server_ref.app.problems import problem_response
-from server_ref.app.requests import authenticate, headers_of, parse, parse_range, read_body, verify_with
+from server_ref.app.requests import AUTHENTICATED, authenticate, headers_of, parse, parse_range, read_body, verify_with
 from server_ref.coordinator import Coordinator
 
 ROUTE_KEY = "pocketfed.route"
@@ -62,7 +62,16 @@ class DeviceApi:
             response = await handler(scope, receive, parameter)
         except Exception as e:  # noqa: BLE001 - the one place where a device's error becomes an answer
             response = problem_response(e)
+        self._sign(scope, response)
         await response(scope, receive, send)
+
+    def _sign(self, scope: Scope, response: Response) -> None:
+        """Bind the reply to its request, if that is a device's. Blobs are checked by the hash that a reply named."""
+        signature = scope.get(AUTHENTICATED)
+        if signature is not None:
+            response.headers.update(
+                self._coordinator.identity.sign_reply(signature, response.status_code, bytes(response.body))
+            )
 
     def _match(self, scope: Scope) -> tuple[tuple[str, Handler], str] | None:
         head, _, path = scope["path"][1:].partition("/")

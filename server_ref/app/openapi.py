@@ -29,6 +29,14 @@ from client_sdk.protocol.updates import UpdateKind
 _REF = "#/components/schemas/{model}"
 _ID = "0123456789abcdef0123456789abcdef"
 _HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+_SIGNATURE_HEADERS: dict[str, Any] = {
+    "content-digest": {"description": "Of the reply's body (RFC 9530)", "schema": {"type": "string"}},
+    "signature-input": {
+        "description": 'reply=("@status" "content-digest" "signature";req;key="sig1");keyid="SERVER KEY";alg="ed25519"',
+        "schema": {"type": "string"},
+    },
+    "signature": {"description": "reply=:BASE64:", "schema": {"type": "string"}},
+}
 _SIGNED: list[dict[str, list[str]]] = [{"deviceSignature": []}]
 
 _ASSIGNMENT = Assignment(
@@ -51,7 +59,7 @@ _ASSIGNMENT = Assignment(
 )
 _EXAMPLES: dict[type, dict[str, Any]] = {
     EnrolRequest: EnrolRequest(public_key=_HASH).model_dump(mode="json"),
-    EnrolReply: {"device_id": _ID},
+    EnrolReply: {"device_id": _ID, "server_key": _HASH},
     CheckInRequest: CheckInRequest(num_samples=20).model_dump(mode="json", exclude_none=True),
     CheckInReply: CheckInReply(reply=Assigned(assignment=_ASSIGNMENT)).model_dump(mode="json"),
     AbandonRequest: {"reason": "interrupted"},
@@ -90,6 +98,8 @@ def _operation(
         operation["requestBody"] = {"required": True, "content": _content(request)}
     if signed:
         operation["security"] = _SIGNED
+        for response in operation["responses"].values():
+            response["headers"] = _SIGNATURE_HEADERS
     return operation
 
 
@@ -160,7 +170,8 @@ def install(app: FastAPI) -> None:
                     "type": "apiKey",
                     "in": "header",
                     "name": "signature",
-                    "description": "HTTP Message Signature (RFC 9421), Ed25519, over @method, @path, content-digest",
+                    "description": "HTTP Message Signature (RFC 9421), Ed25519, over @method, @path, content-digest; "
+                    "the reply is signed too, over @status, content-digest and the request's signature",
                 }
             }
             document["paths"] = {**_device_paths(), **document["paths"]}
