@@ -19,9 +19,8 @@ from client_sdk.protocol.training import TrainingPlan, update_size
 MIB: Final = 2**20
 
 BASELINE_BYTES: Final[Mapping[str, int]] = {"native": 80 * MIB, "pybindings": 280 * MIB}
-"""Peak of a ``pocketfed device`` process before its first program is opened, by runtime, rounded up (Linux x86_64).
-
-The benchmark measures it again, and fails where it has become larger.
+"""What a ``pocketfed device`` process takes beside what follows from the model, by runtime, rounded up (Linux x86_64):
+interpreter, libraries, network, the runtime's code. The benchmark fails where it has become larger.
 """
 
 _PROGRAM_COPIES = 3  # as downloaded, as read to be hashed, and the runtime's own
