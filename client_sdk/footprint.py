@@ -18,7 +18,7 @@ from client_sdk.protocol.training import TrainingPlan, update_size
 
 MIB: Final = 2**20
 
-BASELINE_BYTES: Final[Mapping[str, int]] = {"native": 80 * MIB, "pybindings": 280 * MIB}
+BASELINE_BYTES: Final[Mapping[str, int]] = {"native": 80 * MIB, "pybindings": 300 * MIB}
 """What a ``pocketfed device`` process takes beside what follows from the model, by runtime, rounded up (Linux x86_64):
 interpreter, libraries, network, the runtime's code. The benchmark fails where it has become larger.
 """
