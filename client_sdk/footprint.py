@@ -48,9 +48,10 @@ class MemoryEstimate:
         return sum(item.num_bytes for item in self.items)
 
     def __str__(self) -> str:
-        """``103.4 MiB: 80.0 process, 12.1 planned memory of train_b64, ...``, the largest first."""
+        """``103.4 MiB: 80.0 process, 12.1 planned memory of train_b64, ...``: the largest first, no crumbs."""
         largest = sorted(self.items, key=lambda item: -item.num_bytes)
-        return f"{mib(self.total_bytes)} MiB: " + ", ".join(f"{mib(item.num_bytes)} {item.name}" for item in largest)
+        named = [f"{mib(item.num_bytes)} {item.name}" for item in largest if item.num_bytes >= MIB / 20]
+        return f"{mib(self.total_bytes)} MiB: {', '.join(named)}"
 
 
 def mib(num_bytes: int) -> str:

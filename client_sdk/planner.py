@@ -166,5 +166,5 @@ def _refusal(
             remedy += f", or make the plan adaptive: its smallest batch is then {smaller[0]}"
     return MemoryBudgetExceeded(
         f"training {manifest.model_name} in batches of {'up to ' if plan.adaptive else ''}{plan.batch_size} does not "
-        f"fit into {mib(budget_bytes)} MiB.{takes} It fits into that; or {remedy}"
+        f"fit into {mib(budget_bytes)} MiB.{takes} Allow that much, or {remedy}"
     )
