@@ -6,7 +6,8 @@ A reply counts if the server's key signed it for this very request. Without a si
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -26,6 +27,7 @@ _NOT_NOW: Final = frozenset({408, 425, 429})
 _UNSIGNED_WAIT_S: Final = 3600.0
 """Longest wait that anybody can ask for who is not known to be the server."""
 _PROBLEM: Final = "application/problem+json"
+_KEY: Final = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -67,49 +69,62 @@ class ServerKeys(Protocol):
 
 
 class KnownServer:
-    """The server by its key: given, or that of the first signed reply. Kept in memory; see ``DeviceStore``."""
+    """Whose replies count: those of the keys that were given, or of the key of the first signed reply."""
 
-    def __init__(self, key: str | None = None) -> None:
+    def __init__(self, given: str | Sequence[str] | None = None, kept: ServerKeys | None = None) -> None:
         """Know a server.
 
         Args:
-            key: Its Ed25519 public key, hex; None to take the first that comes.
+            given: Its Ed25519 public key, hex; several while it changes its key. None to take the first that comes.
+            kept: Where that one is kept; by default in memory.
 
         Raises:
             ConfigurationError: Not 64 hex digits.
         """
-        if key is not None and (len(key) != 64 or not set(key) <= set("0123456789abcdef")):
+        self._given = None if given is None else frozenset([given] if isinstance(given, str) else given)
+        if self._given is not None and not (self._given and all(map(_KEY.fullmatch, self._given))):
             raise ConfigurationError("a server's key is 64 lower-case hex digits: what the server says when it starts")
-        self._key = key
+        self._kept = kept
+        self._first: str | None = None
 
-    def server_key(self) -> str | None:
-        """The key."""
-        return self._key
+    def knows(self, key: str) -> bool:
+        """Whether this is a key of the server's."""
+        return key == self._pinned() if self._given is None else key in self._given
 
-    def pin_server_key(self, key: str) -> None:
-        """Keep the key."""
-        self._key = key
+    def recognise(self, key: str) -> None:
+        """Take a key that has signed a reply; the first one is kept, unless keys were given.
+
+        Raises:
+            ServerKeyChanged: It is another one.
+            StateDirUnusable: It could not be kept, or the one that was cannot be read.
+        """
+        if self._given is None and self._pinned() is None:
+            if self._kept is None:
+                self._first = key
+            else:
+                self._kept.pin_server_key(key)
+        if not self.knows(key):
+            known = self._pinned() if self._given is None else ", ".join(sorted(self._given))
+            raise ServerKeyChanged(f"the reply is signed by {key}, but the server that this device knows has {known}")
+
+    def _pinned(self) -> str | None:
+        return self._first if self._kept is None else self._kept.server_key()
 
 
-def check_origin(reply: Reply, request_signature: str, keys: ServerKeys) -> None:
-    """Make sure that a reply is the server's and answers this request. The first one decides whose key it is.
+def check_origin(reply: Reply, request_signature: str, server: KnownServer) -> None:
+    """Make sure that a reply is the server's and answers this request.
 
     Raises:
         UntrustedReply: Not signed, or not for this request.
         ServerKeyChanged: Signed for this request, but by another key than the one that is known.
+        StateDirUnusable: As ``KnownServer.recognise``.
         TransportUnavailable, ProtocolError: Not signed, and it says "not now".
     """
     try:
         signer = reply_signer(reply.headers, request_signature, reply.status, reply.body)
     except AuthenticationFailed as e:
         raise _unsigned(reply, str(e)) from e
-    known = keys.server_key()
-    if known is None:
-        keys.pin_server_key(signer)
-    elif signer != known:
-        raise ServerKeyChanged(
-            f"{reply.path}: the reply is signed by {signer}, but the server that this device knows has the key {known}"
-        )
+    server.recognise(signer)
 
 
 def _unsigned(reply: Reply, reason: str) -> PocketfedError:

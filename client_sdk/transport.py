@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -31,9 +31,12 @@ from client_sdk.protocol.messages import (
     Finished,
     Message,
     ReportReply,
+    UploadReply,
+    UploadRequest,
     Wait,
 )
 from client_sdk.replies import KnownServer, Reply, ServerKeys, check_origin, refusal
+from client_sdk.uploads import CHUNK_BYTES, upload_in_chunks
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _READ_TIMEOUT_S: Final = 60.0
@@ -60,7 +63,7 @@ class Transport(Protocol):
 
     Every method raises ``ProtocolError`` (the server's own refusal), ``TransportUnavailable`` (nobody answers) or
     ``InvalidReply`` (what answers does not speak the protocol). A transport that checks signatures raises
-    ``UntrustedReply`` where what answers is not known to be the server, and ``ServerKeyChanged`` where it is another one.
+    ``UntrustedReply`` where what answers is not known to be the server, and ``ServerKeyChanged`` where it is another.
     """
 
     @property
@@ -146,7 +149,7 @@ class HttpTransport:
         identity: DeviceIdentity,
         *,
         client: httpx.Client | None = None,
-        server_key: str | None = None,
+        server_key: str | Sequence[str] | None = None,
         server_keys: ServerKeys | None = None,
     ) -> None:
         """Prepare to talk to a server; nothing is sent yet.
@@ -155,7 +158,8 @@ class HttpTransport:
             base_url: ``http(s)://host[:port][/prefix]``.
             identity: Signs the requests.
             client: A client shared with other devices (``open_client``); by default one of its own.
-            server_key: The server's Ed25519 public key, hex, where the app knows it: no other is believed.
+            server_key: The server's Ed25519 public key, hex, where the app knows it: no other is believed. Several
+                while the server changes its key.
             server_keys: Without ``server_key``: where the key of the first reply is kept for all time, a
                 ``DeviceStore``. With neither it is kept as long as this object.
 
@@ -166,7 +170,7 @@ class HttpTransport:
         self._origin = url.copy_with(path="/")
         self._prefix = url.path.rstrip("/")
         self._identity = identity
-        self._server = KnownServer(server_key) if server_key is not None or server_keys is None else server_keys
+        self._server = KnownServer(server_key, server_keys)
         self._owned = client is None
         self._client = client or open_client(base_url)
         self._extensions = {"timeout": self._client.timeout.as_dict()}
@@ -178,7 +182,7 @@ class HttpTransport:
         reply = self._post(EnrolReply, "/v1/devices", request)
         if reply.device_id != self._identity.device_id:
             raise InvalidReply("the server enrolled another device id than the one that follows from the key")
-        if reply.server_key != self._server.server_key():
+        if not self._server.knows(reply.server_key):
             raise InvalidReply("the server names another key than the one that signed its reply")
         return reply
 
@@ -201,9 +205,24 @@ class HttpTransport:
             raise BlobHashMismatch(f"the server sent other bytes than those of blob {sha256}")
 
     def upload(self, report_id: str, frame: Buffer) -> ReportReply:
-        """Send a sealed report."""
+        """Send a sealed report: in one request, or a large one in chunks, going on where a cut upload stands."""
+        if len(memoryview(frame).cast("B")) > CHUNK_BYTES:
+            return upload_in_chunks(self, report_id, frame)
         path = f"/v1/reports/{report_id}"
         return self._parse(ReportReply, path, self._exchange("PUT", path, frame, _FRAME))
+
+    def announce(self, report_id: str, request: UploadRequest) -> UploadReply:
+        """Say what will come in chunks, and ask how much of it is there."""
+        return self._post(UploadReply, f"/v1/reports/{report_id}/upload", request)
+
+    def send_chunk(self, report_id: str, offset: int, chunk: memoryview) -> UploadReply:
+        """Send a report's bytes from ``offset`` on."""
+        path = f"/v1/reports/{report_id}/upload/{offset}"
+        return self._parse(UploadReply, path, self._exchange("PUT", path, chunk, _FRAME))
+
+    def complete(self, report_id: str, request: UploadRequest) -> ReportReply:
+        """Have a report accepted that was sent in chunks."""
+        return self._post(ReportReply, f"/v1/reports/{report_id}/complete", request)
 
     def abandon(self, assignment_id: str, request: AbandonRequest) -> None:
         """Give an assignment back."""

@@ -281,6 +281,21 @@ class ReportReply(Message):
     assignment_id: Id128
 
 
+class UploadRequest(Message):
+    """A device announces a report that it sends in chunks, asks where that stands, or says that it is complete."""
+
+    assignment_id: Id128
+    num_bytes: int = Field(ge=1, le=10**12)
+    sha256: Sha256
+
+
+class UploadReply(Message):
+    """So many bytes of the report are on the server's disk: the next chunk begins there."""
+
+    offset: int = Field(ge=0)
+    max_chunk_bytes: int = Field(ge=1)
+
+
 class ReportFacts(Message):
     """What a report repeats of its assignment, carried as the frame's metadata (all values as strings)."""
 
@@ -319,3 +334,4 @@ class Problem(Message):
     status: int
     detail: str = ""
     retry: RetryWindow | None = None
+    offset: int | None = Field(None, ge=0, description="with upload-offset: where the next chunk has to begin")

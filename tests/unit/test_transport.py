@@ -34,7 +34,7 @@ from client_sdk.protocol.messages import (
     ReportReply,
 )
 from client_sdk.protocol.signing import device_id_of, signing_device, verify_request
-from client_sdk.replies import KnownServer
+from client_sdk.store import MemoryDeviceStore
 from client_sdk.transport import HttpTransport, open_client
 from server_ref.server_identity import ServerIdentity
 from tests.devices import make_assignment, sha
@@ -200,7 +200,7 @@ REFUSALS = [StaleReport("over"), UnknownDevice("never heard of"), Authentication
 
 def test_the_first_signed_reply_decides_whose_server_it_is(server: Server):
     server.answer = lambda _: Answer(body=FINISHED)
-    keys = KnownServer()
+    keys = MemoryDeviceStore()
     with HttpTransport(server.url, IDENTITY, server_keys=keys) as transport:
         assert check_in(transport) == Finished(model_version=1)
         assert keys.server_key() == server.identity.public_key
@@ -216,7 +216,10 @@ def test_a_key_that_the_app_brings_is_the_only_one(server: Server):
         assert check_in(transport) == Finished(model_version=1)
     with HttpTransport(server.url, IDENTITY, server_key="0" * 64) as transport, pytest.raises(ServerKeyChanged):
         check_in(transport)
-    for wrong in ("", "0" * 63, "F" * 64, "key"):
+    both = ["0" * 64, server.identity.public_key]
+    with HttpTransport(server.url, IDENTITY, server_key=both) as transport:
+        assert check_in(transport) == Finished(model_version=1), "while the server changes its key"
+    for wrong in ("", "0" * 63, "F" * 64, "key", [], ["0" * 64, "x"]):
         with pytest.raises(ConfigurationError, match="64 lower-case hex digits"):
             HttpTransport(server.url, IDENTITY, server_key=wrong)
 
