@@ -25,7 +25,9 @@ interpreter, libraries, network, the runtime's code. The benchmark fails where i
 
 _PROGRAM_COPIES = 3  # as downloaded, as read to be hashed, and the runtime's own
 _FLOAT = 4
-_CODEC_BYTES = 32  # working memory of a codec per coordinate: magnitudes, order, the decoded update
+# A codec's working memory: magnitudes, order and the decoded update, by coordinate; and the blocks that it works in.
+_CODEC_BYTES = 24
+_CODEC_BLOCK_BYTES = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,15 @@ def _report_bytes(size: int, compression: str | None, secure: SecurePlan | None)
     if secure is not None:
         shared = shared_size(compression, size)
         layout = SecureLayout.of(secure, shared)
-        # The codes; the secret, the polynomials' coefficients and their expansion; plain, sealed and framed shares.
-        elements = (1 + secure.threshold) * layout.length + secure.num_aggregators * layout.share_length
-        codec = _CODEC_BYTES * size if compression else 0
-        return 8 * shared + layout.scheme.field.element_bytes * elements + 3 * layout.max_frame_bytes + codec
+        codec = _codec_bytes(size) if compression else 0
+        # The codes, the field's elements that they become, and the shares: plain, sealed, and in the frame.
+        return (8 + layout.scheme.field.element_bytes) * layout.length + 3 * layout.max_frame_bytes + codec
     spec = CompressionSpec.parse(compression or "none")
     if spec.is_none:
         return _FLOAT * size
     residuals = 2 * 2 * _FLOAT * size if spec.error_feedback else 0  # old and new, each in memory and encoded
-    return 2 * Codec(spec, size).max_bytes + _CODEC_BYTES * size + residuals
+    return 2 * Codec(spec, size).max_bytes + _codec_bytes(size) + residuals
+
+
+def _codec_bytes(size: int) -> int:
+    return _CODEC_BYTES * size + _CODEC_BLOCK_BYTES
