@@ -98,7 +98,7 @@ OFFLINE: Files = {"proc/net/route": ROUTE_HEAD + default_route("eth0", flags="02
 GARBAGE: Files = {
     "sys/class/power_supply/a/type": b"Battery\xff\n",
     "sys/class/power_supply/b/type": "Battery\n",
-    "sys/class/power_supply/b/capacity": "9" * 100_000,
+    "sys/class/power_supply/b/capacity": "9" * 70_000,
     "sys/class/power_supply/b/status": b"\x00\x01",
     "sys/class/power_supply/b/temp": "-2730\n",
     "sys/class/power_supply/c/type": "Battery",
@@ -190,6 +190,67 @@ def test_the_files_are_read_as_what_they_say(name: str, tmp_path: Path):
     found = machine(tmp_path, files).read()
     assert found.battery_level == pytest.approx(expected.battery_level)
     assert found == Conditions(**(vars(expected) | {"battery_level": found.battery_level}))
+
+
+@pytest.mark.parametrize(
+    ("interface", "uevent", "network"),
+    [
+        ("wlan0", "DEVTYPE=wlan", Network.UNMETERED),
+        ("enx0a1b2c", "DEVTYPE=wwan", Network.METERED),  # a modem on USB that calls itself Ethernet
+        ("rmnet0", "", Network.METERED),
+        ("ccmni1", "", Network.METERED),
+        ("gone0", None, Network.UNKNOWN),
+        ("..", None, Network.UNKNOWN),
+    ],
+)
+def test_what_a_route_costs(interface: str, uevent: str | None, network: Network, tmp_path: Path):
+    files = {"proc/net/route": ROUTE_HEAD + default_route(interface), "sys/class/net/lo/uevent": ""}
+    files |= {} if uevent is None else {f"sys/class/net/{interface}/uevent": uevent}
+    assert machine(tmp_path, files).read().network is network
+
+
+@pytest.mark.parametrize(
+    ("degrees", "status"),
+    [
+        (59.9, ThermalStatus.NONE),
+        (60, ThermalStatus.MODERATE),
+        (80, ThermalStatus.SEVERE),
+        (100, ThermalStatus.CRITICAL),
+    ],
+)
+def test_the_worst_trip_point_that_is_reached_counts(degrees: float, status: ThermalStatus, tmp_path: Path):
+    zone = "sys/class/thermal/thermal_zone0"
+    files = {f"{zone}/temp": str(int(degrees * 1000))}
+    for n, (kind, at) in enumerate([("critical", 100), ("passive", 60), ("hot", 80), ("active", 40)]):
+        files |= {f"{zone}/trip_point_{n}_type": kind, f"{zone}/trip_point_{n}_temp": str(at * 1000)}
+    assert machine(tmp_path, files).read().thermal is status
+
+
+def test_the_worst_zone_counts(tmp_path: Path):
+    files = {}
+    for n, degrees in enumerate([50, 70, 50]):
+        zone = f"sys/class/thermal/thermal_zone{n}"
+        files |= {f"{zone}/temp": f"{degrees}000", f"{zone}/trip_point_0_type": "passive"}
+        files |= {f"{zone}/trip_point_0_temp": "60000"}
+    assert machine(tmp_path, files).read().thermal is ThermalStatus.MODERATE
+
+
+def test_what_powers_a_gadget_does_not_charge_the_machine(tmp_path: Path):
+    files = {
+        "sys/class/power_supply/BAT0/type": "Battery",
+        "sys/class/power_supply/BAT0/status": "Not charging",
+        "sys/class/power_supply/pen/type": "USB",
+        "sys/class/power_supply/pen/scope": "Device",
+        "sys/class/power_supply/pen/online": "1",
+    }
+    assert machine(tmp_path, files).read().charging is None
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_a_number_too_large_for_any_sensor_is_unknown(digits: int, tmp_path: Path):
+    battery = "sys/class/power_supply/b"
+    files = {f"{battery}/type": "Battery", f"{battery}/temp": "9" * digits, f"{battery}/capacity": "9" * digits}
+    assert machine(tmp_path, files).read() == Conditions()
 
 
 def test_changes_are_seen(tmp_path: Path):

@@ -99,8 +99,9 @@ def test_a_reason_that_passes_within_its_grace_is_forgiven():
     machine = Machine(check_every_calls=4, grace_calls=2)
     for _ in range(5):
         machine.conditions = IN_USE
-        while not machine.governor.before_call(at_step_boundary=False).reason:
+        while not (granted := machine.governor.before_call(at_step_boundary=False)).reason:
             machine.call()
+        assert granted.allowed, "each reason has its whole grace"
         machine.conditions = FINE
         assert machine.governor.before_call(at_step_boundary=False) == ALLOWED
 

@@ -136,6 +136,10 @@ def test_what_keeps_training_from_starting_but_does_not_end_it(changes: dict, re
     assert may_continue(**changes) == ALLOWED
 
 
+def test_a_phone_at_the_edge_of_warm_may_start():
+    assert may_start(temperature_c=38.0, thermal=ThermalStatus.LIGHT) == ALLOWED
+
+
 def test_nothing_known_is_a_machine_on_mains():
     nothing = Conditions()
     assert POLICY.continue_verdict(nothing, NOON) == ALLOWED
