@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from client_sdk.footprint import MemoryEstimate, mib
+from client_sdk.footprint import MIB, MemoryEstimate, mib
 from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded
 
 _STATUS: Final = Path("/proc/self/status")
+_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
+
+
+def device_memory_mib(cgroup_limit: Path = _CGROUP_LIMIT) -> int:
+    """Memory of this machine in MiB, or of the container that the process runs in where that has less.
+
+    All of it, not what happens to be free: that changes by the second, and a device is to plan alike each time.
+    """
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = cgroup_limit.read_text("ascii").strip()
+    except (OSError, ValueError):
+        limit = "max"
+    allowed = int(limit) if limit.isdecimal() and 0 < len(limit) < 20 else physical
+    return max(1, min(physical, allowed) // MIB)
 
 
 def peak_resident_bytes(status: Path = _STATUS) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_sdk.footprint import BASELINE_BYTES, MIB, MemoryEstimate, MemoryItem, estimate_memory
-from client_sdk.memory_budget import MemoryBudget, peak_resident_bytes, resident_bytes
+from client_sdk.memory_budget import MemoryBudget, device_memory_mib, peak_resident_bytes, resident_bytes
 from client_sdk.planner import MEMORY_FRACTION, LocalWork, optimal_batch_size, plan_work
 from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded, UnknownMethod
 from client_sdk.protocol.messages import SecurePlan
@@ -271,3 +271,14 @@ def test_a_status_file_is_read_in_kib(tmp_path: Path):
     status = tmp_path / "status"
     status.write_text("Name:\tx\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\n")
     assert (peak_resident_bytes(status), resident_bytes(status)) == (2 * MIB, MIB)
+
+
+@pytest.mark.parametrize(
+    ("text", "mib"), [("67108864\n", 64), ("1\n", 1), ("max\n", None), ("", None), ("9" * 30, None)]
+)
+def test_a_container_s_limit_is_the_device_s_memory(text: str, mib: int | None, tmp_path: Path):
+    limit = tmp_path / "memory.max"
+    limit.write_text(text)
+    whole = device_memory_mib(tmp_path / "missing")
+    assert whole > 64
+    assert device_memory_mib(limit) == (mib or whole)
