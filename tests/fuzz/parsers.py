@@ -61,7 +61,8 @@ def _frame(data: bytes) -> None:
 def _message(model: type[messages.Message]) -> Callable[[bytes], None]:
     def parse(data: bytes) -> None:
         message = model.model_validate_json(data)
-        assert model.model_validate_json(message.model_dump_json()) == message
+        if model is not messages.Problem:  # which keeps, and nobody reads, fields that it does not know
+            assert model.model_validate_json(message.model_dump_json()) == message
 
     return parse
 
@@ -109,7 +110,8 @@ def _compression() -> list[Parser]:
 
     def decoder(line: str, size: int, seed: int) -> Callable[[bytes], object]:
         codec = Codec(CompressionSpec.parse(line), size)
-        return lambda data: codec.decode(data, seed)
+        # The size is the receiver's own; where it is huge, the dense result would be all that is measured.
+        return lambda data: codec.decode(data, seed) if size < 2**20 else codec.decode_sparse(data, seed)
 
     payloads = [
         Parser(f"payload:{line}/{size}/{seed}", tuple(corpus), decoder(line, size, seed))
@@ -180,10 +182,10 @@ def _signatures() -> list[Parser]:
 
     def reply(data: bytes) -> None:
         vector, headers = texts(data)
-        status = vector.get("status")
-        if type(status) is not int:
-            raise NotACase
-        reply_signer(headers, str(vector.get("request_signature")), status, bytes.fromhex(vector["body"]))
+        status, asked = vector.get("status"), vector.get("request_signature")
+        if type(status) is not int or not isinstance(asked, str) or not asked.isascii():
+            raise NotACase  # both are the device's own
+        reply_signer(headers, asked, status, bytes.fromhex(vector["body"]))
 
     refusals = (ProtocolError, NotACase)
     return [Parser("request", tuple(requests), request, refusals), Parser("reply", tuple(replies), reply, refusals)]
