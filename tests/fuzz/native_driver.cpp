@@ -136,6 +136,23 @@ void run_everything(pf_program* program, const std::vector<Method>& methods) {
   }
 }
 
+// Any bits as inputs: computed with, or refused (a label that is no class), and forgotten.
+void run_garbage(pf_program* program, const std::vector<Method>& methods) {
+  std::mt19937_64 random(2);
+  for (int turn = 0; turn < 50; ++turn) {
+    for (const auto& method : methods) {
+      Call call(method);
+      for (auto& tensor : call.method.inputs) {
+        if (tensor.dtype != PF_INT64 || turn % 2 == 0) {
+          std::generate(tensor.storage.begin(), tensor.storage.end(), std::ref(random));
+        }
+      }
+      const int32_t status = call.run(program);
+      CHECK(status == PF_OK || status == PF_EXECUTION_FAILED);
+    }
+  }
+}
+
 // Each spoils one descriptor, or the call, in one way.
 void spoil_calls(pf_program* program, const Method& method) {
   std::array<int64_t, 17> sizes{};
@@ -248,6 +265,7 @@ int abi(const Bytes& program, const std::vector<Method>& methods) {
     for (const auto& method : methods) {
       spoil_calls(handle, method);
     }
+    run_garbage(handle, methods);
     run_everything(handle, methods);
     pf_close(handle);
   }
