@@ -20,6 +20,8 @@ TORCH_INSTALL_ARGS ?=
 PYTEST_WORKERS ?= 2
 # More arguments for pytest, e.g. PYTEST_ARGS='-k frames'.
 PYTEST_ARGS ?=
+# More arguments for the fuzzer of the parsers.
+FUZZ_ARGS ?=
 # Where `make demo` writes.
 DEMO_OUT ?= runs/demo
 # Where `make robustness` keeps its study.
@@ -37,7 +39,7 @@ STAMPS := $(VENV)/stamps
 # -qq hides pip's chatter and keeps its errors.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH_PIN := $(shell grep -owm1 'torch==[0-9.]*' pyproject.toml)
-NATIVE_SOURCES := $(sort $(wildcard client_sdk/native/*.py client_sdk/native/*.cpp client_sdk/native/*.h))
+NATIVE_SOURCES := $(sort $(wildcard client_sdk/native/*.py client_sdk/native/*.cpp client_sdk/native/*.h client_sdk/native/*.map))
 
 hash = $(shell { $(1); } 2>/dev/null | sha256sum | cut -c1-16)
 VENV_KEY := $(call hash,$(PYTHON) -VV; pwd)
@@ -55,7 +57,7 @@ NATIVE_STAMP := $(STAMPS)/native-$(NATIVE_KEY)
 # Replace the older stamps of one kind by the new one.
 stamp = rm -f $(STAMPS)/$(1)-* && touch $@
 
-.PHONY: help setup demo test test-slow check format bench bench-large bench-leak robustness private frontier audit docs clean distclean
+.PHONY: help setup demo test test-slow check format bench bench-large bench-leak sanitize fuzz robustness private frontier audit docs clean distclean
 
 help: ## list the targets
 	@echo 'pocketfed: make TARGET'
@@ -124,6 +126,13 @@ check: setup ## lint, formatting, types, import contracts, links in the docs
 	@$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q tests/unit/test_docs.py
+
+sanitize: setup ## build the native code with ASan, UBSan and TSan, and run it against wrong calls and damaged programs
+	@$(BIN)/python tests/fuzz/sanitize.py
+
+fuzz: setup ## feed damaged bytes to every parser (some minutes; FUZZ_ARGS='--cases 100000')
+	@$(BIN)/python -m tests.fuzz.fuzz $(FUZZ_ARGS)
+	@$(BIN)/python tests/fuzz/sanitize.py --only address --programs 5000
 
 format: setup ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix-only .

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from client_sdk.client import MobileClient
+    from client_sdk.power import PowerMonitor
     from client_sdk.protocol.profile import DeviceProfile
     from client_sdk.protocol.program import Program
     from client_sdk.protocol.updates import WorkerGradient
     from client_sdk.runtime import load_program
     from client_sdk.training import LocalTrainer
 
-__all__ = ["DeviceProfile", "LocalTrainer", "MobileClient", "Program", "WorkerGradient", "load_program"]
+__all__ = ["DeviceProfile", "LocalTrainer", "MobileClient", "PowerMonitor", "Program", "WorkerGradient", "load_program"]
 
 _HOMES = {
     "DeviceProfile": "client_sdk.protocol.profile",
     "LocalTrainer": "client_sdk.training",
     "MobileClient": "client_sdk.client",
+    "PowerMonitor": "client_sdk.power",
     "Program": "client_sdk.protocol.program",
     "WorkerGradient": "client_sdk.protocol.updates",
     "load_program": "client_sdk.runtime",

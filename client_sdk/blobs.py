@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
 
 from client_sdk.atomic import write_atomically
+from client_sdk.files import OS_FILES, FileLayer
 
 _log = logging.getLogger(__name__)
 
@@ -21,8 +21,9 @@ Buffer = bytes | bytearray | memoryview
 class BlobFiles:
     """A cache: what is missing or damaged is downloaded again, what cannot be written is not kept."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, files: FileLayer = OS_FILES) -> None:
         self._folder = folder
+        self._files = files
         self._max_bytes = max_bytes
 
     def get(self, sha256: str) -> bytes | None:
@@ -32,32 +33,34 @@ class BlobFiles:
             OSError: The folder cannot be read.
         """
         path = self._folder / sha256
-        if not path.exists():
+        if self._files.status(path) is None:
             return None
-        data = path.read_bytes()
+        data = self._files.read(path)
         if hashlib.sha256(data).hexdigest() == sha256:
-            os.utime(path)
+            self._files.touch(path)
             return data
         _log.warning("cached blob %s is damaged; it will be downloaded again", sha256)
-        path.unlink(missing_ok=True)
+        self._files.unlink(path)
         return None
 
     def put(self, sha256: str, data: Buffer) -> None:
         """Keep a blob, at the expense of those unused for longest."""
         try:
-            write_atomically(self._folder / sha256, data)
+            write_atomically(self._folder / sha256, data, files=self._files)
             self._evict(keep=sha256)
         except OSError as e:
             _log.warning("blob %s is not cached: %s", sha256, e)
 
     def _evict(self, keep: str) -> None:
-        files = [(path, path.stat()) for path in self._folder.iterdir() if path.name != keep]
-        total = (self._folder / keep).stat().st_size + sum(status.st_size for _, status in files)
-        for path, status in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
+        paths = [self._folder / name for name in self._files.names(self._folder)]
+        found = [(path, status) for path in paths if (status := self._files.status(path)) is not None]
+        total = sum(status.size for _, status in found)
+        for path, status in sorted(found, key=lambda entry: entry[1].modified_ns):
             if total <= self._max_bytes:
                 break
-            path.unlink(missing_ok=True)
-            total -= status.st_size
+            if path.name != keep:
+                self._files.unlink(path)
+                total -= status.size
 
 
 class BlobPool:

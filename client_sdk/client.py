@@ -15,7 +15,7 @@ from client_sdk.data import as_examples
 from client_sdk.errors import IllegalTransition, Interrupted
 from client_sdk.executor import ActionExecutor
 from client_sdk.local_training import LocalTraining, Weights
-from client_sdk.planner import DEFAULT_MEMORY_FRACTION
+from client_sdk.planner import MEMORY_FRACTION
 from client_sdk.power import PowerMonitor
 from client_sdk.privacy import LocalPrivacy
 from client_sdk.programs import EmbeddedProgram, ProgramProvider
@@ -91,7 +91,7 @@ class MobileClient:
         conditions: Callable[[], str | None] = lambda: None,
         power_monitor: PowerMonitor | None = None,
         checkpoint_manager: CheckpointManager | None = None,
-        memory_fraction: float = DEFAULT_MEMORY_FRACTION,
+        memory_fraction: float = MEMORY_FRACTION,
         memory_limit_bytes: int | None = None,
         on_event: OnEvent = lambda _: None,
         max_blob_bytes: int = MAX_BLOB_BYTES,

@@ -9,12 +9,15 @@ import numpy as np
 from client_sdk.checkpoint import Checkpoint, CheckpointBinding
 from client_sdk.data import Examples
 from client_sdk.memory import CONTROL, NOISED_RESIDUAL, RESIDUAL, DeviceMemory
+from client_sdk.native.sharing import UpdateKernels
 from client_sdk.planner import LocalWork
 from client_sdk.privacy import LocalPrivacy
+from client_sdk.program_sharing import choose_kernels
 from client_sdk.programs import ReadBlob, check_program, control_vector, model_weights
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment
 from client_sdk.protocol.program import Float32Array, Manifest, Program
+from client_sdk.protocol.secure import SecureLayout, shared_size
 from client_sdk.reports import Report, build_report, check_reportable
 from client_sdk.training import Controls, LocalTrainer, TrainingState
 from client_sdk.training_loop import TrainingLoop
@@ -95,6 +98,7 @@ def fulfil(
         train_loss=result.last_epoch_loss,
         residual=None if former is None else former.vector(left_out, len(update)),
         local_privacy=local_privacy,
+        kernels=_kernels(assignment, program, len(update)),
     )
     vectors: dict[str, Float32Array] = {}
     if report.residual is not None:
@@ -117,6 +121,14 @@ def _binding(assignment: Assignment, work: LocalWork, data_sha256: str) -> Check
         slice_size=work.slice_size,
         data_sha256=data_sha256,
     )
+
+
+def _kernels(assignment: Assignment, program: Program, size: int) -> UpdateKernels | None:
+    """What splits the update of a secure assignment."""
+    if assignment.secure is None:
+        return None
+    layout = SecureLayout.of(assignment.secure, shared_size(assignment.compression, size))
+    return choose_kernels(program, layout.scheme, layout.size)
 
 
 def _controls(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -40,8 +41,9 @@ class DeviceIdentity:
         return self._key.private_bytes_raw()
 
     def sign(self, method: str, path: str, body: bytes | bytearray | memoryview) -> dict[str, str]:
-        """Headers that authenticate one request; see ``client_sdk.protocol.signing``."""
-        return sign_request(self._key, self.device_id, method, path, memoryview(body))
+        """Headers that authenticate one request, never the same twice; see ``client_sdk.protocol.signing``."""
+        nonce = secrets.token_hex(16)
+        return sign_request(self._key, self.device_id, method, path, memoryview(body), nonce=nonce)
 
     def report_id(self, assignment_id: str) -> str:
         """The one report id of an assignment: 128 bits, hex.

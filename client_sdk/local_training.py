@@ -15,12 +15,12 @@ from client_sdk.checkpoint import Checkpoint, CheckpointBinding, CheckpointManag
 from client_sdk.data import Examples, fingerprint
 from client_sdk.errors import Interrupted, TrainingPaused
 from client_sdk.memory_budget import MemoryBudget
-from client_sdk.planner import DEFAULT_MEMORY_FRACTION, LocalWork, plan_work
+from client_sdk.planner import MEMORY_FRACTION, LocalWork, plan_work
 from client_sdk.power import PowerMonitor
 from client_sdk.protocol.errors import ProgramInputError
 from client_sdk.protocol.profile import DeviceProfile
 from client_sdk.protocol.program import Float32Array, Manifest, Program
-from client_sdk.protocol.training import MAX_TIER_EPOCHS, TrainingPlan, normaliser
+from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.protocol.updates import LOCAL_STEPS, UpdateKind, WorkerGradient
 from client_sdk.throttle import Governor
 from client_sdk.training import LocalTrainer
@@ -53,7 +53,7 @@ class LocalTraining:
     profile: DeviceProfile
     power: PowerMonitor | None = None
     checkpoints: CheckpointManager | None = None
-    memory_fraction: float = DEFAULT_MEMORY_FRACTION
+    memory_fraction: float = MEMORY_FRACTION
     memory_limit_bytes: int | None = None
     on_event: OnEvent = lambda _: None
     clock: Callable[[], float] = time.time
@@ -77,7 +77,7 @@ class LocalTraining:
             plan,
             num_samples=num_samples,
             memory_fraction=self.memory_fraction,
-            limit_bytes=self.memory_limit_bytes,
+            budget_bytes=self.memory_limit_bytes,
         )
 
     def train(
@@ -113,7 +113,6 @@ class LocalTraining:
             monotonic=self.monotonic,
         )
         trainer = LocalTrainer(self.program)
-        trainer.check(start, *examples)
         binding = self._binding(start, examples, model_version, work, shuffle_seed)
         former = None if binding is None else loop.former(binding)
         run = trainer.begin(

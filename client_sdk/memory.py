@@ -18,7 +18,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from client_sdk.atomic import replace_durably, set_aside, sync_folder, write_atomically
+from client_sdk.atomic import is_leftover, replace_durably, set_aside, write_atomically
+from client_sdk.files import OS_FILES, FileLayer
 from client_sdk.protocol.errors import ProtocolError
 from client_sdk.protocol.frames import decode_frame, encode_frame
 
@@ -87,8 +88,9 @@ class MemoryFiles:
     Only one task's memory is kept: settling a report of another task replaces it. All methods raise ``OSError``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: FileLayer = OS_FILES) -> None:
         self._folder = folder
+        self._files = files
         self._current = folder / _CURRENT
 
     def current(self, task_id: str) -> DeviceMemory | None:
@@ -101,7 +103,7 @@ class MemoryFiles:
 
     def stage(self, memory: DeviceMemory) -> None:
         """Make a memory durable under its report's id; it does not count yet."""
-        write_atomically(self._staged(memory.report_id), memory.to_bytes())
+        write_atomically(self._staged(memory.report_id), memory.to_bytes(), files=self._files)
 
     def is_staged(self, report_id: str) -> bool:
         """Whether the memory of a report is there and whole; a damaged one is set aside."""
@@ -113,27 +115,29 @@ class MemoryFiles:
         staged = self._staged(report_id)
         if accepted:
             try:
-                replace_durably(staged, self._current)
+                replace_durably(staged, self._current, files=self._files)
             except FileNotFoundError:
                 self._settled_before_or_lost(report_id)
-        # At most one assignment is held, so whatever else is staged was orphaned by a damaged session.
-        for path in (staged, *self._folder.glob(f"*{_STAGED}")):
-            path.unlink(missing_ok=True)
-        sync_folder(self._folder)
+        # At most one assignment is held, so whatever else is staged was orphaned by a damaged session, or by a kill.
+        for name in self._files.names(self._folder):
+            if name.endswith(_STAGED) or is_leftover(name):
+                self._files.unlink(self._folder / name)
+        self._files.sync_folder(self._folder)
 
     def _settled_before_or_lost(self, report_id: str) -> None:
         memory = self._read(self._current)
         if memory is not None and memory.report_id != report_id:
             # What it holds back was sent with the accepted report: it must not be sent a second time.
-            set_aside(self._current, f"it was overtaken by report {report_id}, whose own memory is lost")
+            reason = f"it was overtaken by report {report_id}, whose own memory is lost"
+            set_aside(self._current, reason, files=self._files)
 
     def _read(self, path: Path) -> DeviceMemory | None:
-        if not path.exists():
+        if self._files.status(path) is None:
             return None
         try:
-            return DeviceMemory.from_bytes(path.read_bytes())
+            return DeviceMemory.from_bytes(self._files.read(path))
         except ValueError as e:
-            set_aside(path, f"{e}; the device goes on without it")
+            set_aside(path, f"{e}; the device goes on without it", files=self._files)
             return None
 
     def _staged(self, report_id: str) -> Path:

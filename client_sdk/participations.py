@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from client_sdk.atomic import write_atomically
 from client_sdk.errors import StateDirUnusable
+from client_sdk.files import OS_FILES, FileLayer
 from client_sdk.protocol.messages import Id128
 
 
@@ -55,8 +56,9 @@ class Participations(BaseModel):
 class ParticipationFile:
     """The counts in a file. All methods raise ``OSError``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: FileLayer = OS_FILES) -> None:
         self._path = path
+        self._files = files
 
     def load(self) -> Participations:
         """What is counted so far.
@@ -65,10 +67,10 @@ class ParticipationFile:
             StateDirUnusable: The file is damaged. It is left as it is: a device that does not know how often it took
                 part must not go on as if it never had.
         """
-        if not self._path.exists():
+        if self._files.status(self._path) is None:
             return Participations()
         try:
-            return Participations.model_validate_json(self._path.read_bytes())
+            return Participations.model_validate_json(self._files.read(self._path))
         except ValueError as e:
             raise StateDirUnusable(
                 f"{self._path} is damaged, so how often this device took part in private tasks is not known; "
@@ -77,4 +79,4 @@ class ParticipationFile:
 
     def save(self, participations: Participations) -> None:
         """Make the counts durable before this returns."""
-        write_atomically(self._path, participations.model_dump_json().encode())
+        write_atomically(self._path, participations.model_dump_json().encode(), files=self._files)

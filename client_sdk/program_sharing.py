@@ -1,8 +1,8 @@
 """Splitting an update with the program's own ``share`` method: what a host does that has no native kernels.
 
-Bit for bit it makes the shares of ``client_sdk.native.sharing.share_update``. It is the reference for hosts in other
-languages: draw and expand the seeds, compute the clip factor, run the method, and compare the integer norm that comes
-out with its bound.
+What splits an update is chosen by ``choose_kernels``: native kernels, else the program's method, else numpy. They make
+the same shares, bit for bit. What is here besides the method is the reference for hosts in other languages: draw and
+expand the seeds, compute the clip factor, run the method, and compare the integer norm that comes out with its bound.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from client_sdk.native.sharing import PlainKernels
+from client_sdk.native.sharing import NativeKernels, PlainKernels, UpdateKernels, load_kernels
 from client_sdk.protocol.clipping import plan_clip
 from client_sdk.protocol.errors import UnknownMethod
 from client_sdk.protocol.field import MERSENNE_61, FieldVector
@@ -19,6 +19,31 @@ from client_sdk.protocol.privacy import EncodedBounds
 from client_sdk.protocol.program import Float32Array, Program, Role, norm_squared
 from client_sdk.protocol.shamir import Scheme
 from client_sdk.protocol.sharing_kernels import extrapolate
+
+
+def choose_kernels(
+    program: Program, scheme: Scheme, size: int, *, available: UpdateKernels | None = None
+) -> UpdateKernels:
+    """What splits updates on this device. All choices make the same shares, bit for bit.
+
+    Args:
+        program: The assignment's.
+        scheme: How its plan splits.
+        size: Coordinates that are shared.
+        available: What the host has; by default ``load_kernels()``.
+
+    Returns:
+        Native kernels where there are any. Else the program's, if it has a ``share`` method for this scheme and size.
+        Else numpy's.
+    """
+    found = available or load_kernels()
+    if isinstance(found, NativeKernels):
+        return found
+    try:
+        own = ProgramKernels(program)
+    except UnknownMethod:
+        return found
+    return own if own.splits(scheme, size) else found
 
 
 class ProgramKernels(PlainKernels):
@@ -41,6 +66,10 @@ class ProgramKernels(PlainKernels):
         drawn = len(self._method.inputs) - 3
         return Scheme(drawn + 1, drawn + len(self._method.outputs) - 1)
 
+    def splits(self, scheme: Scheme, size: int) -> bool:
+        """Whether the method is for this scheme and so many coordinates."""
+        return scheme == self.scheme and size == self._program.manifest.num_parameters
+
     def split_update(
         self, update: Float32Array, bounds: EncodedBounds, tail: FieldVector, seeds: Sequence[bytes], scheme: Scheme
     ) -> list[FieldVector]:
@@ -50,7 +79,7 @@ class ProgramKernels(PlainKernels):
             UnknownMethod: The method splits for another scheme, or for a model of another size.
         """
         size = self._program.manifest.num_parameters
-        if scheme != self.scheme or update.size != size:
+        if not self.splits(scheme, update.size):
             raise UnknownMethod(
                 f"the program splits {size} parameters for {self.scheme}, not {update.size} for {scheme}"
             )

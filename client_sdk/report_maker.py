@@ -73,8 +73,9 @@ class ReportMaker:
             assignment.plan,
             num_samples=len(around.data[0]),
             memory_fraction=around.memory_fraction,
-            limit_bytes=around.memory_limit_bytes,
-            secure=assignment.secure is not None,
+            budget_bytes=around.memory_limit_bytes,
+            compression=assignment.compression,
+            secure=assignment.secure,
         )
 
     def _loop(self, stop: Stopper) -> TrainingLoop:

@@ -10,16 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
-from client_sdk.atomic import set_aside, sync_folder, write_atomically
+from client_sdk.atomic import is_leftover, set_aside, write_atomically
 from client_sdk.blobs import DEFAULT_CACHE_BYTES, BlobFiles, BlobPool, Buffer
 from client_sdk.checkpoint import CheckpointManager
 from client_sdk.errors import StateDirLocked, StateDirUnusable
+from client_sdk.files import OS_FILES, FileLayer
 from client_sdk.identity import DeviceIdentity
 from client_sdk.memory import DeviceMemory, MemoryFiles
 from client_sdk.participations import ParticipationFile, Participations
 from client_sdk.session_state import SessionState
 
 _SEEN_BLOBS = 16
+_REPORT = ".frame"
 
 
 class DeviceStore(Protocol):
@@ -130,6 +132,7 @@ class FileDeviceStore:
         *,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         checkpoint_key: bytes | None = None,
+        files: FileLayer = OS_FILES,
     ) -> None:
         """Open (or make) a state directory and lock it.
 
@@ -137,20 +140,22 @@ class FileDeviceStore:
             folder: The directory.
             cache_bytes: Size of the blob cache.
             checkpoint_key: 32 secret bytes with which checkpoints are encrypted; None leaves them as they are.
+            files: Where the state is written; the lock is always the operating system's.
 
         Raises:
             StateDirLocked: Another process uses it.
             StateDirUnusable: It cannot be created, read or written.
         """
         self.folder = Path(folder)
+        self._files = files
         self._reports = self.folder / "reports"
         self._session = self.folder / "session.json"
         memory, blobs = self.folder / "memory", self.folder / "blobs"
         checkpoints = self.folder / "checkpoints"
-        self._memory = MemoryFiles(memory)
-        self._participations = ParticipationFile(self.folder / "participations.json")
-        self._blobs = BlobFiles(blobs, cache_bytes)
-        self._checkpoints = CheckpointManager(checkpoints, key=checkpoint_key)
+        self._memory = MemoryFiles(memory, files)
+        self._participations = ParticipationFile(self.folder / "participations.json", files)
+        self._blobs = BlobFiles(blobs, cache_bytes, files)
+        self._checkpoints = CheckpointManager(checkpoints, key=checkpoint_key, files=files)
         with self._usable("open"):
             for each in (self.folder, self._reports, memory, blobs, checkpoints):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -175,41 +180,42 @@ class FileDeviceStore:
     def load_session(self) -> SessionState | None:
         """The last saved state; a damaged one is set aside, and the device starts over with its old key."""
         with self._usable("read the session in"):
-            if not self._session.exists():
+            if self._files.status(self._session) is None:
                 return None
             try:
-                state = SessionState.model_validate_json(self._session.read_bytes())
+                state = SessionState.model_validate_json(self._files.read(self._session))
                 if state.device_id == self._identity.device_id:
                     return state
                 reason = f"it belongs to device {state.device_id}"
             except ValueError as e:
                 reason = str(e).partition("\n")[0]
-            set_aside(self._session, reason)
+            set_aside(self._session, reason, files=self._files)
             return None
 
     def save_session(self, state: SessionState) -> None:
         """Make the state durable."""
         with self._usable("save the session in"):
-            write_atomically(self._session, state.model_dump_json().encode())
+            write_atomically(self._session, state.model_dump_json().encode(), files=self._files)
 
     def seal(self, report_id: str, frame: Buffer) -> None:
         """Make a report durable."""
         with self._usable("save the report in"):
-            write_atomically(self._report(report_id), frame)
+            write_atomically(self._report(report_id), frame, files=self._files)
 
     def sealed(self, report_id: str) -> bytes | None:
         """The bytes of a sealed report."""
         with self._usable("read the report in"):
             path = self._report(report_id)
-            return path.read_bytes() if path.exists() else None
+            return None if self._files.status(path) is None else self._files.read(path)
 
-    def discard(self, report_id: str) -> None:
+    def discard(self, report_id: str) -> None:  # noqa: ARG002 - all go, see below
         """Forget a report."""
         with self._usable("remove the report from"):
-            # At most one assignment is held, so whatever else lies here was orphaned by a damaged session.
-            for path in (self._report(report_id), *self._reports.glob("*.frame")):
-                path.unlink(missing_ok=True)
-            sync_folder(self._reports)
+            # At most one assignment is held: whatever else lies here was orphaned by a damaged session, or by a kill.
+            for name in self._files.names(self._reports):
+                if name.endswith(_REPORT) or is_leftover(name):
+                    self._files.unlink(self._reports / name)
+            self._files.sync_folder(self._reports)
 
     def memory(self, task_id: str) -> DeviceMemory | None:
         """What the device remembers of this task; a damaged memory is set aside, and the device goes on without."""
@@ -255,18 +261,18 @@ class FileDeviceStore:
         self._lock.close()
 
     def _report(self, report_id: str) -> Path:
-        return self._reports / f"{report_id}.frame"
+        return self._reports / f"{report_id}{_REPORT}"
 
     def _load_identity(self) -> DeviceIdentity:
         path = self.folder / "identity.key"
-        if path.exists():
+        if self._files.status(path) is not None:
             try:
-                return DeviceIdentity.from_private_bytes(bytes.fromhex(path.read_text("ascii")))
+                return DeviceIdentity.from_private_bytes(bytes.fromhex(self._files.read(path).decode("ascii")))
             except ValueError:
                 # Not the content: it may be most of a secret.
-                set_aside(path, "it is not a 32-byte key in hex; the device enrols anew")
+                set_aside(path, "it is not a 32-byte key in hex; the device enrols anew", files=self._files)
         identity = DeviceIdentity.generate()
-        write_atomically(path, identity.private_bytes().hex().encode() + b"\n")
+        write_atomically(path, identity.private_bytes().hex().encode() + b"\n", files=self._files)
         return identity
 
     @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from client_sdk import events
 from client_sdk.checkpoint import CheckpointManager
 from client_sdk.data import Examples, fingerprint
-from client_sdk.planner import DEFAULT_MEMORY_FRACTION
+from client_sdk.planner import MEMORY_FRACTION
 from client_sdk.power import PowerMonitor
 from client_sdk.privacy import LocalPrivacy
 from client_sdk.programs import ProgramProvider
@@ -59,7 +59,7 @@ class Surroundings:
     conditions: Callable[[], str | None] = field(default=lambda: None)
     power: PowerMonitor | None = None
     checkpoints: CheckpointManager | None = None
-    memory_fraction: float = DEFAULT_MEMORY_FRACTION
+    memory_fraction: float = MEMORY_FRACTION
     memory_limit_bytes: int | None = None
     max_blob_bytes: int = MAX_BLOB_BYTES
     trusted: TrustedAggregators | None = None

@@ -223,7 +223,7 @@ def _text(path: Path) -> str | None:
 
 def _integer(path: Path) -> int | None:
     text = _text(path)
-    # More digits than that are no measurement, and int() of very many of them is slow.
+    # More digits than that are no measurement, and very many of them no float.
     if text is None or len(text) > 20:
         return None
     try:

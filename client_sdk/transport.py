@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -19,7 +19,7 @@ import httpx
 
 from client_sdk.errors import BlobHashMismatch, InvalidReply, TransportUnavailable
 from client_sdk.identity import DeviceIdentity
-from client_sdk.protocol.errors import ConfigurationError, ProtocolError, from_problem
+from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.messages import (
     MAX_JSON_BYTES,
     AbandonRequest,
@@ -30,18 +30,19 @@ from client_sdk.protocol.messages import (
     EnrolRequest,
     Finished,
     Message,
-    Problem,
     ReportReply,
+    UploadReply,
+    UploadRequest,
     Wait,
 )
+from client_sdk.replies import KnownServer, Reply, ServerKeys, check_origin, refusal
+from client_sdk.uploads import CHUNK_BYTES, upload_in_chunks
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _READ_TIMEOUT_S: Final = 60.0
 _MAX_RESUMES: Final = 5
 _JSON: Final = "application/json"
 _FRAME: Final = "application/octet-stream"
-# Answers of a gateway that say "not now" without speaking our protocol.
-_NOT_NOW: Final = frozenset({408, 425, 429})
 _CONTENT_RANGE: Final = re.compile(r"^bytes (\d+)-\d+/(?:\d+|\*)$")
 
 Buffer = bytes | bytearray | memoryview
@@ -61,7 +62,8 @@ class Transport(Protocol):
     """The server as one device sees it.
 
     Every method raises ``ProtocolError`` (the server's own refusal), ``TransportUnavailable`` (nobody answers) or
-    ``InvalidReply`` (what answers does not speak the protocol).
+    ``InvalidReply`` (what answers does not speak the protocol). A transport that checks signatures raises
+    ``UntrustedReply`` where what answers is not known to be the server, and ``ServerKeyChanged`` where it is another.
     """
 
     @property
@@ -136,25 +138,39 @@ def _checked_url(base_url: str) -> httpx.URL:
 class HttpTransport:
     """The server over HTTP, for one device; see ``Transport``.
 
-    Guarantees: replies beyond their size limit are cut off while they arrive; nothing is decompressed; redirects are
-    not followed. Safe to use from different threads one after the other.
+    Guarantees: no reply counts that the server's key did not sign for the very request, and no blob that has not the
+    hash it was asked for by; replies beyond their size limit are cut off while they arrive; nothing is decompressed;
+    redirects are not followed. Safe to use from different threads one after the other.
     """
 
-    def __init__(self, base_url: str, identity: DeviceIdentity, *, client: httpx.Client | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        identity: DeviceIdentity,
+        *,
+        client: httpx.Client | None = None,
+        server_key: str | Sequence[str] | None = None,
+        server_keys: ServerKeys | None = None,
+    ) -> None:
         """Prepare to talk to a server; nothing is sent yet.
 
         Args:
             base_url: ``http(s)://host[:port][/prefix]``.
             identity: Signs the requests.
             client: A client shared with other devices (``open_client``); by default one of its own.
+            server_key: The server's Ed25519 public key, hex, where the app knows it: no other is believed. Several
+                while the server changes its key.
+            server_keys: Without ``server_key``: where the key of the first reply is kept for all time, a
+                ``DeviceStore``. With neither it is kept as long as this object.
 
         Raises:
-            ConfigurationError: Not such a URL.
+            ConfigurationError: Not such a URL, or not such a key.
         """
         url = _checked_url(base_url)
         self._origin = url.copy_with(path="/")
         self._prefix = url.path.rstrip("/")
         self._identity = identity
+        self._server = KnownServer(server_key, server_keys)
         self._owned = client is None
         self._client = client or open_client(base_url)
         self._extensions = {"timeout": self._client.timeout.as_dict()}
@@ -166,6 +182,8 @@ class HttpTransport:
         reply = self._post(EnrolReply, "/v1/devices", request)
         if reply.device_id != self._identity.device_id:
             raise InvalidReply("the server enrolled another device id than the one that follows from the key")
+        if not self._server.knows(reply.server_key):
+            raise InvalidReply("the server names another key than the one that signed its reply")
         return reply
 
     def check_in(self, request: CheckInRequest) -> Assigned | Wait | Finished:
@@ -187,9 +205,24 @@ class HttpTransport:
             raise BlobHashMismatch(f"the server sent other bytes than those of blob {sha256}")
 
     def upload(self, report_id: str, frame: Buffer) -> ReportReply:
-        """Send a sealed report."""
+        """Send a sealed report: in one request, or a large one in chunks, going on where a cut upload stands."""
+        if len(memoryview(frame).cast("B")) > CHUNK_BYTES:
+            return upload_in_chunks(self, report_id, frame)
         path = f"/v1/reports/{report_id}"
         return self._parse(ReportReply, path, self._exchange("PUT", path, frame, _FRAME))
+
+    def announce(self, report_id: str, request: UploadRequest) -> UploadReply:
+        """Say what will come in chunks, and ask how much of it is there."""
+        return self._post(UploadReply, f"/v1/reports/{report_id}/upload", request)
+
+    def send_chunk(self, report_id: str, offset: int, chunk: memoryview) -> UploadReply:
+        """Send a report's bytes from ``offset`` on."""
+        path = f"/v1/reports/{report_id}/upload/{offset}"
+        return self._parse(UploadReply, path, self._exchange("PUT", path, chunk, _FRAME))
+
+    def complete(self, report_id: str, request: UploadRequest) -> ReportReply:
+        """Have a report accepted that was sent in chunks."""
+        return self._post(ReportReply, f"/v1/reports/{report_id}/complete", request)
 
     def abandon(self, assignment_id: str, request: AbandonRequest) -> None:
         """Give an assignment back."""
@@ -228,11 +261,13 @@ class HttpTransport:
         headers = self._identity.sign(method, path, body)
         headers["content-type"] = content_type
         headers["content-length"] = str(len(body))
+        signature = headers["signature"]
         with self._sent(method, path, headers, body) as response:
-            reply = self._read(response, MAX_JSON_BYTES)
-            if not 200 <= response.status_code < 300:
-                raise _refusal(response, path, reply)
-            return reply
+            reply = self._reply(response, path)
+        check_origin(reply, signature, self._server)
+        if not reply.is_success:
+            raise refusal(reply)
+        return reply.body
 
     def _fetch_rest(self, path: str, into: bytearray, max_bytes: int) -> None:
         path = self._prefix + path
@@ -241,7 +276,8 @@ class HttpTransport:
             if response.status_code == 416 and into:
                 return  # nothing lies beyond what we hold; the hash says whether that is the blob
             if response.status_code not in {200, 206}:
-                raise _refusal(response, path, self._read(response, MAX_JSON_BYTES))
+                # Not signed, as nothing about blobs is: the worst that a forged one does is to cost the assignment.
+                raise refusal(self._reply(response, path))
             if response.status_code == 200:
                 into.clear()
             else:
@@ -292,8 +328,9 @@ class HttpTransport:
         self.counters.requests += 1
         self.counters.bytes_up += size
 
-    def _read(self, response: httpx.Response, max_bytes: int) -> bytes:
-        return b"".join(self._chunks(response, max_bytes))
+    def _reply(self, response: httpx.Response, path: str) -> Reply:
+        body = b"".join(self._chunks(response, MAX_JSON_BYTES))
+        return Reply(path, response.status_code, response.headers, body)
 
     def _chunks(self, response: httpx.Response, max_bytes: int) -> Iterator[bytes]:
         """The body as it arrives, refused as soon as it breaks the limit."""
@@ -310,27 +347,3 @@ class HttpTransport:
             if received > max_bytes:
                 raise InvalidReply(f"the server sent more than {max_bytes} bytes")
             yield chunk
-
-
-def _refusal(response: httpx.Response, path: str, body: bytes) -> ProtocolError | TransportUnavailable | InvalidReply:
-    """The error that a reply outside 2xx stands for."""
-    status = response.status_code
-    window = _retry_after(response)
-    if response.headers.get("content-type", "").startswith("application/problem+json"):
-        try:
-            problem = Problem.model_validate_json(body)
-        except ValueError:
-            pass
-        else:
-            error = from_problem(problem.type, problem.detail or problem.title, http_status=status)
-            error.retry_after_s = window if problem.retry is None else (problem.retry.min_s, problem.retry.max_s)
-            return error
-    if status in _NOT_NOW or status >= 500:
-        return TransportUnavailable(f"{path}: the server answered {status}", retry_after_s=window)
-    return InvalidReply(f"{path}: the server answered {status} without a problem description", retry_after_s=window)
-
-
-def _retry_after(response: httpx.Response) -> tuple[float, float] | None:
-    """``Retry-After`` in seconds, doubled at the far end so that devices do not come back together."""
-    value = response.headers.get("retry-after", "")
-    return (float(value), 2 * float(value)) if value.isdecimal() and len(value) < 8 else None

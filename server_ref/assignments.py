@@ -123,7 +123,10 @@ class Closing:
 
     @property
     def train_loss(self) -> float | None:
-        """Weighted mean of the losses that the devices stated; None where they withhold them."""
-        losses = [(r.weight, r.report.train_loss) for r in self.counted if r.report is not None]
-        mean = sum(weight * loss for weight, loss in losses) / self.total_weight
-        return None if math.isnan(mean) else mean
+        """Weighted mean of the losses that the devices stated; None where all withhold theirs, or it is not finite."""
+        records = [(r.weight, r.report.train_loss) for r in self.counted if r.report is not None]
+        stated = [(weight, loss) for weight, loss in records if not math.isnan(loss)]
+        if not stated:
+            return None
+        mean = sum(weight * loss for weight, loss in stated) / sum(weight for weight, _ in stated)
+        return mean if math.isfinite(mean) else None

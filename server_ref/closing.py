@@ -114,7 +114,7 @@ def _corrected(
 def _stated(loss: float) -> float:
     """What a device says of its loss, as far as it can be put in order: anybody may say anything.
 
-    A loss that is not finite is read back as NaN. One below 0 is as good as none, and no reason to stop a task.
+    One below 0 is as good as none, and no reason to stop a task.
     """
     return max(0.0, loss) if math.isfinite(loss) else math.inf
 
@@ -124,14 +124,16 @@ def _watched(task: Task, state: Standing, outcome: RoundOutcome, closing: Closin
 
     What it looks at is known when the buffer closes, so that a run that diverges is halted in the same round whenever
     it is repeated: the aggregate's norm, and the median of the losses that devices report (a minority of them cannot
-    move it far).
+    move it far). NaN is a loss that its device withheld.
     """
     settings = task.settings.divergence
     if not settings.enabled:
         return outcome
     loss = None
     if not task.settings.withholds_loss:
-        loss = statistics.median(_stated(r.report.train_loss) for r in closing.counted if r.report)
+        losses = [r.report.train_loss for r in closing.counted if r.report]
+        stated = [_stated(loss) for loss in losses if not math.isnan(loss)]
+        loss = statistics.median(stated) if stated else None
     detector = DivergenceDetector(factor=settings.factor, patience=settings.patience)
     before = (
         DivergenceState()

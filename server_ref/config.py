@@ -213,6 +213,7 @@ class ServerConfig(BaseSettings):
     clock: Literal["wall", "virtual"] = Field("wall", description="virtual: simulated time, for simulations only")
     max_header_bytes: int = Field(65536, ge=1024, description="largest header of an uploaded frame")
     blob_quota_bytes: int | None = Field(None, gt=0, description="refuse reports beyond this much blob storage")
+    upload_bytes: int = Field(10**10, gt=0, description="room for reports that arrive in chunks, until they are whole")
     exit_with_stdin: bool = Field(
         default=False, description="stop when standard input closes: for a parent that must not leave orphans"
     )

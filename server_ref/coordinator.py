@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy.engine import Connection
@@ -55,9 +56,12 @@ from server_ref.postponed import Postponed
 from server_ref.private_buffer import Buffer
 from server_ref.recipe import max_payload_bytes
 from server_ref.reports import ReportSchema, open_report
+from server_ref.server_identity import KEY_FILE, ServerIdentity
 from server_ref.store import database
 from server_ref.store.writer import GroupCommitWriter
 from server_ref.task import Task, load_task
+from server_ref.upload_store import UploadStore
+from server_ref.uploads import Uploads
 
 _log = logging.getLogger("pocketfed.coordinator")
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -111,6 +115,10 @@ class Coordinator:
             clock=clock,
             quota_bytes=config.blob_quota_bytes,
         )
+        self.uploads = Uploads(UploadStore(config.data_dir / "uploads", config.upload_bytes), self)
+        self.identity, new_key = ServerIdentity.open(config.data_dir)
+        if new_key:
+            _log.warning("a new key for signing replies is in %s", config.data_dir / KEY_FILE)
         self._writer = GroupCommitWriter(self._state.db, self)
         self._background = Background(evaluator, self._evaluated, self._state.blobs.delete)
         self._buffers = Buffers(config, self.task, self._state)
@@ -138,8 +146,12 @@ class Coordinator:
         with self._state.db.connect() as connection:
             for version in database.unevaluated_models(connection):
                 self._background.evaluate(version.version, self._state.load_model(version).weights)
+        self.uploads.prune()
         # A buffer that was full when the last process died closes now.
         self._writer.submit(lambda _connection: None).result()
+        _log.info(
+            "replies are signed by the key %s; a device that is given it trusts no other", self.identity.public_key
+        )
         manifest, engine = self.task.manifest, self._state.engine
         _log.info(
             "task %s: %s with %d parameters, model version %d of %d, %d reports a round",
@@ -172,7 +184,7 @@ class Coordinator:
 
         def run(connection: Connection) -> EnrolReply:
             database.enrol(connection, device_id, request.public_key, request.tier.value, self._clock.now())
-            return EnrolReply(device_id=device_id)
+            return EnrolReply(device_id=device_id, server_key=self.identity.public_key)
 
         def remember(done: Future[EnrolReply]) -> None:
             if not done.cancelled() and done.exception() is None:
@@ -213,8 +225,31 @@ class Coordinator:
         self._submit_check_in(device_id, request, reply)
         return reply
 
-    def report(self, device_id: str, report_id: str, body: bytes) -> Future[ReportReply]:
+    def awaits(self, device_id: str, assignment_id: str, report_id: str) -> bool:
+        """Whether this report may still come; False where this very one was accepted.
+
+        Raises:
+            ProtocolError: It would be refused, whatever it says.
+        """
+        return self._is_new(self._state.find(assignment_id, device_id), report_id)
+
+    def _is_new(self, record: AssignmentRecord, report_id: str) -> bool:
+        with self._lock:
+            if self._state.engine.is_repetition(record, report_id):
+                return False
+            self._state.engine.check_fresh(record, self._clock.now())
+            return True
+
+    def report(
+        self, device_id: str, report_id: str, body: bytes | memoryview, *, file: Path | None = None
+    ) -> Future[ReportReply]:
         """Take a report: check it, store it, accept it. Runs in the caller's thread up to the last step.
+
+        Args:
+            device_id: Who sent it.
+            report_id: Under which id.
+            body: Its bytes.
+            file: Where they are, flushed, on the disk of the data directory: then they are not written again.
 
         Raises:
             ProtocolError: The refusal, by its class.
@@ -225,11 +260,9 @@ class Coordinator:
             if facts.report_id != report_id:
                 raise ReportMismatch("the report id in the frame is not that of the request")
             record = self._state.find(facts.assignment_id, device_id)
-            with self._lock:
-                if self._state.engine.is_repetition(record, report_id):
-                    self.metrics.reports.labels("repeated").inc()
-                    return _resolved(_accepted(report_id, record))
-                self._state.engine.check_fresh(record, self._clock.now())
+            if not self._is_new(record, report_id):
+                self.metrics.reports.labels("repeated").inc()
+                return _resolved(_accepted(report_id, record))
             if int(facts.model_version) != record.model_version:
                 raise ReportMismatch(
                     f"assignment {record.assignment_id} is for model version {record.model_version}, "
@@ -237,11 +270,14 @@ class Coordinator:
                 )
             update = self._state.opened(record, envelope)
             sha256 = hashlib.sha256(body).hexdigest()
-            file = ReportFile(report_id, sha256, len(body), envelope.train_loss)
-            self._state.blobs.put(file.blob_key, body)
+            stored = ReportFile(report_id, sha256, len(body), envelope.train_loss)
+            if file is None:
+                self._state.blobs.put(stored.blob_key, bytes(body))
+            else:
+                self._state.blobs.put_file(stored.blob_key, file)
             self._on_event("report-stored")
             return self._writer.submit(
-                lambda connection: self._accept(connection, record.assignment_id, device_id, file, update)
+                lambda connection: self._accept(connection, record.assignment_id, device_id, stored, update)
             )
         except ProtocolError as e:
             self.metrics.reports.labels(e.slug).inc()
@@ -250,6 +286,7 @@ class Coordinator:
     def abandon(self, device_id: str, assignment_id: str) -> Future[None]:
         """Take an assignment back from a device that cannot finish it."""
         self._state.find(assignment_id, device_id)
+        self.uploads.store.drop(device_id, assignment_id)
 
         def run(_connection: Connection) -> None:
             with self._lock:
@@ -277,7 +314,8 @@ class Coordinator:
     def describe(self) -> dict[str, Any]:
         """The task and where it stands."""
         with self._lock:
-            return status.describe(self._state, embedded=self.config.aggregators.mode == "embedded")
+            found = status.describe(self._state, embedded=self.config.aggregators.mode == "embedded")
+        return found | {"server_key": self.identity.public_key}
 
     def history(self, since: int) -> list[dict[str, Any]]:
         """Committed rounds from ``since`` on, oldest first."""
@@ -450,6 +488,7 @@ class Coordinator:
             model = self._state.model
         for key in spent:
             self._background.delete(key)
+        self.uploads.prune()
         self._background.evaluate(model.version, model.weights)
         self.metrics.commit_seconds.observe(time.perf_counter() - started)
         self.metrics.observe_round(outcome.measurements)

@@ -6,6 +6,7 @@ Two steps, so that a report that is too late is refused on its facts alone, befo
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import cast
 
@@ -88,7 +89,8 @@ def open_report(body: bytes | memoryview, schema: ReportSchema) -> ReportEnvelop
         OversizedBody: More bytes than the task's reports can have.
         MalformedFrame: Not a canonical frame; TruncatedFrame where bytes are missing.
         MalformedMessage: Facts missing or of the wrong form.
-        ReportMismatch: It tells the device's loss where the task wants none, or the other way round.
+        ReportMismatch: It tells the device's loss where the task wants none. (A device may withhold it anywhere: one
+            whose update carries noise of its own does.)
     """
     if len(body) > schema.max_bytes:
         raise OversizedBody(f"the report has {len(body)} bytes; at most {schema.max_bytes} are accepted")
@@ -97,16 +99,20 @@ def open_report(body: bytes | memoryview, schema: ReportSchema) -> ReportEnvelop
     frame = decode_frame(body, limits)
     try:
         facts = ReportFacts.model_validate(frame.metadata)
-        train_loss = math.nan if facts.train_loss == WITHHELD else float(facts.train_loss)
+        train_loss = math.nan if facts.train_loss == WITHHELD else _finite(float(facts.train_loss))
     except ValidationError as e:
         fields = ", ".join(sorted({".".join(map(str, err["loc"])) for err in e.errors()}))
         raise MalformedMessage(f"the report's metadata does not fit its schema: {fields}") from e
     except ValueError as e:
         raise MalformedMessage("the report's train_loss is not a number") from e
-    if schema.withholds_loss != (facts.train_loss == WITHHELD):
-        told = "must not say" if schema.withholds_loss else "has to say"
-        raise ReportMismatch(f"a report of this task {told} what the device's loss is")
+    if schema.withholds_loss and facts.train_loss != WITHHELD:
+        raise ReportMismatch("a report of this task must not say what the device's loss is")
     return ReportEnvelope(facts, train_loss, int(facts.steps), frame)
+
+
+def _finite(loss: float) -> float:
+    """A stated loss; one beyond float64 is the largest there is, so that it is not taken for one that is withheld."""
+    return loss if math.isfinite(loss) else sys.float_info.max
 
 
 def _check_facts(facts: ReportFacts, schema: ReportSchema, seed: int) -> None:

@@ -43,3 +43,11 @@ class FleetCannotTrain(SimulationError):
 
 class WorkerLost(SimulationError):
     """A worker process ended without a result; the message says how to go on."""
+
+
+class ProfileError(SimulationError):
+    """A file of fleet profiles that cannot be read; the message names the file, the line and the key."""
+
+
+class SkewError(SimulationError):
+    """A skew of features that cannot be parsed, or that the data set cannot have; the message lists the forms."""

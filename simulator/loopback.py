@@ -2,9 +2,10 @@
 
 The SDK's HTTP transport is made for one device on the open internet: proxies, TLS, cut downloads, hostile replies. All
 of that costs more than half a millisecond of CPU a request, which would be half of what a simulation spends. Towards
-our own server on loopback none of it is needed: here is the same protocol, with the same signatures and the same typed
-refusals, over the standard library's HTTP client with one kept-alive connection per thread. Towards a foreign server
-simulated devices use the SDK's own transport.
+our own server on loopback none of it is needed: here is the same protocol, with the same signed requests and the same
+typed refusals, over the standard library's HTTP client with one kept-alive connection per thread. The signatures of the
+replies are not verified: they come from the child process that this one has started. Towards a foreign server simulated
+devices use the SDK's own transport.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from client_sdk.protocol.errors import ConfigurationError, StaleReport
 from client_sdk.protocol.profile import DeviceTier
 from server_ref.selection import selection_ratio
 from simulator.journal import Journal
-from simulator.population import TIERS, Population
+from simulator.population import Population
 from simulator.results import RoundResult, TierResult
 from simulator.sessions import Outcome, Session, counted_sessions
 from simulator.view import CommittedRound
@@ -273,7 +273,7 @@ class RunMonitor:
     def tier_results(self, population: Population, counted: Sequence[Sequence[Session]]) -> tuple[TierResult, ...]:
         """What became of all sessions, tier by tier."""
         devices = Counter(population.tier(d) for d in range(population.devices))
-        kinds: dict[DeviceTier, Counter[str]] = {tier: Counter() for tier in TIERS}
+        kinds: dict[DeviceTier, Counter[str]] = {tier: Counter() for tier in DeviceTier}
         in_a_model = {id(s) for sessions in counted for s in sessions}
         for session in self.sessions:
             kinds[population.tier(session.device)][_kind(session, id(session) in in_a_model)] += 1
@@ -287,7 +287,7 @@ class RunMonitor:
                 refused=kinds[tier]["refused"],
                 unfinished=kinds[tier]["unfinished"],
             )
-            for tier in TIERS
+            for tier in DeviceTier
         )
 
     def refusals(self, counted: Sequence[Sequence[Session]]) -> dict[str, int]:

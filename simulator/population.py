@@ -6,6 +6,7 @@ and nothing depends on the order of calls. That is what makes a run repeatable.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -16,43 +17,12 @@ from typing import Final
 from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.protocol.training import TrainingPlan
+from simulator.profiles import FleetProfiles, Profile, read_profiles
 
 _NORMAL = NormalDist()
 # Virtual time is kept in whole milliseconds, so that a libm that rounds the last bit of exp() differently on another
 # machine does not change the order of events.
 _TICKS_PER_S: Final = 1000
-
-
-@dataclass(frozen=True)
-class TierModel:
-    """What the devices of one tier have in common.
-
-    Attributes:
-        share: Fraction of the population.
-        memory_mb: Memory available to the app, MiB.
-        cpu_cores: Number of cores.
-        mflops: Sustained speed of training, million floating-point operations a second.
-        bandwidth_mbit: Median network speed in either direction, Mbit/s.
-        latency_s: Round-trip time of one request, seconds.
-        startup_s: Time to wake the app and load the program, seconds.
-    """
-
-    share: float
-    memory_mb: int
-    cpu_cores: int
-    mflops: float
-    bandwidth_mbit: float
-    latency_s: float
-    startup_s: float
-
-
-# Orders of magnitude of the three phone classes, not measurements of particular models; the specification fixes the
-# tiers and their memory.
-TIERS: Final[dict[DeviceTier, TierModel]] = {
-    DeviceTier.HIGH_END: TierModel(0.2, 8192, 8, 2000.0, 50.0, 0.03, 1.0),
-    DeviceTier.MID_RANGE: TierModel(0.5, 2048, 8, 600.0, 20.0, 0.06, 2.0),
-    DeviceTier.LOW_END: TierModel(0.3, 512, 4, 150.0, 5.0, 0.15, 5.0),
-}
 
 
 @dataclass(frozen=True)
@@ -73,6 +43,21 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Phases:
+    """What a session spends its time on, seconds."""
+
+    startup_s: float
+    download_s: float
+    training_s: float
+    upload_s: float
+
+    @property
+    def total_s(self) -> float:
+        """From assignment to report."""
+        return self.startup_s + self.download_s + self.training_s + self.upload_s
+
+
+@dataclass(frozen=True)
 class Population:
     """A fleet of ``devices`` simulated devices.
 
@@ -86,6 +71,7 @@ class Population:
         jitter: Standard deviation of the log of a session's duration around its device's typical one.
         stragglers: Fraction of the devices that are slow for good, rounded to a whole number of devices.
         slowdown: How many times longer their sessions take.
+        profiles: What the devices are like.
     """
 
     seed: int
@@ -96,15 +82,20 @@ class Population:
     jitter: float = 0.25
     stragglers: float = 0.0
     slowdown: float = 10.0
+    profiles: FleetProfiles = field(default_factory=functools.partial(read_profiles, "steady"))
     _prefix: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_prefix", f"pocketfed-population-v1:{self.seed}:".encode())
 
-    def _uniform(self, purpose: str, device: int, number: int = 0) -> float:
+    def uniform(self, purpose: str, device: int, number: int = 0) -> float:
         """Uniform in (0, 1), a pure function of its arguments and the seed."""
         digest = hashlib.blake2b(self._prefix + f"{purpose}:{device}:{number}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest, "big") + 0.5) / 2**64
+
+    def normal(self, purpose: str, device: int, number: int = 0) -> float:
+        """Standard normal, likewise."""
+        return _NORMAL.inv_cdf(self.uniform(purpose, device, number))
 
     @cached_property
     def slow_devices(self) -> frozenset[int]:
@@ -112,22 +103,35 @@ class Population:
         count = round(self.stragglers * self.devices)
         if not count:
             return frozenset()
-        return frozenset(sorted(range(self.devices), key=lambda d: self._uniform("straggler", d))[:count])
+        return frozenset(sorted(range(self.devices), key=lambda d: self.uniform("straggler", d))[:count])
+
+    def kind(self, device: int) -> Profile:
+        """The profile that the device has, drawn with the profiles' shares."""
+        u = self.uniform("tier", device)
+        for profile in self.profiles.profile:
+            if u < profile.share:
+                return profile
+            u -= profile.share
+        return self.profiles.profile[-1]
 
     def tier(self, device: int) -> DeviceTier:
-        """The device's tier, drawn with the shares of ``TIERS``."""
-        u = self._uniform("tier", device)
-        for tier, model in TIERS.items():
-            if u < model.share:
-                return tier
-            u -= model.share
-        return DeviceTier.LOW_END
+        """The device's tier."""
+        return self.kind(device).tier
 
     def profile(self, device: int) -> DeviceProfile:
         """What the device says about itself."""
-        tier = self.tier(device)
-        model = TIERS[tier]
-        return DeviceProfile(f"sim-{device}", tier, model.memory_mb, model.cpu_cores)
+        kind = self.kind(device)
+        return DeviceProfile(f"sim-{device}", kind.tier, kind.memory_mb, kind.cpu_cores)
+
+    def clock_error(self, device: int) -> tuple[float, float]:
+        """How wrong the device's clock is: seconds at the start of the run, and seconds more in every second."""
+        error = self.kind(device).clock
+        if error is None:
+            return 0.0, 0.0
+        return (
+            error.offset_s * self.normal("clock-offset", device),
+            error.skew_ppm * 1e-6 * self.normal("clock-skew", device),
+        )
 
     def identity(self, device: int) -> DeviceIdentity:
         """The device's key and id, derived from the seed.
@@ -141,32 +145,51 @@ class Population:
 
     def first_check_in_s(self, device: int) -> float:
         """When the device first offers itself, seconds after the start of the run."""
-        return _to_ticks(self.check_in_interval_s * self._uniform("first-check-in", device))
+        return _to_ticks(self.check_in_interval_s * self.uniform("first-check-in", device))
 
     def pause_s(self, device: int, check_in: int) -> float:
         """Time from the device's ``check_in``-th offer (or its end) to the next one."""
-        off = self.check_in_spread * (2 * self._uniform("pause", device, check_in) - 1)
+        off = self.check_in_spread * (2 * self.uniform("pause", device, check_in) - 1)
         return _to_ticks(self.check_in_interval_s * (1 + off))
 
     def retry_fraction(self, device: int, check_in: int) -> float:
         """Where in a retry window of the server the device comes back, in (0, 1)."""
-        return self._uniform("retry", device, check_in)
+        return self.uniform("retry", device, check_in)
 
-    def typical_duration_s(self, device: int, num_samples: int, work: Workload) -> float:
-        """A session of this device without jitter: start-up, download, training, upload; seconds."""
-        model = TIERS[self.tier(device)]
-        # Devices of a tier differ among themselves, each by a fixed factor.
-        speed = math.exp(0.3 * _NORMAL.inv_cdf(self._uniform("speed", device)))
+    def typical_phases(self, device: int, num_samples: int, work: Workload) -> Phases:
+        """A session of this device without jitter."""
+        kind = self.kind(device)
+        # Devices of a kind differ among themselves, each by a fixed factor.
+        speed = math.exp(kind.speed_spread * self.normal("speed", device))
+        slower = (self.slowdown if device in self.slow_devices else 1.0) / speed
         examples = num_samples * work.plan.local_epochs
         if work.plan.max_steps is not None:
             examples = min(examples, work.plan.max_steps * work.plan.batch_size)
-        compute = examples * work.flops_per_example / (model.mflops * 1e6)
-        network = 8 * (work.bytes_down + work.bytes_up) / (model.bandwidth_mbit * 1e6) + 3 * model.latency_s
-        slowdown = self.slowdown if device in self.slow_devices else 1.0
-        return slowdown * (model.startup_s + compute + network) / speed
+        up = 8 * work.bytes_up / (kind.upload_mbit * 1e6)
+        down = 8 * work.bytes_down / (kind.download_mbit * 1e6)
+        return Phases(
+            startup_s=slower * kind.startup_s,
+            download_s=slower * (down + 2 * kind.latency_s),
+            training_s=slower * (examples * work.flops_per_example / (kind.mflops * 1e6)),
+            upload_s=slower * (up + kind.latency_s),
+        )
+
+    def typical_duration_s(self, device: int, num_samples: int, work: Workload) -> float:
+        """The same in all, seconds."""
+        return self.typical_phases(device, num_samples, work).total_s
+
+    def jitter_of(self, device: int, session: int) -> float:
+        """By what a session takes longer than usual."""
+        return math.exp(self.jitter * self.normal("duration", device, session))
+
+    def vanishes(self, device: int, session: int) -> bool:
+        """Whether the device drops out of a session, by the coin that is the same for all."""
+        return self.uniform("dropout", device, session) < self.dropout
 
     def duration_s(self, device: int, session: int, num_samples: int, work: Workload) -> float | None:
         """Virtual time from assignment to report of the device's ``session``-th session; None if it drops out.
+
+        Of a device whose conditions never change; ``traces`` plays the others.
 
         Args:
             device: Which device.
@@ -177,10 +200,14 @@ class Population:
         Returns:
             Seconds, at least one millisecond.
         """
-        if self._uniform("dropout", device, session) < self.dropout:
+        if self.vanishes(device, session):
             return None
-        noise = math.exp(self.jitter * _NORMAL.inv_cdf(self._uniform("duration", device, session)))
-        return max(_to_ticks(self.typical_duration_s(device, num_samples, work) * noise), 1 / _TICKS_PER_S)
+        return whole_ticks(self.typical_duration_s(device, num_samples, work) * self.jitter_of(device, session))
+
+
+def whole_ticks(seconds: float) -> float:
+    """A duration in whole milliseconds, at least one."""
+    return max(_to_ticks(seconds), 1 / _TICKS_PER_S)
 
 
 def _to_ticks(seconds: float) -> float:

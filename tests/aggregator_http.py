@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
-import threading
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import httpx
-import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from starlette.types import Receive, Scope, Send
 
@@ -19,21 +18,10 @@ from server_ref.secure.app import create_app
 from server_ref.secure.client import HttpAggregator, Patience
 from server_ref.secure.identity import SigningKey
 from server_ref.secure.port import AggregatorPort
+from tests.hosted import Host
 
 COORDINATOR = SigningKey(bytes(range(32)))
 QUICK = Patience(connect_s=5.0, reply_s=30.0, attempts=3, first_wait_s=0.0)
-
-
-class _Announced(uvicorn.Server):
-    """Says when it accepts connections."""
-
-    def __init__(self, config: uvicorn.Config, ready: threading.Event) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        self._ready.set()
 
 
 class AggregatorHost:
@@ -43,13 +31,11 @@ class AggregatorHost:
         self.apps: dict[int, Any] = {}
         self.clients: dict[int, HttpAggregator] = {}
         self.connections: set[tuple[str, int]] = set()
-        self._ready = threading.Event()
-        self.url = ""
-        config = uvicorn.Config(
-            self._serve, host="127.0.0.1", port=0, log_level="error", lifespan="off", ws="none", interface="asgi3"
-        )
-        self._server = _Announced(config, self._ready)
-        self._thread = threading.Thread(target=self._server.run, name="aggregators", daemon=True)
+        self._host = Host(self._serve)
+
+    @property
+    def url(self) -> str:
+        return self._host.url
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.connections.add(tuple(scope["client"]))
@@ -58,15 +44,12 @@ class AggregatorHost:
         await self.apps[index](scope, receive, send)
 
     def start(self) -> None:
-        self._thread.start()
-        self._ready.wait()
-        self.url = "http://{}:{}".format(*self._server.servers[0].sockets[0].getsockname()[:2])
+        self._host.start()
 
     def stop(self) -> None:
         for client in self.clients.values():
             client.close()
-        self._server.should_exit = True
-        self._thread.join()
+        self._host.stop()
 
     def add(self, aggregator: AggregatorPort) -> HttpAggregator:
         """Serve an aggregator in place of what had its index before, and give a client for it."""
@@ -92,7 +75,8 @@ def hosting() -> Iterator[AggregatorHost]:
 def signed_headers(method: str, path: str, body: bytes, key: SigningKey = COORDINATOR) -> dict[str, str]:
     """What authenticates a request."""
     private = Ed25519PrivateKey.from_private_bytes(key.private_bytes())
-    return sign_request(private, device_id_of(bytes.fromhex(key.public)), method, path, body)
+    device_id = device_id_of(bytes.fromhex(key.public))
+    return sign_request(private, device_id, method, path, body, nonce=secrets.token_hex(16))
 
 
 def send(

@@ -48,6 +48,8 @@ PARAMETERS = (
 )
 NUM_PARAMETERS = CLASSES * FEATURES + CLASSES
 PROGRAM_BYTES = b"stands for program.pte"
+SERVER_KEY = "5" * 64
+"""What a toy server says of its key; in memory nothing is signed."""
 
 
 def sha(data: bytes | bytearray | memoryview) -> str:
@@ -250,7 +252,7 @@ class ToyTransport:
         assert device_id_of(bytes.fromhex(request.public_key)) == self.device_id
         self.server.enrolled.add(self.device_id)
         self.server.after("enrol")
-        return EnrolReply(device_id=self.device_id)
+        return EnrolReply(device_id=self.device_id, server_key=SERVER_KEY)
 
     def check_in(self, _request: CheckInRequest) -> Assigned | Wait | Finished:
         self._begin("check-in")

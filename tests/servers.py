@@ -132,7 +132,7 @@ class RawDevice:
         return device_id_of(self.public_key)
 
     def send(self, method: str, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> httpx.Response:
-        signed = sign_request(self.key, self.device_id, method, path, body)
+        signed = sign_request(self.key, self.device_id, method, path, body, nonce=secrets.token_hex(16))
         return self.client.request(method, self.url + path, content=body, headers=signed | dict(headers or {}))
 
     def enrol(self) -> RawDevice:

@@ -15,9 +15,13 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from client_sdk.protocol.errors import ProtocolError
-from client_sdk.protocol.messages import AbandonRequest, CheckInReply, CheckInRequest, EnrolRequest
-from client_sdk.protocol.signing import signing_device, verify_request
+from client_sdk.protocol.messages import AbandonRequest, CheckInReply, CheckInRequest, EnrolReply, EnrolRequest
+from client_sdk.protocol.signing import request_signature, signing_device, verify_request
+from server_ref.server_identity import ServerIdentity
 from tests.devices import ToyServer
+
+_PASSED_ON = ("content-type", "content-digest", "signature-input", "signature", "retry-after", "content-range")
+"""Headers that a proxy leaves as they are."""
 
 
 @dataclass
@@ -30,13 +34,17 @@ class Request:
 
 @dataclass
 class Answer:
-    """What to send; ``cut`` closes the connection after so many bytes of the body."""
+    """What to send; ``cut`` closes the connection after so many bytes of the body.
+
+    ``signed`` as the server's reply to the request, if that was signed; what the headers say already comes first.
+    """
 
     status: int = 200
     body: bytes = b"{}"
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     length: int | None = None
+    signed: bool = True
 
 
 class _QuietServer(ThreadingHTTPServer):
@@ -53,6 +61,7 @@ class Server:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.identity = ServerIdentity.generate()
         self.connections = 0
         self.answer: Callable[[Request], Answer] = lambda _: Answer()
         outer = self
@@ -68,9 +77,9 @@ class Server:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
                 outer.requests.append(request)
-                self.reply(outer.answer(request))
+                self.reply(request, outer.answer(request))
 
-            def reply(self, answer: Answer) -> None:
+            def reply(self, request: Request, answer: Answer) -> None:
                 if answer.status == 0:  # hang up without a word
                     self.close_connection = True
                     return
@@ -80,7 +89,7 @@ class Server:
                     self.send_header(
                         "content-length", str(len(answer.body) if answer.length is None else answer.length)
                     )
-                for name, value in answer.headers.items():
+                for name, value in (outer.signature(request, answer) | answer.headers).items():
                     self.send_header(name, value)
                 self.end_headers()
                 body = answer.body if answer.cut is None else answer.body[: answer.cut]
@@ -101,6 +110,13 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         self._thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
 
+    def signature(self, request: Request, answer: Answer) -> dict[str, str]:
+        """Headers that make an answer this server's."""
+        asked = request_signature(request.headers)
+        if asked is None or not answer.signed:
+            return {}
+        return dict(self.identity.sign_reply(asked, answer.status, answer.body))
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -116,8 +132,13 @@ def problem(error: ProtocolError, **extra: object) -> Answer:
     return Answer(error.http_status, json.dumps(body).encode(), {"content-type": "application/problem+json"})
 
 
-def toy_coordinator(toy: ToyServer) -> Callable[[Request], Answer]:
-    """A toy server's side of the protocol over HTTP; it checks the signatures of what it gets."""
+def toy_coordinator(toy: ToyServer, server_key: str) -> Callable[[Request], Answer]:
+    """A toy server's side of the protocol over HTTP; it checks the signatures of what it gets.
+
+    Args:
+        toy: What answers.
+        server_key: Public key of the ``Server`` that signs the answers.
+    """
     keys: dict[str, Ed25519PublicKey] = {}
 
     def answer(request: Request) -> Answer:
@@ -131,7 +152,8 @@ def toy_coordinator(toy: ToyServer) -> Callable[[Request], Answer]:
             keys[device_id] = Ed25519PublicKey.from_public_bytes(bytes.fromhex(enrolment.public_key))
         verify_request(keys[device_id], request.headers, request.method, request.path, request.body)
         if last == "devices":
-            return Answer(body=device.enrol(enrolment).model_dump_json().encode())
+            device.enrol(enrolment)
+            return Answer(body=EnrolReply(device_id=device_id, server_key=server_key).model_dump_json().encode())
         if last == "check-ins":
             reply = CheckInReply(reply=device.check_in(CheckInRequest.model_validate_json(request.body)))
             return Answer(body=reply.model_dump_json().encode())
@@ -156,6 +178,7 @@ def proxy(url: str, alter: Callable[[Request], bytes]) -> Callable[[Request], An
         body = alter(request)
         headers = {k: v for k, v in request.headers.items() if k not in {"host", "content-length"}}
         reply = httpx.request(request.method, url + request.path, content=body, headers=headers)
-        return Answer(reply.status_code, reply.content, {"content-type": reply.headers.get("content-type", "")})
+        passed = {name: reply.headers[name] for name in _PASSED_ON if name in reply.headers}
+        return Answer(reply.status_code, reply.content, passed, signed=False)
 
     return answer

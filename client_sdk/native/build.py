@@ -11,6 +11,7 @@ Run ``python -m client_sdk.native.build`` to build them ahead of time and to lea
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import importlib.metadata
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,11 @@ FOLDER: Final = Path(__file__).parent
 COMPILERS: Final = ("g++", "clang++", "c++")
 COMPILE_TIMEOUT_S: Final = 600.0
 
-_FLAGS = ("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+WARNINGS: Final = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror")
+"""What the sources are held to, by the tests and with ``--strict``. A user's build is not: the warnings of a compiler
+that is newer than this release are no reason to have no runtime."""
+
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
 # The two C10/ET macros must be those that the wheel's libraries were built with: they change class layouts.
 _RUNTIME_FLAGS = ("-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_EVENT_TRACER_ENABLED")
 # -O3 vectorises; a product and a sum that were fused would round once instead of twice, and give other bits.
@@ -94,7 +99,7 @@ def find_compiler() -> list[str]:
 
 @dataclass(frozen=True)
 class Library:
-    """A native library that is compiled from one source and one header.
+    """A native library that is compiled from one source and one header, and exports what its map lists.
 
     Attributes:
         name: Of the file, and of its source and header without their endings.
@@ -103,6 +108,7 @@ class Library:
             source, and after it.
         source: C++ source.
         header: Its C ABI.
+        exports: Version script for the linker.
     """
 
     name: str
@@ -110,6 +116,7 @@ class Library:
     arguments: Callable[[], tuple[list[str], list[str]]]
     source: Path
     header: Path
+    exports: Path
 
     @property
     def path(self) -> Path:
@@ -121,7 +128,8 @@ class Library:
             RuntimeUnavailable: Something that it is compiled against is not installed.
         """
         digest = hashlib.sha256()
-        for part in (self.source.read_bytes(), self.header.read_bytes(), "\0".join(self._command_line()).encode()):
+        files = [file.read_bytes() for file in (self.source, self.header, self.exports)]
+        for part in (*files, "\0".join(self.command()).encode()):
             digest.update(hashlib.sha256(part).digest())
         return cache_folder("native") / f"{self.name}-{digest.hexdigest()[:24]}.so"
 
@@ -148,27 +156,43 @@ class Library:
             ) from e
         return target
 
-    def _command_line(self) -> list[str]:
+    def command(self) -> list[str]:
+        """The compiler's arguments but for the output.
+
+        Raises:
+            RuntimeUnavailable: Something that it is compiled against is not installed.
+        """
         before, after = self.arguments()
-        return [*_FLAGS, *before, str(self.source), *after]
+        return [*_FLAGS, *before, "-shared", f"-Wl,--version-script={self.exports}", str(self.source), *after]
+
+    def check_warnings(self) -> None:
+        """Compile under ``WARNINGS``, for nothing but what the compiler says.
+
+        Raises:
+            RuntimeUnavailable: It warns, or there is none.
+        """
+        before, _ = self.arguments()
+        self._run([*_FLAGS, *WARNINGS, *before, "-fsyntax-only", str(self.source)])
 
     def _compile(self, target: Path) -> None:
-        compiler = find_compiler()
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
             output = Path(scratch) / target.name
-            command = [*compiler, *self._command_line(), "-o", str(output)]
-            try:
-                done = subprocess.run(  # noqa: S603 - the compiler is the user's own, the arguments are ours
-                    command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
-                )
-            except subprocess.TimeoutExpired as e:
-                raise RuntimeUnavailable(f"{compiler[0]} did not finish within {COMPILE_TIMEOUT_S:.0f} s") from e
-            if done.returncode != 0:
-                raise RuntimeUnavailable(
-                    f"{compiler[0]} could not compile {self.purpose} (exit status {done.returncode}):\n"
-                    + "\n".join(done.stderr.splitlines()[:20])
-                )
+            self._run([*self.command(), "-o", str(output)])
             output.replace(target)
+
+    def _run(self, arguments: list[str]) -> None:
+        compiler = find_compiler()
+        try:
+            done = subprocess.run(  # noqa: S603 - the compiler is the user's own, the arguments are ours
+                [*compiler, *arguments], capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired as e:
+            raise RuntimeUnavailable(f"{compiler[0]} did not finish within {COMPILE_TIMEOUT_S:.0f} s") from e
+        if done.returncode != 0:
+            raise RuntimeUnavailable(
+                f"{compiler[0]} could not compile {self.purpose} (exit status {done.returncode}):\n"
+                + "\n".join(done.stderr.splitlines()[:20])
+            )
 
 
 def _runtime_arguments() -> tuple[list[str], list[str]]:
@@ -190,6 +214,7 @@ RUNTIME: Final = Library(
     _runtime_arguments,
     FOLDER / "pocketfed_shim.cpp",
     FOLDER / "pocketfed_shim.h",
+    FOLDER / "pocketfed_shim.map",
 )
 
 SHARING: Final = Library(
@@ -198,6 +223,7 @@ SHARING: Final = Library(
     lambda: ([*_SHARING_FLAGS], []),
     FOLDER / "sharing.cpp",
     FOLDER / "sharing.h",
+    FOLDER / "sharing.map",
 )
 
 
@@ -208,11 +234,20 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def main() -> int:
-    """Build the libraries (or find them current) and print their paths; one that fails does not stop the other."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Build the libraries (or find them current) and print their paths; one that fails does not stop the other.
+
+    Args:
+        arguments: ``--strict`` compiles the sources under ``WARNINGS`` first.
+    """
+    parser = argparse.ArgumentParser(prog="python -m client_sdk.native.build", description="build the native libraries")
+    parser.add_argument("--strict", action="store_true", help="a warning of the compiler is an error")
+    strict = parser.parse_args(arguments).strict
     status = 0
     for library in (RUNTIME, SHARING):
         try:
+            if strict:
+                library.check_warnings()
             print(library.ensure_built())  # noqa: T201 - the command's result
         except PocketfedError as e:
             print(f"error: {e}", file=sys.stderr)  # noqa: T201 - the command's diagnosis
@@ -221,4 +256,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

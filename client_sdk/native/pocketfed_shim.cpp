@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -13,7 +15,7 @@
 #include <new>
 #include <shared_mutex>
 #include <string>
-#include <unordered_set>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -36,6 +38,10 @@ ThreadPool* get_threadpool();
 
 namespace {
 
+// The layout that hosts in other languages write down for themselves.
+static_assert(offsetof(pf_tensor, rank) == 4 && offsetof(pf_tensor, sizes) == 8 &&
+              offsetof(pf_tensor, data) == 8 + sizeof(void*) && sizeof(pf_tensor) == 8 + 2 * sizeof(void*));
+
 using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
 using executorch::aten::TensorImpl;
@@ -50,6 +56,9 @@ using executorch::runtime::Span;
 
 // --- errors: the runtime's own log lines are the best explanation it has, so they become the error text ----------
 
+// A hostile program may have much to complain about.
+constexpr size_t kMostLogged = 4096;
+
 thread_local std::string last_error;
 thread_local std::string captured_log;
 thread_local bool capturing = false;
@@ -59,10 +68,9 @@ void emit_log(et_timestamp_t timestamp, et_pal_log_level_t level, const char* fi
               size_t line, const char* message, size_t length) {
   if (capturing && level == kError) {
     try {
-      if (!captured_log.empty()) {
-        captured_log += "; ";
+      if (captured_log.size() + length <= kMostLogged) {
+        captured_log.append(captured_log.empty() ? "" : "; ").append(message, length);
       }
-      captured_log.append(message, length);
     } catch (...) {  // Out of memory while explaining: the status alone must do.
     }
     return;
@@ -204,8 +212,14 @@ struct TensorView {
       dim_order[at] = static_cast<uint8_t>(i);
       stride *= std::max<int64_t>(size, 1);
     }
+    if (stride > INT32_MAX) {
+      return fail(PF_INVALID_ARGUMENT, name + " has a size out of range");
+    }
     if (tensor.data == nullptr) {
       return fail(PF_INVALID_ARGUMENT, name + " has no data");
+    }
+    if (reinterpret_cast<uintptr_t>(tensor.data) % executorch::runtime::elementSize(type) != 0) {
+      return fail(PF_INVALID_ARGUMENT, name + " is not aligned to its elements");
     }
     impl = std::make_unique<TensorImpl>(type, tensor.rank, sizes.data(), tensor.data, dim_order.data(),
                                         strides.data());
@@ -222,8 +236,7 @@ bool same_shape_and_type(const Tensor& tensor, const TensorImpl& expected) {
 
 // Runs hold `pool_mutex` shared; changing the pool needs it alone, because the runtime's reset is not safe otherwise.
 std::shared_mutex pool_mutex;
-uint32_t pool_threads = 0;  // 0: not set yet
-size_t open_programs = 0;
+std::atomic<uint32_t> pool_threads{0};  // 0: not set yet
 
 void reset_pool(uint32_t threads) {
   // Also for one thread: kernels size their chunks by the pool, so the same count gives the same bits on any machine.
@@ -259,26 +272,34 @@ struct AlignedDeleter {
   void operator()(uint8_t* p) const { ::operator delete[](p, kProgramAlignment); }
 };
 
-}  // namespace
+// What is known of a method before it is loaded.
+struct Signature {
+  size_t num_inputs = 0;
+  size_t num_outputs = 0;
+  uint64_t planned_bytes = 0;
+};
 
 // Members are destroyed bottom up: first the module with its methods, then what the methods point into.
-struct pf_program {
+struct OpenProgram {
+  std::mutex in_use;  // held by the one call that is under way
   std::unique_ptr<uint8_t[], AlignedDeleter> bytes;
   std::vector<std::unique_ptr<uint8_t, FreeDeleter>> arenas;
   std::vector<Span<uint8_t>> spans;
   std::unique_ptr<HierarchicalAllocator> planned_memory;
-  std::unordered_set<std::string> names;
+  std::unordered_map<std::string, Signature> signatures;
   std::unique_ptr<Module> module;
 
   // One set of arenas for all methods, sized to the largest. calloc hands out untouched zero pages, so a device that
   // never runs the big evaluation method never pays for its memory.
   pf_status reserve_arenas() {
-    std::vector<size_t> largest;
-    for (const auto& name : names) {
+    std::vector<uint64_t> largest;
+    for (auto& [name, signature] : signatures) {
       const auto meta = module->method_meta(name);
       if (!meta.ok()) {
         return fail(PF_INVALID_PROGRAM, "cannot read the plan of " + name, meta.error());
       }
+      signature.num_inputs = meta->num_inputs();
+      signature.num_outputs = meta->num_outputs();
       const size_t count = meta->num_memory_planned_buffers();
       largest.resize(std::max(largest.size(), count), 0);
       for (size_t i = 0; i < count; ++i) {
@@ -287,10 +308,23 @@ struct pf_program {
         if (!size.ok() || *size < 0 || !device.ok() || !device->is_cpu()) {
           return fail(PF_INVALID_PROGRAM, name + " plans memory that is not host memory");
         }
-        largest[i] = std::max(largest[i], static_cast<size_t>(*size));
+        const auto bytes_planned = static_cast<uint64_t>(*size);
+        if (bytes_planned > PF_MAX_PLANNED_BYTES) {
+          return fail(PF_OUT_OF_MEMORY, name + " plans " + std::to_string(bytes_planned) + " bytes at once");
+        }
+        signature.planned_bytes += bytes_planned;
+        largest[i] = std::max(largest[i], bytes_planned);
       }
     }
-    for (const size_t size : largest) {
+    uint64_t total = 0;
+    for (const uint64_t size : largest) {
+      total += size;  // no overflow: fewer buffers than the program has bytes, and none beyond the limit
+    }
+    if (total > PF_MAX_PLANNED_BYTES) {
+      return fail(PF_OUT_OF_MEMORY, "the program plans " + std::to_string(total) + " bytes");
+    }
+    for (const uint64_t planned : largest) {
+      const auto size = static_cast<size_t>(planned);
       auto* arena = static_cast<uint8_t*>(std::calloc(std::max<size_t>(size, 1), 1));
       if (arena == nullptr) {
         return fail(PF_OUT_OF_MEMORY, "cannot reserve " + std::to_string(size) + " bytes of planned memory");
@@ -315,13 +349,24 @@ struct pf_program {
     if (!found.ok()) {
       return fail(PF_INVALID_PROGRAM, "cannot list the program's methods", found.error());
     }
-    names = std::move(*found);
+    for (const auto& name : *found) {
+      signatures.try_emplace(name);
+    }
     return reserve_arenas();
   }
 
+  const Signature* signature_of(const std::string& method) const {
+    const auto found = signatures.find(method);
+    if (found == signatures.end()) {
+      fail(PF_UNKNOWN_METHOD, "no method " + method);
+      return nullptr;
+    }
+    return &found->second;
+  }
+
   pf_status load_method(const std::string& method) {
-    if (names.count(method) == 0) {
-      return fail(PF_UNKNOWN_METHOD, "no method " + method);
+    if (signature_of(method) == nullptr) {
+      return PF_UNKNOWN_METHOD;
     }
     const Error error = module->load_method(method, planned_memory.get());
     if (error != Error::Ok) {
@@ -330,8 +375,21 @@ struct pf_program {
     return PF_OK;
   }
 
-  pf_status run(const std::string& method, const pf_tensor* in, size_t num_inputs, const pf_tensor* out,
-                size_t num_outputs) {
+  pf_status run(const std::string& method, const pf_tensor* in, uint64_t num_inputs, const pf_tensor* out,
+                uint64_t num_outputs) {
+    const Signature* signature = signature_of(method);
+    if (signature == nullptr) {
+      return PF_UNKNOWN_METHOD;
+    }
+    // Before a descriptor is read: a wrong count says that there are others than the host means.
+    if (num_inputs != signature->num_inputs) {
+      return fail(PF_SIGNATURE, method + " takes " + std::to_string(signature->num_inputs) + " inputs, " +
+                                    std::to_string(num_inputs) + " are given");
+    }
+    if (num_outputs != signature->num_outputs) {
+      return fail(PF_SIGNATURE, method + " returns " + std::to_string(signature->num_outputs) + " outputs, " +
+                                    std::to_string(num_outputs) + " are expected");
+    }
     const InlineKernels guard(pool_threads == 1);
     if (const pf_status status = load_method(method); status != PF_OK) {
       return status;
@@ -360,8 +418,7 @@ struct pf_program {
       return fail(status_of(results.error(), PF_EXECUTION_FAILED), method + " failed", results.error());
     }
     if (results->size() != num_outputs) {
-      return fail(PF_SIGNATURE, method + " returns " + std::to_string(results->size()) + " outputs, " +
-                                    std::to_string(num_outputs) + " are expected");
+      return fail(PF_INTERNAL, method + " returned another number of outputs than it declares");
     }
     for (size_t i = 0; i < num_outputs; ++i) {
       const EValue& value = (*results)[i];
@@ -380,6 +437,67 @@ struct pf_program {
   }
 };
 
+// --- handles ---------------------------------------------------------------------------------------------------
+
+// A handle is a number in a pointer's clothes, given out once and never followed. So one that was closed, or that never
+// was, is found out, whatever the host does.
+class Registry {
+ public:
+  pf_program* add(std::shared_ptr<OpenProgram> program) {
+    const std::lock_guard lock(mutex_);
+    programs_.emplace(++last_, std::move(program));
+    return reinterpret_cast<pf_program*>(last_);
+  }
+
+  // Null where there is none.
+  std::shared_ptr<OpenProgram> find(const pf_program* handle) {
+    const std::lock_guard lock(mutex_);
+    const auto found = programs_.find(reinterpret_cast<uintptr_t>(handle));
+    return found == programs_.end() ? nullptr : found->second;
+  }
+
+  std::shared_ptr<OpenProgram> remove(const pf_program* handle) {
+    const std::lock_guard lock(mutex_);
+    auto node = programs_.extract(reinterpret_cast<uintptr_t>(handle));
+    return node.empty() ? nullptr : std::move(node.mapped());
+  }
+
+  size_t size() {
+    const std::lock_guard lock(mutex_);
+    return programs_.size();
+  }
+
+ private:
+  std::mutex mutex_;
+  uintptr_t last_ = 0;
+  std::unordered_map<uintptr_t, std::shared_ptr<OpenProgram>> programs_;
+};
+
+// Never destroyed: a host may close its programs after the library's own objects have gone.
+Registry& registry() {
+  static auto* const programs = new Registry;
+  return *programs;
+}
+
+// Runs the body with the program of a handle, which stays open and in no other call's use until it returns.
+template <typename Body>
+int32_t with_program(const pf_program* handle, bool complete, Body&& body) noexcept {
+  return guarded([&]() -> pf_status {
+    if (handle == nullptr || !complete) {
+      return fail(PF_INVALID_ARGUMENT, "a required argument is null");
+    }
+    const auto program = registry().find(handle);
+    if (program == nullptr) {
+      return fail(PF_INVALID_ARGUMENT, "the handle is not that of an open program");
+    }
+    const std::shared_lock pool(pool_mutex);
+    const std::lock_guard turn(program->in_use);
+    return body(*program);
+  });
+}
+
+}  // namespace
+
 extern "C" {
 
 int32_t pf_abi_version(void) { return PF_ABI_VERSION; }
@@ -390,90 +508,77 @@ const char* pf_last_error(void) { return last_error.c_str(); }
 
 int32_t pf_open(const void* data, uint64_t size, pf_program** out) {
   return guarded([&]() -> pf_status {
-    if (data == nullptr || size == 0 || out == nullptr) {
-      return fail(PF_INVALID_ARGUMENT, "pf_open needs bytes and a place for the program");
+    if (out == nullptr) {
+      return fail(PF_INVALID_ARGUMENT, "pf_open needs a place for the program");
     }
-    auto program = std::make_unique<pf_program>();
-    if (const pf_status status = program->open(data, size); status != PF_OK) {
+    *out = nullptr;
+    if (data == nullptr || size == 0) {
+      return fail(PF_INVALID_ARGUMENT, "pf_open needs bytes");
+    }
+    if (size > PF_MAX_PROGRAM_BYTES) {
+      return fail(PF_INVALID_ARGUMENT, "a program has at most " + std::to_string(PF_MAX_PROGRAM_BYTES) + " bytes");
+    }
+    auto program = std::make_shared<OpenProgram>();
+    if (const pf_status status = program->open(data, static_cast<size_t>(size)); status != PF_OK) {
       return status;
     }
-    const std::unique_lock lock(pool_mutex);
     if (pool_threads == 0) {
-      reset_pool(1);
+      const std::unique_lock lock(pool_mutex);
+      if (pool_threads == 0) {
+        reset_pool(1);
+      }
     }
-    ++open_programs;
-    *out = program.release();
+    *out = registry().add(std::move(program));
     return PF_OK;
   });
 }
 
 void pf_close(pf_program* program) {
-  if (program == nullptr) {
-    return;
-  }
   guarded([&]() -> pf_status {
-    delete program;
-    const std::unique_lock lock(pool_mutex);
-    --open_programs;
+    if (const auto closed = registry().remove(program); closed != nullptr) {
+      const std::lock_guard turn(closed->in_use);  // so that a call under way has ended when this returns
+    }
     return PF_OK;
   });
 }
 
 int32_t pf_load_method(pf_program* program, const char* method) {
-  return guarded([&]() -> pf_status {
-    if (program == nullptr || method == nullptr) {
-      return fail(PF_INVALID_ARGUMENT, "pf_load_method needs a program and a method");
-    }
-    const std::shared_lock lock(pool_mutex);
+  return with_program(program, method != nullptr, [&](OpenProgram& open) -> pf_status {
     const InlineKernels guard(pool_threads == 1);
-    return program->load_method(method);
+    return open.load_method(method);
   });
 }
 
 int32_t pf_planned_memory(pf_program* program, const char* method, uint64_t* bytes) {
-  return guarded([&]() -> pf_status {
-    if (program == nullptr || method == nullptr || bytes == nullptr) {
-      return fail(PF_INVALID_ARGUMENT, "pf_planned_memory needs a program, a method and a place for the answer");
+  return with_program(program, method != nullptr && bytes != nullptr, [&](OpenProgram& open) -> pf_status {
+    const Signature* signature = open.signature_of(method);
+    if (signature == nullptr) {
+      return PF_UNKNOWN_METHOD;
     }
-    if (program->names.count(method) == 0) {
-      return fail(PF_UNKNOWN_METHOD, std::string("no method ") + method);
-    }
-    const auto meta = program->module->method_meta(method);
-    if (!meta.ok()) {
-      return fail(PF_INVALID_PROGRAM, "cannot read the method's plan", meta.error());
-    }
-    uint64_t total = 0;
-    for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
-      const auto size = meta->memory_planned_buffer_size(i);
-      total += size.ok() ? static_cast<uint64_t>(*size) : 0;
-    }
-    *bytes = total;
+    *bytes = signature->planned_bytes;
     return PF_OK;
   });
 }
 
 int32_t pf_run(pf_program* program, const char* method, uint64_t num_inputs, const pf_tensor* inputs,
                uint64_t num_outputs, const pf_tensor* outputs) {
-  return guarded([&]() -> pf_status {
-    if (program == nullptr || method == nullptr || (num_inputs > 0 && inputs == nullptr) ||
-        (num_outputs > 0 && outputs == nullptr)) {
-      return fail(PF_INVALID_ARGUMENT, "pf_run needs a program, a method and its tensors");
-    }
-    const std::shared_lock lock(pool_mutex);
-    return program->run(method, inputs, num_inputs, outputs, num_outputs);
+  const bool complete = method != nullptr && (num_inputs == 0 || inputs != nullptr) &&
+                        (num_outputs == 0 || outputs != nullptr);
+  return with_program(program, complete, [&](OpenProgram& open) -> pf_status {
+    return open.run(method, inputs, num_inputs, outputs, num_outputs);
   });
 }
 
 int32_t pf_set_threads(uint32_t threads) {
   return guarded([&]() -> pf_status {
-    if (threads == 0) {
-      return fail(PF_INVALID_ARGUMENT, "at least one thread is needed");
+    if (threads == 0 || threads > PF_MAX_THREADS) {
+      return fail(PF_INVALID_ARGUMENT, "the thread count lies between 1 and " + std::to_string(PF_MAX_THREADS));
     }
     const std::unique_lock lock(pool_mutex);
     if (threads == pool_threads) {
       return PF_OK;
     }
-    if (open_programs > 0) {
+    if (registry().size() > 0) {
       return fail(PF_BUSY, "open programs use a thread count of " + std::to_string(pool_threads) +
                               "; close them before changing it to " + std::to_string(threads));
     }

@@ -13,8 +13,8 @@
 
 namespace {
 
-using u128 = unsigned __int128;
-using i128 = __int128;
+__extension__ typedef unsigned __int128 u128;
+__extension__ typedef __int128 i128;
 
 #define POCKETFED_INLINE inline __attribute__((always_inline))
 
@@ -521,11 +521,24 @@ const FieldKernels& kernels(int32_t field) { return *variant().fields[field]; }
 
 // --- arguments and statuses --------------------------------------------------------------------------------------
 
+// Whether the caller has `n` items there, as far as can be told: an address, aligned, and a number that can be true.
+template <class T>
+bool there(const T* items, uint64_t n) {
+  return n == 0 || (items != nullptr && reinterpret_cast<uintptr_t>(items) % alignof(T) == 0 && n <= PFS_MAX_ELEMENTS);
+}
+
+template <class T>
+bool all_there(T* const* vectors, uint64_t num_vectors, uint64_t n) {
+  return num_vectors <= PFS_MAX_VALUES && there(vectors, num_vectors) &&
+         std::all_of(vectors, vectors + num_vectors, [n](const T* vector) { return there(vector, n); });
+}
+
 bool known(int32_t field) { return field == PFS_M61 || field == PFS_M127; }
 
-bool possible(int32_t field, const Polynomials& p) {
+bool possible(int32_t field, const Polynomials& p, uint64_t n) {
   return known(field) && p.packing >= 1 && p.num_words >= 1 && p.packing <= PFS_MAX_VALUES &&
-         p.num_words <= PFS_MAX_VALUES && p.values() <= PFS_MAX_VALUES;
+         p.num_words <= PFS_MAX_VALUES && p.values() <= PFS_MAX_VALUES && all_there(p.words, p.num_words, n) &&
+         all_there(p.outputs, p.num_outputs, n);
 }
 
 bool canonical(int32_t field, const uint64_t* vector, uint64_t n) {
@@ -556,6 +569,9 @@ int32_t pfs_abi_version(void) { return PFS_ABI_VERSION; }
 const char* pfs_variant(void) { return variant().name; }
 
 int32_t pfs_use_variant(const char* name) {
+  if (name == nullptr) {
+    return PFS_INVALID_ARGUMENT;
+  }
   for (const Variant* candidate : kVariants) {
     if (std::strcmp(candidate->name, name) == 0 && candidate->runs_here()) {
       chosen().store(candidate, std::memory_order_relaxed);
@@ -566,38 +582,46 @@ int32_t pfs_use_variant(const char* name) {
 }
 
 int32_t pfs_encode(const float* x, uint64_t n, double factor, double scale, int64_t* codes, uint64_t norm_squared[3]) {
+  if (!there(x, n) || !there(codes, n) || !there(norm_squared, 3)) {
+    return PFS_INVALID_ARGUMENT;
+  }
   return status_of(variant().encode(x, n, factor, scale, codes, norm_squared));
 }
 
 int32_t pfs_lift(int32_t field, const int64_t* codes, uint64_t n, uint64_t* out) {
-  return known(field) ? status_of(kernels(field).lift(codes, n, out)) : PFS_INVALID_ARGUMENT;
+  return known(field) && there(codes, n) && there(out, n) ? status_of(kernels(field).lift(codes, n, out))
+                                                          : PFS_INVALID_ARGUMENT;
 }
 
 int32_t pfs_lower(int32_t field, const uint64_t* vector, uint64_t n, int64_t* codes) {
-  return known(field) ? status_of(kernels(field).lower(vector, n, codes)) : PFS_INVALID_ARGUMENT;
+  return known(field) && there(vector, n) && there(codes, n) ? status_of(kernels(field).lower(vector, n, codes))
+                                                             : PFS_INVALID_ARGUMENT;
 }
 
 int32_t pfs_mask(int32_t field, const uint64_t* words, uint64_t n, uint64_t* out) {
-  return known(field) ? status_of(kernels(field).mask(words, n, out)) : PFS_INVALID_ARGUMENT;
+  return known(field) && there(words, n) && there(out, n) ? status_of(kernels(field).mask(words, n, out))
+                                                          : PFS_INVALID_ARGUMENT;
 }
 
 int32_t pfs_split(int32_t field, uint64_t packing, const uint64_t* secret, uint64_t num_words,
                   const uint64_t* const* words, uint64_t num_outputs, uint64_t* const* outputs, uint64_t n) {
   const Polynomials p{packing, num_words, words, num_outputs, outputs};
-  return possible(field, p) ? status_of(kernels(field).split(p, secret, n)) : PFS_INVALID_ARGUMENT;
+  return possible(field, p, n) && there(secret, n) ? status_of(kernels(field).split(p, secret, n))
+                                                   : PFS_INVALID_ARGUMENT;
 }
 
 int32_t pfs_encode_split(int32_t field, uint64_t packing, const float* x, double factor, double scale,
                          uint64_t num_words, const uint64_t* const* words, uint64_t num_outputs,
                          uint64_t* const* outputs, uint64_t n, uint64_t norm_squared[3]) {
   const Polynomials p{packing, num_words, words, num_outputs, outputs};
-  return possible(field, p) ? status_of(kernels(field).encode_split(p, x, factor, scale, n, norm_squared))
-                            : PFS_INVALID_ARGUMENT;
+  return possible(field, p, n) && there(x, n) && there(norm_squared, 3)
+             ? status_of(kernels(field).encode_split(p, x, factor, scale, n, norm_squared))
+             : PFS_INVALID_ARGUMENT;
 }
 
 int32_t pfs_interpolate(int32_t field, uint64_t num_vectors, const uint64_t* const* vectors, const uint64_t* weights,
                         uint64_t n, uint64_t* out) {
-  if (!known(field)) {
+  if (!known(field) || !all_there(vectors, num_vectors, n) || !there(weights, num_vectors) || !there(out, n)) {
     return PFS_INVALID_ARGUMENT;
   }
   if (!canonical(field, weights, num_vectors)) {
@@ -607,7 +631,7 @@ int32_t pfs_interpolate(int32_t field, uint64_t num_vectors, const uint64_t* con
 }
 
 int32_t pfs_accumulate(int32_t field, const uint64_t* vector, uint64_t n, const uint64_t* weight, uint64_t* sums) {
-  if (!known(field)) {
+  if (!known(field) || !there(vector, n) || !there(weight, 1) || !there(sums, n)) {
     return PFS_INVALID_ARGUMENT;
   }
   return canonical(field, weight, 1) ? status_of(kernels(field).accumulate(vector, n, weight, sums))

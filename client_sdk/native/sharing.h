@@ -28,6 +28,7 @@ extern "C" {
 
 #define PFS_ABI_VERSION 1
 #define PFS_MAX_VALUES 256
+#define PFS_MAX_ELEMENTS (UINT64_C(1) << 48)
 #define PFS_EXPORT __attribute__((visibility("default")))
 
 typedef enum pfs_status {

@@ -229,6 +229,34 @@ class StorageUnavailable(ProtocolError):
     retryable = True
 
 
+class UnknownUpload(ProtocolError):
+    """No chunks of this report are expected: it was not announced, or its upload is over. Announced again it may be."""
+
+    slug = "unknown-upload"
+    http_status = 404
+    title = "No upload of this report is under way."
+    retryable = True
+
+
+class UploadOffsetMismatch(ProtocolError):
+    """The chunk does not begin where the upload stands: another one was lost, or this one came before.
+
+    Attributes:
+        offset: Where it stands, on the side that knows; the problem's ``offset``.
+    """
+
+    slug = "upload-offset"
+    http_status = 409
+    title = "The chunk does not begin where the upload stands."
+    retryable = True
+
+    def __init__(
+        self, detail: str = "", *, retry_after_s: tuple[float, float] | None = None, offset: int | None = None
+    ) -> None:
+        super().__init__(detail, retry_after_s=retry_after_s)
+        self.offset = offset
+
+
 class RangeNotSatisfiable(ProtocolError):
     """The requested byte range lies outside the blob."""
 

@@ -37,6 +37,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Id128 = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="128 bits, hex")]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 SealingKeyHex = Annotated[str, Field(pattern="^[0-9a-f]{64,2432}$")]
+SigningKeyHex = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Ed25519 public key, hex")]
 Variance = Annotated[
     str,
     Field(
@@ -56,14 +57,15 @@ class EnrolRequest(Message):
     """A device introduces its public key. Repeating it is harmless: the id follows from the key."""
 
     protocol_version: Literal[1] = PROTOCOL_VERSION
-    public_key: str = Field(pattern="^[0-9a-f]{64}$", description="Ed25519 public key, hex")
+    public_key: SigningKeyHex
     tier: DeviceTier = DeviceTier.MID_RANGE
 
 
 class EnrolReply(Message):
-    """The id under which the device signs its requests from now on."""
+    """The id under which the device signs its requests from now on, and the key that signs the replies."""
 
     device_id: Id128
+    server_key: SigningKeyHex
 
 
 class VirtualTiming(Message):
@@ -279,6 +281,21 @@ class ReportReply(Message):
     assignment_id: Id128
 
 
+class UploadRequest(Message):
+    """A device announces a report that it sends in chunks, asks where that stands, or says that it is complete."""
+
+    assignment_id: Id128
+    num_bytes: int = Field(ge=1, le=10**12)
+    sha256: Sha256
+
+
+class UploadReply(Message):
+    """So many bytes of the report are on the server's disk: the next chunk begins there."""
+
+    offset: int = Field(ge=0)
+    max_chunk_bytes: int = Field(ge=1)
+
+
 class ReportFacts(Message):
     """What a report repeats of its assignment, carried as the frame's metadata (all values as strings)."""
 
@@ -317,3 +334,4 @@ class Problem(Message):
     status: int
     detail: str = ""
     retry: RetryWindow | None = None
+    offset: int | None = Field(None, ge=0, description="with upload-offset: where the next chunk has to begin")

@@ -21,7 +21,7 @@ class DeviceProfile:
     Attributes:
         device_id: The device's own name for itself; the server never trusts it for ordering or selection.
         device_type: Tier.
-        available_memory_mb: Memory the app may count on, in MiB.
+        available_memory_mb: Memory of the device, in MiB; what training may take of it is the planner's to say.
         cpu_cores: Number of cores.
         has_gpu: Whether an accelerator is present (unused by training, which runs on the CPU).
     """

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.profile import DeviceTier
 
 Algorithm = Literal["fedavg", "scaffold", "fednova"]
 
@@ -23,6 +27,10 @@ class TrainingPlan(BaseModel):
     ``prox_mu`` is the coefficient of the proximal term mu/2 ||w - w_global||^2 [Li et al. 2020, FedProx]. It goes
     with ``fedavg``, and with ``fednova`` while ``learning_rate * prox_mu < 1``. It does not go with ``scaffold``:
     option II reads the device's mean gradient off its displacement, which the proximal pull would falsify.
+
+    ``adaptive`` makes ``batch_size`` and ``local_epochs`` the most that is asked for: each device does what its memory
+    and its tier allow (``adapted``). ``max_steps`` holds all the same. Without it every device trains as planned, or
+    not at all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +42,7 @@ class TrainingPlan(BaseModel):
     shuffle: bool = True
     max_steps: int | None = Field(None, ge=1)
     algorithm: Algorithm = "fedavg"
+    adaptive: bool = False
 
     @model_validator(mode="after")
     def _compatible(self) -> Self:
@@ -47,6 +56,48 @@ class TrainingPlan(BaseModel):
 def update_size(plan: TrainingPlan, num_parameters: int) -> int:
     """Length of the flat update: ``2 d`` for scaffold (delta, then control delta), else ``d``."""
     return 2 * num_parameters if plan.algorithm == "scaffold" else num_parameters
+
+
+_EPOCHS_OF_FIVE: Mapping[DeviceTier, int] = {
+    DeviceTier.HIGH_END: 5,
+    DeviceTier.MID_RANGE: 3,
+    DeviceTier.LOW_END: 1,
+}
+
+
+def tier_epochs(plan: TrainingPlan, tier: DeviceTier) -> int:
+    """Epochs that a device of this tier trains under an adaptive plan: of five planned ones 5, 3 or 1.
+
+    Returns:
+        That share of ``plan.local_epochs``, rounded down; at least 1.
+    """
+    return max(1, plan.local_epochs * _EPOCHS_OF_FIVE[tier] // 5)
+
+
+def adapted(plan: TrainingPlan, tier: DeviceTier, batch_size: int) -> TrainingPlan:
+    """What one device really trains under an adaptive plan; both engines of a simulation compute it here.
+
+    The learning rate is the planned one, whatever the batch. The device's update says nothing of what was adapted but
+    its steps, which with fednova bring its normaliser, bounded by ``max_steps``.
+
+    Args:
+        plan: An adaptive plan.
+        tier: The device's.
+        batch_size: Examples per step that its memory allows, at most the plan's.
+
+    Returns:
+        A plan that is not adaptive.
+
+    Raises:
+        ConfigurationError: The plan is not adaptive, or asks for smaller batches.
+    """
+    if not plan.adaptive:
+        raise ConfigurationError("the plan is not adaptive: each device trains exactly what it says")
+    if not 1 <= batch_size <= plan.batch_size:
+        raise ConfigurationError(f"an adapted batch has 1 to {plan.batch_size} examples, not {batch_size}")
+    return plan.model_copy(
+        update={"batch_size": batch_size, "local_epochs": tier_epochs(plan, tier), "adaptive": False}
+    )
 
 
 def normaliser(plan: TrainingPlan, steps: int) -> float:

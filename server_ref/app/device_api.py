@@ -16,17 +16,27 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client_sdk.protocol.errors import ServerBusy
-from client_sdk.protocol.messages import MAX_JSON_BYTES, AbandonRequest, CheckInRequest, EnrolRequest, ReportReply
+from client_sdk.protocol.messages import (
+    MAX_JSON_BYTES,
+    AbandonRequest,
+    CheckInRequest,
+    EnrolRequest,
+    ReportReply,
+    UploadReply,
+    UploadRequest,
+)
 from server_ref.app.problems import problem_response
-from server_ref.app.requests import authenticate, headers_of, parse, parse_range, read_body, verify_with
+from server_ref.app.requests import AUTHENTICATED, authenticate, headers_of, parse, parse_range, read_body, verify_with
 from server_ref.coordinator import Coordinator
+from server_ref.uploads import MAX_CHUNK_BYTES
 
 ROUTE_KEY = "pocketfed.route"
 """Key of the ASGI scope that names the matched route, for metrics."""
 
 _ANSWER_WITHIN_S = 60.0
 T = TypeVar("T")
-Handler = Callable[[Scope, Receive, str], Awaitable[Response]]
+Handler = Callable[..., Awaitable[Response]]
+"""Called with scope, receive, and the parameters of the path."""
 
 
 class DeviceApi:
@@ -42,13 +52,19 @@ class DeviceApi:
         self._coordinator = coordinator
         self._executor = executor
         self._fallback = fallback
-        # (method, prefix, suffix) -> template, handler; between prefix and suffix lies the path's one parameter.
-        self._routes: dict[tuple[str, str, str], tuple[str, Handler]] = {
-            ("POST", "devices", ""): ("/v1/devices", self._enrol),
-            ("POST", "check-ins", ""): ("/v1/check-ins", self._check_in),
-            ("PUT", "reports", ""): ("/v1/reports/{report_id}", self._report),
-            ("GET", "blobs", ""): ("/v1/blobs/{sha256}", self._blob),
-            ("POST", "assignments", "abandon"): ("/v1/assignments/{assignment_id}/abandon", self._abandon),
+        # Method and what stands at the path's even places; at the odd ones are its parameters.
+        self._routes: dict[tuple[str, tuple[str, ...], int], tuple[str, Handler]] = {
+            _key(method, template): (template, handler)
+            for method, template, handler in (
+                ("POST", "/v1/devices", self._enrol),
+                ("POST", "/v1/check-ins", self._check_in),
+                ("PUT", "/v1/reports/{report_id}", self._report),
+                ("POST", "/v1/reports/{report_id}/upload", self._announce),
+                ("PUT", "/v1/reports/{report_id}/upload/{offset}", self._chunk),
+                ("POST", "/v1/reports/{report_id}/complete", self._complete),
+                ("GET", "/v1/blobs/{sha256}", self._blob),
+                ("POST", "/v1/assignments/{assignment_id}/abandon", self._abandon),
+            )
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,24 +73,31 @@ class DeviceApi:
         if found is None:
             await self._fallback(scope, receive, send)
             return
-        (scope[ROUTE_KEY], handler), parameter = found
+        (scope[ROUTE_KEY], handler), parameters = found
         try:
-            response = await handler(scope, receive, parameter)
+            response = await handler(scope, receive, *parameters)
         except Exception as e:  # noqa: BLE001 - the one place where a device's error becomes an answer
             response = problem_response(e)
+        self._sign(scope, response)
         await response(scope, receive, send)
 
-    def _match(self, scope: Scope) -> tuple[tuple[str, Handler], str] | None:
-        head, _, path = scope["path"][1:].partition("/")
-        if head != "v1":
-            return None
-        name, _, rest = path.partition("/")
-        parameter, _, suffix = rest.partition("/")
-        route = self._routes.get((scope["method"], name, suffix))
-        takes_parameter = name not in {"devices", "check-ins"}
-        return None if route is None or takes_parameter != bool(parameter) else (route, parameter)
+    def _sign(self, scope: Scope, response: Response) -> None:
+        """Bind the reply to its request, if that is a device's. Blobs are checked by the hash that a reply named."""
+        signature = scope.get(AUTHENTICATED)
+        if signature is not None:
+            response.headers.update(
+                self._coordinator.identity.sign_reply(signature, response.status_code, bytes(response.body))
+            )
 
-    async def _enrol(self, scope: Scope, receive: Receive, _parameter: str) -> Response:
+    def _match(self, scope: Scope) -> tuple[tuple[str, Handler], list[str]] | None:
+        key = _key(scope["method"], scope["path"])
+        route = self._routes.get(key)
+        if route is None:
+            return None
+        parameters = scope["path"].split("/")[3::2]
+        return (route, parameters) if all(parameters) else None
+
+    async def _enrol(self, scope: Scope, receive: Receive) -> Response:
         headers = headers_of(scope)
         body = await read_body(receive, headers, MAX_JSON_BYTES)
         message = parse(EnrolRequest, body)
@@ -83,7 +106,7 @@ class DeviceApi:
         reply = await _answer(self._coordinator.enrol(message))
         return _json(reply)
 
-    async def _check_in(self, scope: Scope, receive: Receive, _parameter: str) -> Response:
+    async def _check_in(self, scope: Scope, receive: Receive) -> Response:
         headers = headers_of(scope)
         body = await read_body(receive, headers, MAX_JSON_BYTES)
         device_id = authenticate(self._coordinator, scope, headers, body)
@@ -107,9 +130,40 @@ class DeviceApi:
             device_id = authenticate(self._coordinator, scope, headers, body)
             return self._coordinator.report(device_id, report_id, body)
 
-        future = await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        future = await self._in_thread(work)
         reply = await _answer(future)
         return _json(reply)
+
+    async def _announce(self, scope: Scope, receive: Receive, report_id: str) -> Response:
+        headers = headers_of(scope)
+        body = await read_body(receive, headers, MAX_JSON_BYTES)
+        device_id = authenticate(self._coordinator, scope, headers, body)
+        request = parse(UploadRequest, body)
+        return _json(await self._in_thread(lambda: self._coordinator.uploads.begin(device_id, report_id, request)))
+
+    async def _chunk(self, scope: Scope, receive: Receive, report_id: str, offset: str) -> Response:
+        headers = headers_of(scope)
+        body = await read_body(receive, headers, MAX_CHUNK_BYTES)
+
+        def work() -> UploadReply:
+            # Nothing is written that is not the device's: the signature covers the offset, the chunk and the report id.
+            device_id = authenticate(self._coordinator, scope, headers, body)
+            return self._coordinator.uploads.append(device_id, report_id, offset, body)
+
+        return _json(await self._in_thread(work))
+
+    async def _complete(self, scope: Scope, receive: Receive, report_id: str) -> Response:
+        headers = headers_of(scope)
+        body = await read_body(receive, headers, MAX_JSON_BYTES)
+        device_id = authenticate(self._coordinator, scope, headers, body)
+        request = parse(UploadRequest, body)
+        future = await self._in_thread(lambda: self._coordinator.uploads.complete(device_id, report_id, request))
+        reply = await _answer(future)
+        return _json(reply)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Run what hashes and flushes off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     async def _blob(self, scope: Scope, _receive: Receive, sha256: str) -> Response:
         asked = headers_of(scope)
@@ -127,6 +181,11 @@ class DeviceApi:
             data, status = data[part[0] : part[1]], 206
         self._coordinator.metrics.download_bytes.inc(len(data))
         return Response(data, status_code=status, media_type="application/octet-stream", headers=headers)
+
+
+def _key(method: str, path: str) -> tuple[str, tuple[str, ...], int]:
+    parts = path.split("/")[1:]
+    return method, tuple(parts[:2]) + tuple(parts[3::2]), len(parts)
 
 
 async def _answer(future: Future[T]) -> T:

@@ -22,13 +22,24 @@ from client_sdk.protocol.messages import (
     Problem,
     ReportFacts,
     ReportReply,
+    UploadReply,
+    UploadRequest,
 )
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
+from server_ref.uploads import MAX_CHUNK_BYTES
 
 _REF = "#/components/schemas/{model}"
 _ID = "0123456789abcdef0123456789abcdef"
 _HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+_SIGNATURE_HEADERS: dict[str, Any] = {
+    "content-digest": {"description": "Of the reply's body (RFC 9530)", "schema": {"type": "string"}},
+    "signature-input": {
+        "description": 'reply=("@status" "content-digest" "signature";req;key="sig1");keyid="SERVER KEY";alg="ed25519"',
+        "schema": {"type": "string"},
+    },
+    "signature": {"description": "reply=:BASE64:", "schema": {"type": "string"}},
+}
 _SIGNED: list[dict[str, list[str]]] = [{"deviceSignature": []}]
 
 _ASSIGNMENT = Assignment(
@@ -51,10 +62,12 @@ _ASSIGNMENT = Assignment(
 )
 _EXAMPLES: dict[type, dict[str, Any]] = {
     EnrolRequest: EnrolRequest(public_key=_HASH).model_dump(mode="json"),
-    EnrolReply: {"device_id": _ID},
+    EnrolReply: {"device_id": _ID, "server_key": _HASH},
     CheckInRequest: CheckInRequest(num_samples=20).model_dump(mode="json", exclude_none=True),
     CheckInReply: CheckInReply(reply=Assigned(assignment=_ASSIGNMENT)).model_dump(mode="json"),
     AbandonRequest: {"reason": "interrupted"},
+    UploadRequest: {"assignment_id": _ID, "num_bytes": 12000480, "sha256": _HASH},
+    UploadReply: {"offset": 1048576, "max_chunk_bytes": MAX_CHUNK_BYTES},
     ReportReply: {"status": "accepted", "report_id": _ID, "assignment_id": _ID},
     Problem: {
         "type": "urn:pocketfed:problem:stale-report",
@@ -90,6 +103,8 @@ def _operation(
         operation["requestBody"] = {"required": True, "content": _content(request)}
     if signed:
         operation["security"] = _SIGNED
+        for response in operation["responses"].values():
+            response["headers"] = _SIGNATURE_HEADERS
     return operation
 
 
@@ -97,11 +112,45 @@ def _path_parameter(name: str, pattern: str) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": pattern}}
 
 
+_REPORT_ID = _path_parameter("report_id", "^[0-9a-f]{32}$")
+
+
+def _upload_paths() -> dict[str, Any]:
+    """A report in chunks."""
+    chunk = _operation(
+        "Send a report's bytes from an offset on",
+        reply=UploadReply,
+        parameters=[_REPORT_ID, _path_parameter("offset", "^[0-9]{1,18}$")],
+    )
+    chunk["requestBody"] = {
+        "required": True,
+        "description": f"At most {MAX_CHUNK_BYTES} bytes of the frame. Content-Length is required.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+    announce = _operation(
+        "Announce a report that comes in chunks, or ask where it stands",
+        request=UploadRequest,
+        reply=UploadReply,
+        parameters=[_REPORT_ID],
+    )
+    complete = _operation(
+        "Deliver a report that came in chunks; repeating it is harmless",
+        request=UploadRequest,
+        reply=ReportReply,
+        parameters=[_REPORT_ID],
+    )
+    return {
+        "/v1/reports/{report_id}/upload": {"post": announce},
+        "/v1/reports/{report_id}/upload/{offset}": {"put": chunk},
+        "/v1/reports/{report_id}/complete": {"post": complete},
+    }
+
+
 def _device_paths() -> dict[str, Any]:
     report = _operation(
         "Upload a report; repeating it with the same id is harmless",
         reply=ReportReply,
-        parameters=[_path_parameter("report_id", "^[0-9a-f]{32}$")],
+        parameters=[_REPORT_ID],
     )
     report["requestBody"] = {
         "required": True,
@@ -142,6 +191,7 @@ def _device_paths() -> dict[str, Any]:
         "/v1/assignments/{assignment_id}/abandon": {"post": abandon},
         "/v1/blobs/{sha256}": {"get": blob},
         "/v1/reports/{report_id}": {"put": report},
+        **_upload_paths(),
     }
 
 
@@ -160,7 +210,8 @@ def install(app: FastAPI) -> None:
                     "type": "apiKey",
                     "in": "header",
                     "name": "signature",
-                    "description": "HTTP Message Signature (RFC 9421), Ed25519, over @method, @path, content-digest",
+                    "description": "HTTP Message Signature (RFC 9421), Ed25519, over @method, @path, content-digest; "
+                    "the reply is signed too, over @status, content-digest and the request's signature",
                 }
             }
             document["paths"] = {**_device_paths(), **document["paths"]}

@@ -8,7 +8,7 @@ import math
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from client_sdk.protocol.errors import PROBLEM_PREFIX, PocketfedError, ProtocolError
+from client_sdk.protocol.errors import PROBLEM_PREFIX, PocketfedError, ProtocolError, UploadOffsetMismatch
 from client_sdk.protocol.messages import Problem, RetryWindow
 
 _log = logging.getLogger("pocketfed.http")
@@ -21,7 +21,12 @@ def problem_of(error: Exception, default_retry: tuple[float, float]) -> Problem:
         window = error.retry_after_s or (default_retry if error.retryable else None)
         retry = None if window is None else RetryWindow(min_s=window[0], max_s=window[1])
         return Problem(
-            type=error.type_uri, title=error.title, status=error.http_status, detail=error.detail, retry=retry
+            type=error.type_uri,
+            title=error.title,
+            status=error.http_status,
+            detail=error.detail,
+            retry=retry,
+            offset=error.offset if isinstance(error, UploadOffsetMismatch) else None,
         )
     if isinstance(error, HTTPException):
         slug = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "http-error")

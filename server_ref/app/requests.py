@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ValidationError
@@ -17,12 +17,16 @@ from client_sdk.protocol.errors import (
     OversizedBody,
     RangeNotSatisfiable,
     TruncatedFrame,
+    UnknownDevice,
 )
-from client_sdk.protocol.signing import signing_device, verify_request
+from client_sdk.protocol.signing import request_signature, signing_device, verify_request
 
 if TYPE_CHECKING:
     # An aggregator reads requests too, and has no coordinator to load.
     from server_ref.coordinator import Coordinator
+
+AUTHENTICATED: Final = "pocketfed.request-signature"
+"""Key of the ASGI scope that holds the ``signature`` header, once it is known to be a device's."""
 
 M = TypeVar("M", bound=BaseModel)
 _RANGE = re.compile(r"^bytes=(\d{0,18})-(\d{0,18})$")
@@ -72,7 +76,9 @@ def public_key(hex_key: str) -> Ed25519PublicKey:
 
 
 def verify_with(hex_key: str, scope: Scope, headers: Mapping[str, str], body: bytes) -> None:
-    """Check a request's signature against a known key.
+    """Check a request's signature against a known key; only what follows is answered with a signed reply.
+
+    Before this, anybody could have sent the bytes that are refused, beside a signature that a device made for others.
 
     Raises:
         AuthenticationFailed: Not signed by it.
@@ -83,6 +89,7 @@ def verify_with(hex_key: str, scope: Scope, headers: Mapping[str, str], body: by
         raise AuthenticationFailed("the public key is not an Ed25519 key") from e
     path = scope.get("raw_path") or scope["path"].encode("ascii", "replace")
     verify_request(key, headers, scope["method"], path.decode("latin-1"), body)
+    scope[AUTHENTICATED] = headers["signature"]
 
 
 def authenticate(coordinator: Coordinator, scope: Scope, headers: Mapping[str, str], body: bytes) -> str:
@@ -92,7 +99,12 @@ def authenticate(coordinator: Coordinator, scope: Scope, headers: Mapping[str, s
         AuthenticationFailed: Not signed, wrongly signed, or by an unknown device.
     """
     device_id = signing_device(headers)
-    public_key, _tier = coordinator.device(device_id)
+    try:
+        public_key, _tier = coordinator.device(device_id)
+    except UnknownDevice:
+        # The one refusal that is signed without a check, which needs the key. Forged, it costs an enrolment.
+        scope[AUTHENTICATED] = request_signature(headers)
+        raise
     verify_with(public_key, scope, headers, body)
     return device_id
 

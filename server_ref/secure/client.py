@@ -8,6 +8,7 @@ What is not an answer in this protocol is an ``AnswerRejected``: asking again wo
 from __future__ import annotations
 
 import random
+import secrets
 import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -258,7 +259,7 @@ class HttpAggregator:
                 self._sleep(random.SystemRandom().uniform(least / 2, max(least, pause)))
 
     def _send(self, method: str, path: str, body: bytes, content_type: str, limit: int) -> bytes:
-        headers = sign_request(self._key, self._key_id, method, path, body)
+        headers = sign_request(self._key, self._key_id, method, path, body, nonce=secrets.token_hex(16))
         headers |= {"content-type": content_type, "accept-encoding": "identity"}
         url = httpx.URL(self.url).copy_with(raw_path=path.encode("ascii"))
         try:

@@ -12,11 +12,11 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from client_sdk.protocol.errors import ConfigurationError
-from client_sdk.protocol.messages import Message
+from client_sdk.protocol.messages import Message, SigningKeyHex
 from server_ref.app.requests import public_key
 from server_ref.secure.identity import AggregatorConfig
 from server_ref.secure.keys import Peers, read_public
-from server_ref.secure.messages import Index, SigningKeyHex, TaskBinding
+from server_ref.secure.messages import Index, TaskBinding
 from server_ref.secure.parameters import PinnedParameters
 from server_ref.settings import explain, layered, read_toml
 

@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import Field, model_validator
 
 from client_sdk.protocol.errors import ConfigurationError
-from client_sdk.protocol.messages import Message
+from client_sdk.protocol.messages import Message, SigningKeyHex
 from client_sdk.protocol.sealing import SealingKey, SealingPublicKey, SealingSuite
-from server_ref.secure.messages import Index, SealingKeyHex, SigningKeyHex, TaskBinding
+from server_ref.secure.messages import Index, SealingKeyHex, TaskBinding
 from server_ref.secure.parameters import PinnedParameters
 
 

@@ -13,10 +13,10 @@ from typing import Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from client_sdk.protocol.errors import ConfigurationError
-from client_sdk.protocol.messages import MAX_AGGREGATORS, Message
+from client_sdk.protocol.messages import MAX_AGGREGATORS, Message, SigningKeyHex
 from client_sdk.protocol.sealing import SealingKey, SealingPublicKey, SealingSuite
 from server_ref.secure.identity import AggregatorKeys, PeerKeys, SigningKey
-from server_ref.secure.messages import Index, SealingKeyHex, SigningKeyHex
+from server_ref.secure.messages import Index, SealingKeyHex
 
 M = TypeVar("M", bound=Message)
 
@@ -110,7 +110,7 @@ def create_keys(path: Path, index: int, suite: SealingSuite) -> tuple[PublicPart
         signing_key=keys.signing.private_bytes().hex(),
         sealing_key=keys.sealing.private_bytes().hex(),
     )
-    created = _write_secret(path, content)
+    created = write_secret(path, content)
     return public_part(load_keys(path, index, suite), index), created
 
 
@@ -120,7 +120,7 @@ def load_keys(path: Path, index: int, suite: SealingSuite) -> AggregatorKeys:
     Raises:
         ConfigurationError: No such file, others can read it, or it is not this aggregator's.
     """
-    found = _read_secret(path, _PrivateKeys)
+    found = read_secret(path, _PrivateKeys)
     if (found.index, found.suite) != (index, suite):
         raise ConfigurationError(
             f"{path} has the keys of aggregator {found.index} for {found.suite}, not {index}, {suite}"
@@ -149,8 +149,8 @@ def create_coordinator_key(path: Path) -> tuple[SigningKey, bool]:
     Raises:
         ConfigurationError: As ``create_keys``.
     """
-    created = _write_secret(path, _CoordinatorKey(coordinator_signing_key=SigningKey.generate().private_bytes().hex()))
-    found = _read_secret(path, _CoordinatorKey)
+    created = write_secret(path, _CoordinatorKey(coordinator_signing_key=SigningKey.generate().private_bytes().hex()))
+    found = read_secret(path, _CoordinatorKey)
     try:
         return SigningKey(bytes.fromhex(found.coordinator_signing_key)), created
     except ValueError:
@@ -171,8 +171,12 @@ def read_public(path: Path, model: type[M]) -> M:
         raise ConfigurationError(f"{path}: {'; '.join(str(problem['msg']) for problem in e.errors()[:3])}") from e
 
 
-def _write_secret(path: Path, content: Message) -> bool:
-    """Write a file that did not exist, for its owner only, whole or not at all; False if it exists."""
+def write_secret(path: Path, content: Message) -> bool:
+    """Write a file that did not exist, for its owner only, whole or not at all; False if it exists.
+
+    Raises:
+        ConfigurationError: The folder cannot be made, or the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -193,7 +197,12 @@ def _write_secret(path: Path, content: Message) -> bool:
     return True
 
 
-def _read_secret(path: Path, model: type[M]) -> M:
+def read_secret(path: Path, model: type[M]) -> M:
+    """Read what ``write_secret`` wrote.
+
+    Raises:
+        ConfigurationError: It cannot be read, others can read it too, or it is no such file. Never quotes the file.
+    """
     try:
         mode = path.stat().st_mode
         data = path.read_bytes()

@@ -18,7 +18,7 @@ from typing import Annotated, Final, Self
 
 from pydantic import Field, model_validator
 
-from client_sdk.protocol.messages import MAX_AGGREGATORS, Id128, Message, Sha256
+from client_sdk.protocol.messages import MAX_AGGREGATORS, Id128, Message, Sha256, SigningKeyHex
 from client_sdk.protocol.sealing import SealingSuite
 from server_ref.secure.canonical import digest, encode
 from server_ref.secure.parameters import PinnedParameters, RoundParameters
@@ -42,7 +42,6 @@ RoundId = Annotated[int, Field(ge=0, lt=2**62)]
 Run = Annotated[int, Field(ge=0, lt=2**31)]
 Weight = Annotated[int, Field(ge=1, lt=2**40)]
 Signature = Annotated[str, Field(pattern="^[0-9a-f]{128}$", description="Ed25519 signature, hex")]
-SigningKeyHex = Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Ed25519 public key, hex")]
 SealingKeyHex = Annotated[str, Field(pattern="^([0-9a-f]{2}){32,2048}$", description="sealing public key, hex")]
 
 

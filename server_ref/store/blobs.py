@@ -66,6 +66,28 @@ class BlobStore:
             self.delete(key)
             raise StorageUnavailable(f"cannot store {len(data)} bytes: {_reason(e)}") from e
 
+    def put_file(self, key: str, file: Path) -> None:
+        """Give a flushed file of the same disk another name; replaces what was there. Durable after the next ``sync``.
+
+        Raises:
+            StorageUnavailable: The quota is reached, or the disk is failing. The file is left as it is.
+        """
+        path = self._root / key
+        try:
+            size = file.stat().st_size
+            self._reserve(size)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                os.link(file, path)
+            except OSError:
+                self._reserve(-size)
+                raise
+        except OSError as e:
+            raise StorageUnavailable(f"cannot store {file.name}: {_reason(e)}") from e
+        with self._lock:
+            self._unflushed.add(key.rpartition("/")[0])
+
     def sync(self) -> None:
         """Flush the folders of all blobs put so far.
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,73 @@ def test_a_closed_program_says_so(open_program: Opener):
         program.run(spec.name, *inputs)
 
 
+@pytest.mark.parametrize("label", [3, -1, 2**31, -(2**31) - 1, 2**62, -(2**63)])
+def test_a_label_out_of_range_is_an_error_and_the_program_goes_on(open_program: Opener, label: int):
+    program = open_program()
+    spec = program.manifest.method(Role.TRAIN)
+    good = example(spec, 3, 20)
+    expected = program.run(spec.name, *good)
+    bad = tuple(a.copy() for a in good)
+    bad[[t.name for t in spec.inputs].index("y")][0] = label
+    with pytest.raises(ProgramExecutionError, match="failed"):
+        program.run(spec.name, *bad)
+    assert_same_bits(program.run(spec.name, *good), expected)
+    program.close()
+
+
+def test_floats_of_any_bits_are_computed_with_and_leave_nothing_behind(program: Program):
+    rng = np.random.default_rng(21)
+    for spec in program.manifest.methods:
+        good = example(spec, program.manifest.num_classes, 21)
+        expected = program.run(spec.name, *good)
+        for _ in range(20):
+            wild = tuple(
+                a if a.dtype == np.int64 else np.frombuffer(rng.bytes(a.nbytes), a.dtype).reshape(a.shape) for a in good
+            )
+            outputs = program.run(spec.name, *wild)
+            assert [a.shape for a in outputs] == [t.shape for t in spec.outputs]
+        assert_same_bits(program.run(spec.name, *good), expected)
+
+
+def test_a_program_goes_from_thread_to_thread(open_program: Opener):
+    program = open_program()
+    spec = program.manifest.method(Role.TRAIN)
+    inputs = example(spec, 3, 22)
+    expected = program.run(spec.name, *inputs)
+    for _ in range(5):
+        with ThreadPoolExecutor(1) as pool:  # a new thread each time
+            assert_same_bits(pool.submit(program.run, spec.name, *inputs).result(), expected)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(program.close).result()
+    with pytest.raises(ProgramExecutionError, match="closed"):
+        program.run(spec.name, *inputs)
+
+
+def test_closing_under_running_calls_lets_them_end_and_refuses_the_next(open_program: Opener):
+    program = open_program()
+    spec = program.manifest.method(Role.TRAIN)
+    inputs = example(spec, 3, 23)
+    expected = [a.tobytes() for a in program.run(spec.name, *inputs)]
+    running = threading.Barrier(3)
+
+    def work() -> list[list[bytes]]:
+        results = [[a.tobytes() for a in program.run(spec.name, *inputs)]]
+        running.wait()
+        while True:
+            try:
+                results.append([a.tobytes() for a in program.run(spec.name, *inputs)])
+            except ProgramExecutionError:
+                return results
+
+    with ThreadPoolExecutor(2) as pool:
+        workers = [pool.submit(work) for _ in range(2)]
+        running.wait()
+        program.close()
+        program.close()
+        for worker in workers:
+            assert all(result == expected for result in worker.result())
+
+
 def test_grad_is_a_sum_over_the_unmasked_examples(program: Program):
     spec = program.manifest.method(Role.GRAD)
     w, x, y, mask = example(spec, program.manifest.num_classes, 9)
@@ -258,6 +326,28 @@ def test_memory_stays_flat_over_a_thousand_runs(open_program: Opener):
         program.run(spec.name, *inputs)
     gc.collect()
     assert allocated_bytes() - before < 16 * 1000  # one leaked tensor header per run would be over
+
+
+def test_memory_stays_flat_over_a_thousand_refusals(open_program: Opener):
+    program = open_program()
+    spec = program.manifest.method(Role.TRAIN)
+    good = example(spec, 3, 24)
+    bad = tuple(np.full_like(a, 99) if a.dtype == np.int64 else a for a in good)
+
+    def refuse() -> None:
+        with pytest.raises(ProgramExecutionError):
+            program.run(spec.name, *bad)
+        with pytest.raises(ProgramInputError):
+            program.run(spec.name, *good[1:])
+
+    for _ in range(100):
+        refuse()
+    gc.collect()
+    before = allocated_bytes()
+    for _ in range(1000):
+        refuse()
+    gc.collect()
+    assert allocated_bytes() - before < 16 * 1000
 
 
 def test_opening_and_closing_gives_memory_back(open_program: Opener):

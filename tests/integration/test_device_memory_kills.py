@@ -33,7 +33,7 @@ def test_a_device_killed_at_any_point_sends_and_remembers_what_an_undisturbed_on
     toy.hand_out(*((softmax_bundle / name).read_bytes() for name in (MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE)))
     MODES[mode](toy)
     with Server() as front:
-        front.answer = toy_coordinator(toy)
+        front.answer = toy_coordinator(toy, front.identity.public_key)
         origin = DeviceProcess(front.url, tmp_path / "origin")
         assert origin.run().returncode == 0
         first, reports = remembered(origin), dict(toy.reports)

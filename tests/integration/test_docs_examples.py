@@ -23,6 +23,7 @@ import pytest
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 STORIES = [
     ("device.md", "protocol.md"),
+    ("device-resources.md",),
     ("export.md",),
     ("simulator.md",),
     ("attacks.md",),

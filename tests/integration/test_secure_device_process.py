@@ -39,7 +39,7 @@ def toy(softmax_bundle: Path) -> ToyServer:
 @pytest.fixture
 def url(toy: ToyServer) -> Iterator[str]:
     with Server() as front:
-        front.answer = toy_coordinator(toy)
+        front.answer = toy_coordinator(toy, front.identity.public_key)
         yield front.url
 
 

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.protocol.training import TrainingPlan
-from simulator.population import TIERS, Population, Workload
+from simulator.population import Population, Workload
+from simulator.profiles import read_profiles
 
 WORK = Workload(flops_per_example=3e5, bytes_down=200_000, bytes_up=200_000, plan=TrainingPlan(local_epochs=2))
 seeds = st.integers(0, 2**31 - 1)
 devices = st.integers(0, 999)
 sessions = st.integers(0, 10_000)
+STEADY = read_profiles("steady").profile
 
 
 def answers(population, device, session):
@@ -71,15 +73,14 @@ def test_tiers_come_in_their_shares_and_profiles_follow_them():
     population = Population(7, 5000)
     profiles = [population.profile(d) for d in range(5000)]
     counts = Counter(p.device_type for p in profiles)
-    for tier, model in TIERS.items():
-        assert abs(counts[tier] / 5000 - model.share) < 0.03
-    assert sum(m.share for m in TIERS.values()) == 1
+    for kind in STEADY:
+        assert abs(counts[kind.tier] / 5000 - kind.share) < 0.03
     assert {p.available_memory_mb for p in profiles if p.device_type is DeviceTier.LOW_END} == {512}
 
 
 def test_better_tiers_are_faster_on_average():
     population = Population(7, 2000)
-    by_tier = {tier: [] for tier in TIERS}
+    by_tier = {kind.tier: [] for kind in STEADY}
     for d in range(2000):
         by_tier[population.tier(d)].append(population.typical_duration_s(d, 50, WORK))
     high, mid, low = (sum(v) / len(v) for v in by_tier.values())

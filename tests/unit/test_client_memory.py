@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client_sdk import MobileClient, atomic, events
+from client_sdk import MobileClient, events
 from client_sdk.client import RunSummary
 from client_sdk.errors import BundleMismatch, TransportUnavailable
+from client_sdk.files import OS_FILES
 from client_sdk.identity import DeviceIdentity
 from client_sdk.memory import CONTROL, RESIDUAL, DeviceMemory
 from client_sdk.protocol.compression import Codec, CompressionSpec
@@ -34,7 +35,7 @@ from client_sdk.session_state import Phase, RetryPolicy
 from client_sdk.store import DeviceStore, FileDeviceStore, MemoryDeviceStore
 from client_sdk.training import Controls, LocalTrainer, TrainingResult
 from tests.devices import NUM_PARAMETERS, ToyProgram, ToyServer, make_assignment, make_data, make_model, sha
-from tests.faults import FaultyOs, Killed
+from tests.faults import FaultyFiles, Killed
 
 IDENTITY = DeviceIdentity.from_private_bytes(bytes(range(32)))
 TASK = make_assignment().task_id
@@ -82,11 +83,11 @@ def in_order(server: ToyServer) -> list[np.ndarray]:
     return [tensor for _, tensor in sorted(server.updates().items())]
 
 
-def open_store(folder: Path) -> FileDeviceStore:
+def open_store(folder: Path, survives: int = -1, chunk: int = 10**6) -> FileDeviceStore:
     """The state directory of the one device of these tests."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "identity.key").write_text(IDENTITY.private_bytes().hex())
-    return FileDeviceStore(folder)
+    return FileDeviceStore(folder, files=FaultyFiles(OS_FILES, survives, chunk=chunk, flushes=False))
 
 
 # --- what is sent --------------------------------------------------------------------------------------------
@@ -218,9 +219,8 @@ def test_an_altered_body_is_sent_again_and_the_memory_counts_once(mode: str):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_device_killed_at_any_step_of_its_disk_sends_and_remembers_the_same(tmp_path: Path, monkeypatch, mode: str):
+def test_a_device_killed_at_any_step_of_its_disk_sends_and_remembers_the_same(tmp_path: Path, mode: str):
     """The second report of a device: at every call of the system, and in the middle of what it writes."""
-    monkeypatch.setattr(atomic, "os", FaultyOs(-1, chunk=10**6))
     origin = MODES[mode](ToyServer(work=1))
     store = open_store(tmp_path / "origin")
     live(origin, store)
@@ -235,15 +235,13 @@ def test_a_device_killed_at_any_step_of_its_disk_sends_and_remembers_the_same(tm
     while True:
         folder = tmp_path / "device"
         shutil.copytree(tmp_path / "origin", folder)
-        server, store = copy.deepcopy(origin), open_store(folder)
-        with monkeypatch.context() as patch:
-            patch.setattr(atomic, "os", FaultyOs(survives, chunk=400))
-            try:
-                live(server, store)
-            except Killed:
-                killed = True
-            else:
-                killed = False
+        server, store = copy.deepcopy(origin), open_store(folder, survives, chunk=400)
+        try:
+            live(server, store)
+        except Killed:
+            killed = True
+        else:
+            killed = False
         store.close()
         store = open_store(folder)
         seen.add((len(server.reports) == 2, vectors(store) == second))

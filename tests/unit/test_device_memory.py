@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_sdk import atomic, memory
+from client_sdk import memory
+from client_sdk.files import OS_FILES
 from client_sdk.memory import DeviceMemory, MemoryFiles
 from client_sdk.store import DeviceStore, FileDeviceStore, MemoryDeviceStore
-from tests.faults import FaultyOs, Killed
+from tests.faults import FaultyFiles, Killed
 
 TASK, OTHER_TASK = "f" * 32, "e" * 32
 FIRST, SECOND, THIRD = (f"{number:032x}" for number in (1, 2, 3))
@@ -152,24 +153,21 @@ def test_a_memory_is_only_what_was_written():
 
 
 @pytest.mark.parametrize("fate", [True, False])
-def test_a_process_killed_at_any_step_leaves_the_old_memory_or_the_new(tmp_path: Path, monkeypatch, fate: bool):
+def test_a_process_killed_at_any_step_leaves_the_old_memory_or_the_new(tmp_path: Path, fate: bool):
     """Every byte of a write is a step, and so is every other call of the system."""
     counting = {FIRST, SECOND} if fate else {FIRST}
     survives, seen = 0, set()
     while True:
         (tmp_path / "current").write_bytes(make_memory(FIRST).to_bytes())
-        files = MemoryFiles(tmp_path)
-        with monkeypatch.context() as patch:
-            patch.setattr(atomic, "os", FaultyOs(survives))
-            try:
-                files.stage(make_memory(SECOND))
-                files.settle(SECOND, accepted=fate)
-            except Killed:
-                pass
-            else:
-                break
-        monkeypatch.setattr(atomic, "os", FaultyOs(-1, chunk=10**6))  # the next process
-        files = MemoryFiles(tmp_path)
+        files = MemoryFiles(tmp_path, FaultyFiles(OS_FILES, survives, flushes=False))
+        try:
+            files.stage(make_memory(SECOND))
+            files.settle(SECOND, accepted=fate)
+        except Killed:
+            pass
+        else:
+            break
+        files = MemoryFiles(tmp_path, FaultyFiles(OS_FILES, chunk=10**6, flushes=False))  # the next process
         present, staged = files.current(TASK), files.is_staged(SECOND)
         assert present is not None
         assert present.report_id in counting

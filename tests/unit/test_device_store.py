@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import errno
+import itertools
 import logging
 import os
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from client_sdk import atomic
 from client_sdk.atomic import write_atomically
 from client_sdk.blobs import BlobPool
 from client_sdk.errors import StateDirLocked, StateDirUnusable
+from client_sdk.files import OS_FILES
 from client_sdk.identity import DeviceIdentity
 from client_sdk.memory import DeviceMemory
 from client_sdk.session_state import Phase, SessionState
 from client_sdk.store import FileDeviceStore, MemoryDeviceStore
 from tests.devices import make_assignment, sha
-from tests.faults import FaultyOs, Killed
+from tests.faults import DiskModel, FaultyFiles, Killed, disk_full, input_output_error
 
 
-def test_a_write_killed_at_any_step_leaves_the_old_content_or_the_new(tmp_path: Path, monkeypatch):
+def test_a_write_killed_at_any_step_leaves_the_old_content_or_the_new(tmp_path: Path):
     path = tmp_path / "file"
     old, new = b"old content", b"the new content, longer"
     path.write_bytes(old)
     seen = []
     for survives in range(1000):
-        faulty = FaultyOs(survives)
-        monkeypatch.setattr(atomic, "os", faulty)
         try:
-            write_atomically(path, new)
+            write_atomically(path, new, files=FaultyFiles(OS_FILES, survives, flushes=False))
         except Killed:
             seen.append(path.read_bytes())
             path.write_bytes(old)
@@ -48,10 +47,67 @@ def test_a_write_killed_at_any_step_leaves_the_old_content_or_the_new(tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_short_write_by_the_system_is_continued(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(atomic, "os", FaultyOs(-1))
-    write_atomically(tmp_path / "file", bytes(range(200)))
+def test_a_short_write_by_the_system_is_continued(tmp_path: Path):
+    write_atomically(tmp_path / "file", bytes(range(150)), bytes(range(150, 200)), files=FaultyFiles(OS_FILES))
     assert (tmp_path / "file").read_bytes() == bytes(range(200))
+
+
+def lost_or_kept(mask: int) -> Callable[[str], bool]:
+    """Answers of the disk after a power cut: one bit each."""
+    bits = (mask >> position & 1 == 1 for position in itertools.count())
+    return lambda _what: next(bits)
+
+
+def test_a_power_cut_at_any_step_leaves_the_old_content_or_the_new_whatever_was_lost():
+    path, old, new = Path("/state/file"), b"old content", b"the new content, longer"
+    seen = set()
+    for mask in range(2**5):
+        for survives in itertools.count():
+            disk = DiskModel()
+            disk.put(path, old)
+            try:
+                write_atomically(path, new, files=FaultyFiles(disk, survives))
+            except Killed:
+                seen.add(content := disk.after_power_cut(lost_or_kept(mask)).read(path))
+                assert content in (old, new)
+            else:
+                assert disk.after_power_cut(lost_or_kept(mask)).read(path) == new, "what returned is durable"
+                break
+    assert seen == {old, new}
+
+
+def test_the_disk_model_loses_what_was_not_synced():
+    """Else the test above would not see a missing flush: it is the model of what ``write_atomically`` is for."""
+    path, disk = Path("/state/file"), DiskModel()
+    disk.put(path, b"old content")
+    handle = disk.create(Path("/state/new"), 0o600)
+    disk.write(handle, memoryview(b"content"))
+    disk.rename(Path("/state/new"), path)
+    assert disk.read(path) == b"content"
+    assert disk.after_power_cut(lambda _: False).read(path) == b"old content"
+    assert disk.after_power_cut(lambda what: what == "name").read(path) == b"con"
+    assert disk.after_power_cut(lambda _: True).read(path) == b"content"
+
+
+@pytest.mark.parametrize("fault", [disk_full, input_output_error])
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_failed_write_is_an_error_that_leaves_no_debris(tmp_path: Path, fault: Callable[[], OSError], recovers: bool):
+    path, old, new = tmp_path / "file", b"old content", b"the new content, longer"
+    for survives in itertools.count():
+        path.write_bytes(old)
+        files = FaultyFiles(OS_FILES, survives, fault=fault, recovers=recovers, flushes=False)
+        try:
+            write_atomically(path, new, files=files)
+        except OSError as e:
+            code = e.errno
+        else:
+            break
+        assert code == fault().errno
+        # The last two steps are the rename and its flush.
+        assert path.read_bytes() == (new if survives == len(new) + 3 else old)
+        if recovers:
+            assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert survives == len(new) + 4
 
 
 def test_a_new_file_is_private(tmp_path: Path):
@@ -229,14 +285,9 @@ def test_a_state_directory_that_is_a_file_is_refused_by_name(tmp_path: Path):
         FileDeviceStore(tmp_path / "state")
 
 
-def full_disk(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_on_a_full_disk_state_is_an_error_and_the_cache_is_not(tmp_path: Path, monkeypatch, caplog):
-    store = FileDeviceStore(tmp_path)
-    for module in ("store", "blobs", "memory"):
-        monkeypatch.setattr(f"client_sdk.{module}.write_atomically", full_disk)
+def test_on_a_full_disk_state_is_an_error_and_the_cache_is_not(tmp_path: Path, caplog):
+    FileDeviceStore(tmp_path).close()
+    store = FileDeviceStore(tmp_path, files=FaultyFiles(OS_FILES, 0, fault=disk_full))
     with pytest.raises(StateDirUnusable, match="No space left"):
         store.save_session(some_state(store))
     with pytest.raises(StateDirUnusable, match="No space left"):
@@ -249,11 +300,9 @@ def test_on_a_full_disk_state_is_an_error_and_the_cache_is_not(tmp_path: Path, m
     store.close()
 
 
-def test_a_directory_whose_key_cannot_be_written_does_not_stay_locked(tmp_path: Path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("client_sdk.store.write_atomically", full_disk)
-        with pytest.raises(StateDirUnusable):
-            FileDeviceStore(tmp_path)
+def test_a_directory_whose_key_cannot_be_written_does_not_stay_locked(tmp_path: Path):
+    with pytest.raises(StateDirUnusable):
+        FileDeviceStore(tmp_path, files=FaultyFiles(OS_FILES, 0, fault=disk_full))
     FileDeviceStore(tmp_path).close()
 
 

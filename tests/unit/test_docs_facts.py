@@ -22,7 +22,7 @@ from client_sdk.session_state import Abandon, Discard, Enrol, Phase, RetryPolicy
 from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
 from simulator.cli import given_settings
 from simulator.config import SimulationConfig
-from simulator.population import TIERS
+from simulator.profiles import read_profiles
 from simulator.results import PrivacyResult, RoundResult, SecrecyResult, SimulationResults, TierResult
 from tests.devices import make_assignment
 
@@ -162,7 +162,8 @@ def test_the_methods_are_listed_with_their_signatures():
 def test_the_simulated_tiers_are_listed():
     table = rows(page("simulator.md"), "| tier | share | MFLOP/s | Mbit/s | round trip, s | start-up, s |")
     assert {row[0]: [float(cell) for cell in row[1:]] for row in table} == {
-        tier.value: [m.share, m.mflops, m.bandwidth_mbit, m.latency_s, m.startup_s] for tier, m in TIERS.items()
+        p.tier.value: [p.share, p.mflops, p.download_mbit, p.latency_s, p.startup_s]
+        for p in read_profiles("steady").profile
     }
 
 

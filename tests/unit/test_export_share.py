@@ -11,22 +11,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_sdk.native.sharing import PlainKernels, load_kernels, share_update
-from client_sdk.program_sharing import ProgramKernels
+from client_sdk import fulfilment, program_sharing
+from client_sdk.native.sharing import NativeKernels, PlainKernels, load_kernels, share_update
+from client_sdk.program_sharing import ProgramKernels, choose_kernels
 from client_sdk.protocol.clipping import integer_norm_squared
 from client_sdk.protocol.errors import ConfigurationError, NonFiniteUpdate, ShapeMismatch, UnknownMethod
 from client_sdk.protocol.field import MERSENNE_61, MERSENNE_127
+from client_sdk.protocol.messages import I64SharesEncoding, SecurePlan
 from client_sdk.protocol.privacy import EncodedBounds, encode_clipped
 from client_sdk.protocol.program import Program, Role, norm_squared
+from client_sdk.protocol.sealing import SealingKey, SealingSuite
 from client_sdk.protocol.shamir import Scheme, draw_seeds, reconstruct
+from client_sdk.reports import build_report
 from client_sdk.runtime import load_program
 from mobile_export import ParityError, build_model, check_parity, export_program, sharing
 from mobile_export.cli import export_command
 from mobile_export.sharing import check_share
+from tests.aggregators import DEVICE_ID, opened_codes
+from tests.devices import ToyProgram, make_assignment
 
 SCHEME = Scheme(3, 5)
 SIZE = 4 * 3 + 3
 PLAIN = PlainKernels()
+KEYS = [SealingKey.generate(SealingSuite.X25519) for _ in range(5)]
 
 
 def export(folder: Path, **options):
@@ -134,6 +141,58 @@ def test_without_the_option_there_is_no_such_method(tmp_path: Path):
     with pytest.raises(UnknownMethod, match="no share method"):
         ProgramKernels(program)
     program.close()
+
+
+# --- what a device splits with ---
+
+
+class Watched:
+    """A program that remembers what was run."""
+
+    def __init__(self, program: Program) -> None:
+        self.manifest = program.manifest
+        self.ran: list[str] = []
+        self._program = program
+
+    def run(self, method: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        self.ran.append(method)
+        return self._program.run(method, *inputs)
+
+    def close(self) -> None:
+        """Nothing: the fixture closes it."""
+
+
+def test_native_kernels_come_before_the_program_and_the_program_before_numpy(program: Program):
+    native = load_kernels()
+    assert isinstance(native, NativeKernels), "the machine that tests has a compiler"
+    assert choose_kernels(program, SCHEME, SIZE) is native
+    assert choose_kernels(program, SCHEME, SIZE, available=native) is native
+    assert isinstance(choose_kernels(program, SCHEME, SIZE, available=PLAIN), ProgramKernels)
+    for scheme, size in ((Scheme(2, 5), SIZE), (Scheme(3, 5, MERSENNE_127), SIZE), (SCHEME, SIZE - 1)):
+        assert choose_kernels(program, scheme, size, available=PLAIN) is PLAIN
+    assert choose_kernels(ToyProgram(), SCHEME, SIZE, available=PLAIN) is PLAIN
+
+
+@pytest.mark.parametrize("changes", [{}, {"noise": "devices", "noise_variance": "1000"}], ids=["plain", "noised"])
+@pytest.mark.parametrize("host", ["native", "program", "numpy"])
+def test_what_aggregators_open_is_the_same_whatever_splits(
+    program: Program, monkeypatch, host: str, changes: dict[str, str]
+):
+    """The program is asked where it is the choice, and only there."""
+    if host != "native":
+        monkeypatch.setattr(program_sharing, "load_kernels", PlainKernels)
+    watched = Watched(program)
+    plan = SecurePlan(fraction_bits=24, clip_norm=0.75, aggregator_keys=tuple(k.public.hex for k in KEYS), **changes)
+    assignment = make_assignment(1, encoding=I64SharesEncoding(), secure=plan)
+    kernels = fulfilment._kernels(assignment, watched if host != "numpy" else ToyProgram(), SIZE)
+    report = build_report(assignment, "2" * 32, update(), device_id=DEVICE_ID, steps=1, train_loss=0.5, kernels=kernels)
+    codes = opened_codes(bytes(report.frame), assignment, SIZE, KEYS, [5, 2, 1])
+    if not changes:
+        assert np.array_equal(codes, encode_clipped(update(), plan.bounds))
+        assert watched.ran == (["share"] if host == "program" else [])
+    else:
+        assert 0 < np.abs(codes - encode_clipped(update(), plan.bounds)).max() < 1000
+        assert watched.ran == [], "noise is added to codes, which the method does not give away"
 
 
 def test_the_gate_sees_one_wrong_unit(bundle, monkeypatch: pytest.MonkeyPatch):

@@ -85,7 +85,7 @@ def test_requests_are_signed_by_the_device(server, transport):
 
 
 def test_enrolment_and_reports_go_where_the_protocol_says(server, transport):
-    server.answer(200, {"device_id": IDENTITY.device_id})
+    server.answer(200, {"device_id": IDENTITY.device_id, "server_key": "5" * 64})
     transport.enrol(EnrolRequest(public_key=IDENTITY.public_key.hex()))
     report_id = "a" * 32
     server.answer(200, {"status": "accepted", "report_id": report_id, "assignment_id": "b" * 32})

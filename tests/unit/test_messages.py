@@ -37,7 +37,7 @@ FACTS = {
 }
 GOOD: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (m.EnrolRequest, {"public_key": HASH, "tier": "low_end"}),
-    (m.EnrolReply, {"device_id": ID}),
+    (m.EnrolReply, {"device_id": ID, "server_key": HASH}),
     (m.CheckInRequest, {"num_samples": 1}),
     (m.CheckInRequest, {"num_samples": 10**9, "virtual": {"now_s": 0.5, "duration_s": None}}),
     (m.CheckInReply, {"reply": {"status": "assigned", "assignment": ASSIGNMENT}}),

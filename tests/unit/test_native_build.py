@@ -97,7 +97,7 @@ def test_a_failed_compilation_leaves_nothing_and_shows_the_compiler(cache: Path,
 
 
 @pytest.mark.parametrize("library", [RUNTIME, SHARING], ids=lambda library: library.name)
-@pytest.mark.parametrize("changed", ["source", "header"])
+@pytest.mark.parametrize("changed", ["source", "header", "exports"])
 def test_a_changed_source_is_another_library(
     cache: Path, compiler: StubCompiler, tmp_path: Path, changed: str, library: Library
 ):
@@ -198,6 +198,34 @@ def test_a_file_that_is_no_library_is_refused_with_a_remedy(tmp_path: Path):
     broken.write_bytes(b"library")
     with pytest.raises(RuntimeUnavailable, match="delete the file"):
         adapter.Shim(broken)
+
+
+@pytest.mark.parametrize("library", [RUNTIME, SHARING], ids=lambda library: library.name)
+def test_the_sources_compile_without_a_warning(library: Library):
+    library.check_warnings()
+
+
+def test_a_warning_is_an_error_for_us_and_none_for_a_user(tmp_path: Path, cache: Path):
+    edited = tmp_path / "sharing.cpp"
+    edited.write_text(SHARING.source.read_text() + "\nint narrowed(long x) { return x; }\n")
+    (tmp_path / "sharing.h").write_bytes(SHARING.header.read_bytes())
+    careless = dataclasses.replace(SHARING, source=edited)
+    with pytest.raises(RuntimeUnavailable, match="narrowed"):
+        careless.check_warnings()
+    assert building.WARNINGS[-1] == "-Werror"
+    assert not any(flag.startswith("-W") and not flag.startswith("-Wl,") for flag in careless.command())
+
+
+@pytest.mark.parametrize(("library", "macro"), [(RUNTIME, "PF_EXPORT"), (SHARING, "PFS_EXPORT")])
+def test_nothing_is_exported_but_the_abi(library: Library, macro: str):
+    listed = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", "--format=posix", str(library.ensure_built())],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    exported = {line.split()[0] for line in listed.stdout.splitlines()}
+    assert exported == set(re.findall(rf"^{macro} .*?\b(\w+)\(", library.header.read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize(("library", "prefix"), [(RUNTIME, "pf"), (SHARING, "pfs")])

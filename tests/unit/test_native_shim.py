@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import re
+import resource
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,10 @@ class Call:
         )
 
 
+def peak_rss_kib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def last_error(lib: ctypes.CDLL) -> str:
     return lib.pf_last_error().decode()
 
@@ -97,6 +104,12 @@ def test_a_host_can_run_a_method(lib: ctypes.CDLL, handle: ctypes.c_void_p, mani
         (1, {"data": None}, INVALID_ARGUMENT, "input 1 has no data"),
         (1, {"sizes": (ctypes.c_int64 * 2)(2**40, 1)}, INVALID_ARGUMENT, "input 1 has a size out of range"),
         (1, {"sizes": (ctypes.c_int64 * 2)(-1, 6)}, INVALID_ARGUMENT, "input 1 has a size out of range"),
+        (1, {"sizes": (ctypes.c_int64 * 2)(2**31 - 1, 2**31 - 1)}, INVALID_ARGUMENT, "input 1 has a size out of range"),
+        (1, {"sizes": (ctypes.c_int64 * 2)(2**16, 2**15)}, INVALID_ARGUMENT, "input 1 has a size out of range"),
+        (1, {"sizes": (ctypes.c_int64 * 16)(*[2] * 16), "rank": 16}, SIGNATURE, "inputs do not fit"),
+        (1, {"sizes": (ctypes.c_int64 * 2)(0, 6)}, SIGNATURE, "inputs do not fit"),
+        (1, {"data": 2**20 + 1}, INVALID_ARGUMENT, "input 1 is not aligned to its elements"),
+        (2, {"data": 2**20 + 2}, INVALID_ARGUMENT, "output 0 is not aligned to its elements"),
         (1, {"sizes": (ctypes.c_int64 * 2)(3, 6)}, SIGNATURE, "inputs do not fit"),
         (0, {"dtype": 1}, SIGNATURE, "inputs do not fit"),
         (2, {"data": None}, INVALID_ARGUMENT, "output 0 has no data"),
@@ -121,22 +134,70 @@ def test_wrong_tensors_are_refused_and_no_output_is_written(
     assert Call(manifest).run(lib, handle) == OK  # and the program is still usable
 
 
-@pytest.mark.parametrize("count", [1, 0])
-def test_a_wrong_number_of_inputs_is_a_signature_error(
+@pytest.mark.parametrize("count", [0, 1, 3, 2**20, 2**63, 2**64 - 1])
+def test_a_wrong_number_of_tensors_is_refused_before_one_is_read(
     lib: ctypes.CDLL, handle: ctypes.c_void_p, manifest: Manifest, count: int
 ):
     call = Call(manifest)
-    del call.tensors[count : call.num_inputs]
-    call.num_inputs = count
-    assert call.run(lib, handle) == SIGNATURE
+    nowhere = ctypes.cast(ctypes.c_void_p(8), ctypes.POINTER(adapter._Tensor))  # whoever reads it, crashes
+    number = ctypes.c_uint64(count)
+    assert lib.pf_run(handle, call.method, number, nowhere, 1, nowhere) == SIGNATURE
+    assert f"takes 2 inputs, {count} are given" in last_error(lib)
+    if count != 1:
+        assert lib.pf_run(handle, call.method, 2, nowhere, number, nowhere) == SIGNATURE
+        assert f"returns 1 outputs, {count} are expected" in last_error(lib)
+    assert call.run(lib, handle) == OK
 
 
-def test_a_wrong_number_of_outputs_is_a_signature_error(lib: ctypes.CDLL, handle: ctypes.c_void_p, manifest: Manifest):
-    call = Call(manifest)
-    call.tensors.append(call.tensors[-1])
-    assert call.run(lib, handle) == SIGNATURE
-    assert "returns 1 outputs, 2 are expected" in last_error(lib)
-    assert (call.output == 1).all()
+def test_an_output_may_lie_where_an_input_lay(lib: ctypes.CDLL, handle: ctypes.c_void_p, manifest: Manifest):
+    apart, together = Call(manifest), Call(manifest)
+    together.tensors[2] = tensor(together.output, data=together.arrays[1].ctypes.data)
+    assert apart.run(lib, handle) == together.run(lib, handle) == OK
+    assert together.arrays[1].tobytes()[: apart.output.nbytes] == apart.output.tobytes()
+
+
+def test_a_closed_handle_is_found_out_whatever_was_opened_since(
+    lib: ctypes.CDLL, softmax_bundle: Path, manifest: Manifest
+):
+    data = (softmax_bundle / "program.pte").read_bytes()
+    handles = [ctypes.c_void_p() for _ in range(20)]
+    for opened in handles:
+        assert lib.pf_open(data, len(data), ctypes.byref(opened)) == OK
+        lib.pf_close(opened)
+        lib.pf_close(opened)
+    assert len({opened.value for opened in handles}) == 20
+    last = ctypes.c_void_p()
+    assert lib.pf_open(data, len(data), ctypes.byref(last)) == OK
+    size = ctypes.c_uint64()
+    for stale in (*handles, ctypes.c_void_p(2**47 + 1), ctypes.c_void_p(-1)):
+        assert Call(manifest).run(lib, stale) == INVALID_ARGUMENT
+        assert "not that of an open program" in last_error(lib)
+        assert lib.pf_load_method(stale, b"infer_b8") == INVALID_ARGUMENT
+        assert lib.pf_planned_memory(stale, b"infer_b8", ctypes.byref(size)) == INVALID_ARGUMENT
+        lib.pf_close(stale)
+    assert Call(manifest).run(lib, last) == OK
+    lib.pf_close(last)
+
+
+def test_a_program_may_be_closed_while_others_use_it(lib: ctypes.CDLL, softmax_bundle: Path, manifest: Manifest):
+    data = (softmax_bundle / "program.pte").read_bytes()
+    opened = ctypes.c_void_p()
+    assert lib.pf_open(data, len(data), ctypes.byref(opened)) == OK
+    running = threading.Barrier(3)
+
+    def work() -> set[int]:
+        call, statuses = Call(manifest), [OK]
+        assert call.run(lib, opened) == OK
+        running.wait()
+        while statuses[-1] == OK:
+            statuses.append(call.run(lib, opened))
+        return set(statuses)
+
+    with ThreadPoolExecutor(2) as pool:
+        workers = [pool.submit(work) for _ in range(2)]
+        running.wait()
+        lib.pf_close(opened)
+        assert [worker.result() for worker in workers] == [{OK, INVALID_ARGUMENT}] * 2
 
 
 def test_null_arguments_are_refused(lib: ctypes.CDLL, handle: ctypes.c_void_p):
@@ -151,14 +212,24 @@ def test_null_arguments_are_refused(lib: ctypes.CDLL, handle: ctypes.c_void_p):
     assert lib.pf_planned_memory(handle, b"infer_b8", None) == INVALID_ARGUMENT
     assert lib.pf_planned_memory(None, b"infer_b8", ctypes.byref(size)) == INVALID_ARGUMENT
     assert lib.pf_set_threads(0) == INVALID_ARGUMENT
+    assert lib.pf_set_threads(2**32 - 1) == INVALID_ARGUMENT
     lib.pf_close(None)
 
 
 def test_bytes_that_are_no_program_leave_no_handle(lib: ctypes.CDLL):
-    opened = ctypes.c_void_p()
+    opened = ctypes.c_void_p(1)
     assert lib.pf_open(b"x" * 100, 100, ctypes.byref(opened)) == INVALID_PROGRAM
     assert not opened
     assert last_error(lib) != ""
+
+
+@pytest.mark.parametrize("size", [2**31, 2**63, 2**64 - 1])
+def test_a_program_beyond_the_limit_is_refused_before_it_is_copied(lib: ctypes.CDLL, size: int):
+    opened = ctypes.c_void_p()
+    before = peak_rss_kib()
+    assert lib.pf_open(b"x" * 100, ctypes.c_uint64(size), ctypes.byref(opened)) == INVALID_ARGUMENT
+    assert "at most 2147483647 bytes" in last_error(lib)
+    assert peak_rss_kib() - before < 2**20
 
 
 @pytest.mark.parametrize("name", [b"nothing", b"", b"infer_b8 "])
@@ -214,3 +285,9 @@ def test_python_and_the_header_agree_on_every_code():
         code: error.__name__ for code, error in adapter._ERRORS.items()
     }
     assert f"#define PF_ABI_VERSION {adapter.ABI_VERSION}\n" in header
+
+
+def test_the_library_offers_what_the_header_declares_and_the_adapter_uses(lib: ctypes.CDLL):
+    declared = set(re.findall(r"^PF_EXPORT .*?\b(pf_\w+)\(", RUNTIME.header.read_text(), re.MULTILINE))
+    assert len(declared) == 10
+    assert all(hasattr(lib, name) for name in declared)

@@ -203,15 +203,20 @@ def test_nothing_is_said_of_single_updates(tmp_path, softmax_bundle, ports, kind
         assert all(row["train_loss"] is None for row in served.rows("assignments"))
 
 
-def test_a_task_without_privacy_wants_to_know_the_loss(tmp_path, softmax_bundle):
+def test_where_a_task_asks_for_losses_a_device_may_withhold_its_own(tmp_path, softmax_bundle):
     def withhold(frame: bytes) -> bytes:
         decoded = decode_frame(frame)
         return bytes(encode_frame(decoded.tensors, decoded.metadata | {"train_loss": "withheld"}))
 
-    with Served(tmp_path, softmax_bundle, rounds=1, buffer_size=2, aggregation=CLIPPED) as served:
-        assignment = served.assigned("a")
-        with pytest.raises(ReportMismatch, match="has to say"):
-            served.report("a", assignment, updates(0, 1, served.size)[0], amend=withhold)
+    settings = {"divergence": {"enabled": True, "patience": 1}, "aggregation": CLIPPED}
+    with Served(tmp_path, softmax_bundle, rounds=3, buffer_size=3, **settings) as served:
+        for withholding in (2, 3, 0):
+            work = {name: served.assigned(name) for name in "abc"}
+            for index, (name, update) in enumerate(zip("abc", updates(0, 3, served.size), strict=True)):
+                amend = withhold if index < withholding else None
+                served.report(name, work[name], update, train_loss=0.5, **({"amend": amend} if amend else {}))
+        assert served.halted is None
+        assert [r["train_loss"] for r in served.rows("rounds")] == [0.5, None, 0.5]
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["synchronous", "asynchronous"])

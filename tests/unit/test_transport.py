@@ -10,14 +10,18 @@ from collections.abc import Iterator
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from client_sdk.errors import BlobHashMismatch, InvalidReply, TransportUnavailable
+from client_sdk.errors import BlobHashMismatch, InvalidReply, ServerKeyChanged, TransportUnavailable, UntrustedReply
 from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.errors import (
+    AuthenticationFailed,
     ConfigurationError,
+    ProtocolError,
     RangeNotSatisfiable,
     ServerBusy,
     StaleReport,
+    UnknownAssignment,
     UnknownBlob,
+    UnknownDevice,
 )
 from client_sdk.protocol.messages import (
     MAX_JSON_BYTES,
@@ -26,16 +30,25 @@ from client_sdk.protocol.messages import (
     CheckInRequest,
     EnrolReply,
     EnrolRequest,
+    Finished,
     ReportReply,
 )
 from client_sdk.protocol.signing import device_id_of, signing_device, verify_request
+from client_sdk.store import MemoryDeviceStore
 from client_sdk.transport import HttpTransport, open_client
+from server_ref.server_identity import ServerIdentity
 from tests.devices import make_assignment, sha
 from tests.web import Answer, Request, Server, problem
 
 IDENTITY = DeviceIdentity.generate()
 REPORT, ASSIGNMENT = "1" * 32, "2" * 32
 ACCEPTED = ReportReply(report_id=REPORT, assignment_id=ASSIGNMENT).model_dump_json().encode()
+
+
+def enrolled(server: Server, **changes: str) -> bytes:
+    """What the server says to an enrolment."""
+    facts = {"device_id": IDENTITY.device_id, "server_key": server.identity.public_key}
+    return EnrolReply(**facts | changes).model_dump_json().encode()
 
 
 @pytest.fixture
@@ -52,7 +65,7 @@ def transport(server: Server) -> Iterator[HttpTransport]:
 
 def test_requests_are_signed_by_the_device(server: Server, transport: HttpTransport):
     answers = {
-        "/v1/devices": EnrolReply(device_id=IDENTITY.device_id).model_dump_json(),
+        "/v1/devices": enrolled(server).decode(),
         "/v1/check-ins": json.dumps({"reply": Assigned(assignment=make_assignment()).model_dump(mode="json")}),
         f"/v1/reports/{REPORT}": ACCEPTED.decode(),
         f"/v1/assignments/{ASSIGNMENT}/abandon": "",
@@ -169,8 +182,117 @@ def test_an_endless_reply_is_cut_off(server: Server, transport: HttpTransport):
 
 
 def test_another_device_id_than_the_keys_is_refused(server: Server, transport: HttpTransport):
-    server.answer = lambda _: Answer(body=EnrolReply(device_id="0" * 32).model_dump_json().encode())
+    server.answer = lambda _: Answer(body=enrolled(server, device_id="0" * 32))
     with pytest.raises(InvalidReply, match="another device id"):
+        transport.enrol(EnrolRequest(public_key=IDENTITY.public_key.hex()))
+
+
+# --- whose reply it is ---
+
+
+def check_in(transport: HttpTransport) -> object:
+    return transport.check_in(CheckInRequest(num_samples=1))
+
+
+FINISHED = b'{"reply": {"status": "finished", "model_version": 1}}'
+REFUSALS = [StaleReport("over"), UnknownDevice("never heard of"), AuthenticationFailed("no"), UnknownAssignment("no")]
+
+
+def test_the_first_signed_reply_decides_whose_server_it_is(server: Server):
+    server.answer = lambda _: Answer(body=FINISHED)
+    keys = MemoryDeviceStore()
+    with HttpTransport(server.url, IDENTITY, server_keys=keys) as transport:
+        assert check_in(transport) == Finished(model_version=1)
+        assert keys.server_key() == server.identity.public_key
+        server.identity = ServerIdentity.generate()
+        with pytest.raises(ServerKeyChanged, match=server.identity.public_key) as caught:
+            check_in(transport)
+        assert not caught.value.retryable, "waiting does not bring the key back"
+
+
+def test_a_key_that_the_app_brings_is_the_only_one(server: Server):
+    server.answer = lambda _: Answer(body=FINISHED)
+    with HttpTransport(server.url, IDENTITY, server_key=server.identity.public_key) as transport:
+        assert check_in(transport) == Finished(model_version=1)
+    with HttpTransport(server.url, IDENTITY, server_key="0" * 64) as transport, pytest.raises(ServerKeyChanged):
+        check_in(transport)
+    both = ["0" * 64, server.identity.public_key]
+    with HttpTransport(server.url, IDENTITY, server_key=both) as transport:
+        assert check_in(transport) == Finished(model_version=1), "while the server changes its key"
+    for wrong in ("", "0" * 63, "F" * 64, "key", [], ["0" * 64, "x"]):
+        with pytest.raises(ConfigurationError, match="64 lower-case hex digits"):
+            HttpTransport(server.url, IDENTITY, server_key=wrong)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first", "later"])
+def test_an_unsigned_reply_is_nobodys(server: Server, transport: HttpTransport, known: bool):
+    server.answer = lambda _: Answer(body=FINISHED)
+    if known:
+        check_in(transport)
+    server.answer = lambda _: Answer(body=FINISHED, signed=False)
+    with pytest.raises(UntrustedReply, match="no signature") as caught:
+        check_in(transport)
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda e: e.slug)
+def test_an_unsigned_refusal_drops_nothing(server: Server, transport: HttpTransport, error: ProtocolError):
+    """Whoever stands between could otherwise make a device forget a report, or stop for good."""
+    answer = problem(error)
+    server.answer = lambda _: answer
+    with pytest.raises(type(error)):
+        check_in(transport)
+    answer.signed = False
+    with pytest.raises(UntrustedReply, match=error.detail):
+        check_in(transport)
+
+
+def test_who_says_not_now_is_believed_but_not_for_long(server: Server, transport: HttpTransport):
+    answer = problem(ServerBusy("full"), retry={"min_s": 10_000, "max_s": 1e9})
+    server.answer = lambda _: answer
+    with pytest.raises(ServerBusy) as caught:
+        check_in(transport)
+    assert caught.value.retry_after_s == (10_000, 1e9), "how long the device really waits is the session's business"
+    answer.signed = False
+    with pytest.raises(ServerBusy) as caught:
+        check_in(transport)
+    assert caught.value.retry_after_s == (3600, 3600)
+    server.answer = lambda _: Answer(503, b"<html>", {"retry-after": "9999999"}, signed=False)
+    with pytest.raises(TransportUnavailable) as caught_unavailable:
+        check_in(transport)
+    assert caught_unavailable.value.retry_after_s == (3600, 3600)
+
+
+def test_a_reply_to_another_request_is_refused(server: Server, transport: HttpTransport):
+    """A cache, or a thief of old replies: also where both requests say the same."""
+    kept: list[dict[str, str]] = []
+
+    def answer(request: Request) -> Answer:
+        first = Answer(body=FINISHED)
+        kept.append(server.signature(request, first))
+        return first if len(kept) == 1 else Answer(body=FINISHED, headers=kept[0])
+
+    server.answer = answer
+    check_in(transport)
+    with pytest.raises(UntrustedReply, match="does not verify"):
+        check_in(transport)
+    assert server.requests[0].body == server.requests[1].body
+
+
+def test_another_status_than_the_signed_one_is_refused(server: Server, transport: HttpTransport):
+    refused = problem(StaleReport("over"))
+
+    def answer(request: Request) -> Answer:
+        return Answer(200, refused.body, server.signature(request, refused))
+
+    server.answer = answer
+    with pytest.raises(UntrustedReply, match="does not verify"):
+        transport.upload(REPORT, b"frame")
+
+
+def test_the_key_named_at_enrolment_must_be_the_one_that_signs(server: Server, transport: HttpTransport):
+    server.answer = lambda _: Answer(body=enrolled(server, server_key="0" * 64))
+    with pytest.raises(InvalidReply, match="another key"):
         transport.enrol(EnrolRequest(public_key=IDENTITY.public_key.hex()))
 
 

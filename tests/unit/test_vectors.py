@@ -13,7 +13,14 @@ from pydantic import ValidationError
 from client_sdk.protocol import messages
 from client_sdk.protocol.errors import AuthenticationFailed, ProtocolError
 from client_sdk.protocol.frames import decode_frame, encode_frame
-from client_sdk.protocol.signing import device_id_of, sign_request, signing_device, verify_request
+from client_sdk.protocol.signing import (
+    device_id_of,
+    reply_signer,
+    sign_reply,
+    sign_request,
+    signing_device,
+    verify_request,
+)
 from tests.vectors.generate import FOLDER, GENERATORS, text_of
 
 
@@ -64,7 +71,8 @@ def test_a_good_signature_verifies_and_is_made_again(vector: dict[str, Any]):
     assert signing_device(vector["headers"]) == SIGNATURES["device_id"]
     key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(SIGNATURES["private_key"]))
     assert device_id_of(key.public_key().public_bytes_raw()) == SIGNATURES["device_id"]
-    made = sign_request(key, SIGNATURES["device_id"], vector["method"], vector["path"], body)
+    device_id, nonce = SIGNATURES["device_id"], vector["nonce"]
+    made = sign_request(key, device_id, vector["method"], vector["path"], body, nonce=nonce)
     assert made == vector["headers"]
 
 
@@ -73,6 +81,23 @@ def test_a_bad_signature_is_refused(vector: dict[str, Any]):
     with pytest.raises(AuthenticationFailed) as caught:
         verify_request(PUBLIC_KEY, vector["headers"], vector["method"], vector["path"], bytes.fromhex(vector["body"]))
     assert caught.value.slug == vector["error"]
+
+
+REPLIES = SIGNATURES["replies"]
+
+
+@pytest.mark.parametrize("vector", REPLIES["good"], ids=names)
+def test_a_good_reply_verifies_and_is_made_again(vector: dict[str, Any]):
+    asked, status, body = vector["request_signature"], vector["status"], bytes.fromhex(vector["body"])
+    assert reply_signer(vector["headers"], asked, status, body) == vector["signer"] == REPLIES["public_key"]
+    key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(REPLIES["private_key"]))
+    assert sign_reply(key, REPLIES["public_key"], asked, status, body) == vector["headers"]
+
+
+@pytest.mark.parametrize("vector", REPLIES["bad"], ids=names)
+def test_a_bad_reply_is_refused(vector: dict[str, Any]):
+    with pytest.raises(AuthenticationFailed):
+        reply_signer(vector["headers"], vector["request_signature"], vector["status"], bytes.fromhex(vector["body"]))
 
 
 @pytest.mark.parametrize("vector", vectors("messages.json", "good"), ids=names)

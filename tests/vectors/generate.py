@@ -42,7 +42,7 @@ from client_sdk.protocol.messages import (
 )
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.protocol.sealing import SealingSuite
-from client_sdk.protocol.signing import device_id_of, sign_request
+from client_sdk.protocol.signing import device_id_of, sign_reply, sign_request
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
 from tests.vectors.compression import compression
@@ -90,7 +90,15 @@ SCAFFOLD = ASSIGNMENT.model_copy(
 )
 COMPRESSED = ASSIGNMENT.model_copy(
     update={
-        "plan": TrainingPlan(batch_size=32, learning_rate=0.125, prox_mu=0.5, max_steps=100, algorithm="fednova"),
+        "plan": TrainingPlan(
+            local_epochs=5,
+            batch_size=32,
+            learning_rate=0.125,
+            prox_mu=0.5,
+            max_steps=100,
+            algorithm="fednova",
+            adaptive=True,
+        ),
         "compression": "topk:0.5",
         "compression_seed": 9007199254740991,
     }
@@ -229,8 +237,11 @@ def frames() -> dict[str, Any]:
     }
 
 
+NONCE = "f0e1d2c3b4a5968778695a4b3c2d1e0f"
+
+
 def signatures() -> dict[str, Any]:
-    """Signed requests of one device."""
+    """Signed requests of one device, and what a server signs in answer."""
     private = bytes(range(32))
     key = Ed25519PrivateKey.from_private_bytes(private)
     public = key.public_key().public_bytes_raw()
@@ -247,12 +258,13 @@ def signatures() -> dict[str, Any]:
             "method": method,
             "path": path,
             "body": body.hex(),
-            "headers": sign_request(key, device, method, path, body),
+            "nonce": NONCE,
+            "headers": sign_request(key, device, method, path, body, nonce=NONCE),
         }
         for name, (method, path, body) in requests.items()
     ]
     first = good[0]
-    headers: dict[str, str] = sign_request(key, device, *requests["a check-in"])
+    headers: dict[str, str] = sign_request(key, device, *requests["a check-in"], nonce=NONCE)
     changes: dict[str, dict[str, Any]] = {
         "another body": {"body": b"{}".hex(), "error": "body-altered"},
         "another method": {"method": "PUT"},
@@ -264,16 +276,74 @@ def signatures() -> dict[str, Any]:
         "no digest": {"headers": {k: v for k, v in headers.items() if k != "content-digest"}},
         "a signature of zeros": {"headers": headers | {"signature": "sig1=:" + "A" * 86 + "==:"}},
         "a signature that is not base64": {"headers": headers | {"signature": "sig1=:***:"}},
+        "another nonce": {"headers": headers | {"signature-input": headers["signature-input"].replace(NONCE, ID)}},
+        "no nonce": {
+            "headers": headers | {"signature-input": headers["signature-input"].replace(f';nonce="{NONCE}"', "")}
+        },
         "a line break in the profile": {"headers": headers | {"signature-input": headers["signature-input"] + "\n"}},
     }
     return {
-        "description": "Request signatures (client_sdk.protocol.signing): HTTP Message Signatures with Ed25519 over "
-        "method, path and content digest. Ed25519 is deterministic: signing a good request gives these very headers.",
+        "description": "Signatures (client_sdk.protocol.signing): HTTP Message Signatures with Ed25519. Of requests, "
+        "over method, path and content digest; of replies, over status, content digest and the request's signature. "
+        "Ed25519 is deterministic: signing a good request, or a good reply, gives these very headers. signer: whose "
+        "reply it is.",
         "private_key": private.hex(),
         "public_key": public.hex(),
         "device_id": device,
         "good": good,
         "bad": [first | {"name": name, "error": "authentication-failed"} | change for name, change in changes.items()],
+        "replies": _replies({vector["name"]: vector["headers"]["signature"] for vector in good}),
+    }
+
+
+def _replies(requests: dict[str, str]) -> dict[str, Any]:
+    """Signed replies of one server to these requests, by their signatures."""
+    private = bytes(range(32, 64))
+    key = Ed25519PrivateKey.from_private_bytes(private)
+    public = key.public_key().public_bytes_raw().hex()
+    finished = CheckInReply(reply=Finished(model_version=40)).model_dump_json().encode()
+    stale = Problem(type="urn:pocketfed:problem:stale-report", title="The assignment's round is over.", status=409)
+    contents = {
+        "a check-in is answered": ("a check-in", 200, finished),
+        "a report is refused": ("an upload", 409, stale.model_dump_json(exclude_none=True).encode()),
+        "no body": ("an escaped path", 204, b""),
+    }
+    good = [
+        {
+            "name": name,
+            "request_signature": requests[request],
+            "status": status,
+            "body": body.hex(),
+            "headers": sign_reply(key, public, requests[request], status, body),
+            "signer": public,
+        }
+        for name, (request, status, body) in contents.items()
+    ]
+    first = good[0]
+    headers: dict[str, str] = sign_reply(key, public, requests["a check-in"], 200, finished)
+    stranger = Ed25519PrivateKey.from_private_bytes(bytes(range(64, 96)))
+    named_wrongly = sign_reply(stranger, public, requests["a check-in"], 200, finished)
+    changes: dict[str, dict[str, Any]] = {
+        "another request": {"request_signature": requests["an upload"]},
+        "another status": {"status": 201},
+        "another body": {"body": b"{}".hex()},
+        "another key than the one that is named": {"headers": named_wrongly},
+        "the key id is no key": {
+            "headers": headers | {"signature-input": headers["signature-input"].replace(public, "f" * 64)}
+        },
+        "no signature": {"headers": {k: v for k, v in headers.items() if k != "signature"}},
+        "no digest": {"headers": {k: v for k, v in headers.items() if k != "content-digest"}},
+        "under a request's label": {"headers": headers | {"signature": headers["signature"].replace("reply", "sig1")}},
+        "without the request": {
+            "headers": headers
+            | {"signature-input": headers["signature-input"].replace(' "signature";req;key="sig1"', "")}
+        },
+    }
+    return {
+        "private_key": private.hex(),
+        "public_key": public,
+        "good": good,
+        "bad": [first | {"name": name} | change for name, change in changes.items()],
     }
 
 
@@ -281,7 +351,7 @@ def messages() -> dict[str, Any]:
     """Control messages: their JSON as this implementation writes it."""
     good: list[Message] = [
         EnrolRequest(public_key=HASH, tier=DeviceTier.LOW_END),
-        EnrolReply(device_id=ID),
+        EnrolReply(device_id=ID, server_key=HASH),
         CheckInRequest(num_samples=20),
         CheckInRequest(num_samples=1, virtual=VirtualTiming(now_s=12.5, duration_s=None)),
         CheckInReply(reply=Assigned(assignment=ASSIGNMENT)),

@@ -1,0 +1,170 @@
+"""What of an assignment a device trains at once: batch, slices and epochs, from the exported memory plan and its RAM.
+
+A device's budget is what its process takes anyway, plus a fraction of its memory for what training adds. The fraction
+is small because an app in the background is the first that a phone short of memory kills: with 1/8, phones of 512 MiB,
+2 GiB and 8 GiB train the reference model in batches of 8, 32 and 64 (docs/device-resources.md has the arithmetic).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from client_sdk.footprint import BASELINE_BYTES, MIB, MemoryEstimate, estimate_memory, mib
+from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded
+from client_sdk.protocol.messages import SecurePlan
+from client_sdk.protocol.profile import DeviceProfile
+from client_sdk.protocol.program import Manifest, MethodSpec, Role
+from client_sdk.protocol.training import TrainingPlan, adapted
+
+MEMORY_FRACTION: Final = 1 / 8
+"""Share of a device's memory that training may add to its process."""
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What a device trains of an assignment, and what that takes.
+
+    Attributes:
+        plan: The plan as it is really trained; not adaptive.
+        slice_size: Batch size of the ``grad`` method that makes a batch of slices; None for the fused step.
+        accumulation_steps: Calls that make one optimizer step.
+        estimate: What the process takes at most, item by item.
+        budget_bytes: What it may take.
+    """
+
+    plan: TrainingPlan
+    slice_size: int | None
+    accumulation_steps: int
+    estimate: MemoryEstimate
+    budget_bytes: int
+
+    @property
+    def local_epochs(self) -> int:
+        """Passes over the device's examples."""
+        return self.plan.local_epochs
+
+
+def plan_work(
+    manifest: Manifest,
+    profile: DeviceProfile,
+    plan: TrainingPlan,
+    *,
+    num_samples: int,
+    memory_fraction: float = MEMORY_FRACTION,
+    baseline_bytes: int = BASELINE_BYTES["native"],
+    budget_bytes: int | None = None,
+    compression: str | None = None,
+    secure: SecurePlan | None = None,
+) -> LocalWork:
+    """Choose how to train within the device's memory.
+
+    A plan that is not adaptive is kept; only how its batches are made is chosen: the fused step, else the largest
+    exported slices that divide the batch and fit. Of an adaptive one, the batch is the largest exported size up to the
+    planned one that fits, and the epochs follow the device's tier.
+
+    Args:
+        manifest: Of the program; the program need not be there yet.
+        profile: The device's memory and tier.
+        plan: What the assignment asks for.
+        num_samples: Examples that it will train on.
+        memory_fraction: In (0, 1], see ``MEMORY_FRACTION``.
+        baseline_bytes: What the process takes before a program is opened. An app that embeds the SDK gives its own
+            (``client_sdk.memory_budget.resident_bytes``).
+        budget_bytes: What the whole process may take, instead of the baseline and the fraction.
+        compression: Of the report.
+        secure: How the update is shared, where it is.
+
+    Raises:
+        MemoryBudgetExceeded: Nothing fits; says what the least that was tried takes, item by item, and what would fit.
+        UnknownMethod: The program cannot train with the planned batch size; the message lists what it can.
+        ConfigurationError: No examples, a fraction out of range, or a compression that this device does not know.
+    """
+    if not 0 < memory_fraction <= 1:
+        raise ConfigurationError(f"memory_fraction must lie in (0, 1], got {memory_fraction}")
+    if num_samples < 1:
+        raise ConfigurationError("there is nothing to train on: num_samples must be at least 1")
+    if budget_bytes is None:
+        budget_bytes = baseline_bytes + int(memory_fraction * profile.available_memory_mb * MIB)
+    least: MemoryEstimate | None = None
+    for method, batch_size in _adaptive(manifest, plan) if plan.adaptive else _sliced(manifest, plan):
+        mine = adapted(plan, profile.device_type, batch_size) if plan.adaptive else plan
+        estimate = estimate_memory(
+            manifest,
+            method,
+            mine,
+            num_samples=num_samples,
+            baseline_bytes=baseline_bytes,
+            compression=compression,
+            secure=secure,
+        )
+        if estimate.total_bytes <= budget_bytes:
+            slice_size = None if method.role is Role.TRAIN else method.batch_size
+            return LocalWork(mine, slice_size, batch_size // method.batch_size, estimate, budget_bytes)
+        if least is None or estimate.total_bytes < least.total_bytes:
+            least = estimate
+    raise _refusal(manifest, plan, budget_bytes, least)
+
+
+def optimal_batch_size(
+    manifest: Manifest,
+    profile: DeviceProfile,
+    *,
+    num_samples: int,
+    memory_fraction: float = MEMORY_FRACTION,
+    baseline_bytes: int = BASELINE_BYTES["native"],
+) -> int:
+    """The largest batch size that the program was exported with and that the device's memory allows.
+
+    Raises:
+        MemoryBudgetExceeded: None fits; see ``plan_work``.
+        ConfigurationError: See ``plan_work``.
+    """
+    most = max(_training_sizes(manifest), default=1)
+    return plan_work(
+        manifest,
+        profile,
+        TrainingPlan(batch_size=most, adaptive=True),
+        num_samples=num_samples,
+        memory_fraction=memory_fraction,
+        baseline_bytes=baseline_bytes,
+    ).plan.batch_size
+
+
+def _training_sizes(manifest: Manifest) -> set[int]:
+    return {*manifest.batch_sizes(Role.TRAIN), *manifest.batch_sizes(Role.GRAD)}
+
+
+def _adaptive(manifest: Manifest, plan: TrainingPlan) -> list[tuple[MethodSpec, int]]:
+    """``(method, batch size)``, the largest batch first; each as one call."""
+    sizes = sorted((size for size in _training_sizes(manifest) if size <= plan.batch_size), reverse=True)
+    # Without any the program says what it has.
+    return [(manifest.training_method(size), size) for size in sizes or [plan.batch_size]]
+
+
+def _sliced(manifest: Manifest, plan: TrainingPlan) -> list[tuple[MethodSpec, int]]:
+    """``(method, batch size)`` for the planned batch: what is trained without a budget first, then smaller slices."""
+    first = manifest.training_method(plan.batch_size)
+    smaller = [
+        manifest.method(Role.GRAD, size)
+        for size in reversed(manifest.batch_sizes(Role.GRAD))
+        if plan.batch_size % size == 0 and (first.role is Role.TRAIN or size < first.batch_size)
+    ]
+    return [(method, plan.batch_size) for method in (first, *smaller)]
+
+
+def _refusal(
+    manifest: Manifest, plan: TrainingPlan, budget_bytes: int, least: MemoryEstimate | None
+) -> MemoryBudgetExceeded:
+    takes = "" if least is None else f" The least takes {least}."
+    if plan.adaptive:
+        remedy = f"export {manifest.model_name} with smaller batches"
+    else:
+        smaller = [size for size in sorted(_training_sizes(manifest)) if size < plan.batch_size]
+        remedy = f"export {manifest.model_name} with smaller grad slices that divide {plan.batch_size}"
+        if smaller:
+            remedy += f", or make the plan adaptive: its smallest batch is then {smaller[0]}"
+    return MemoryBudgetExceeded(
+        f"training {manifest.model_name} in batches of {'up to ' if plan.adaptive else ''}{plan.batch_size} does not "
+        f"fit into {mib(budget_bytes)} MiB.{takes} Allow that much, or {remedy}"
+    )
