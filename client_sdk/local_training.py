@@ -19,7 +19,7 @@ from client_sdk.planner import MEMORY_FRACTION, LocalWork, plan_work
 from client_sdk.power import PowerMonitor
 from client_sdk.protocol.errors import ProgramInputError
 from client_sdk.protocol.profile import DeviceProfile
-from client_sdk.protocol.program import Float32Array, Manifest, Program
+from client_sdk.protocol.program import Float32Array, Manifest, Program, Role
 from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.protocol.updates import LOCAL_STEPS, UpdateKind, WorkerGradient
 from client_sdk.throttle import Governor
@@ -68,9 +68,8 @@ class LocalTraining:
         """
         manifest = self.program.manifest
         if plan is None:
-            plan = TrainingPlan(
-                batch_size=max(manifest.training_batch_sizes()), local_epochs=MOST_EPOCHS, adaptive=True
-            )
+            sizes = {*manifest.batch_sizes(Role.TRAIN), *manifest.batch_sizes(Role.GRAD)}
+            plan = TrainingPlan(batch_size=max(sizes, default=1), local_epochs=MOST_EPOCHS, adaptive=True)
         return plan_work(
             manifest,
             self.profile,
@@ -96,7 +95,7 @@ class LocalTraining:
         """
         manifest = self.program.manifest
         start = flat(weights, manifest)
-        work = self.work(plan, len(examples[0]))
+        work = self.work(plan, max(1, len(examples[0])))  # no examples are refused below, by name
         if self.power is not None:
             verdict = self.power.start_verdict()
             if not verdict.allowed:

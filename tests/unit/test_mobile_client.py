@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.protocol.updates import UpdateKind
 from client_sdk.session_state import Phase, RetryPolicy
-from client_sdk.store import FileDeviceStore, MemoryDeviceStore
+from client_sdk.store import DeviceStore, FileDeviceStore, MemoryDeviceStore
 from client_sdk.training import LocalTrainer
 from tests.devices import (
     BATCH,
@@ -65,7 +67,7 @@ class World:
     def __init__(self, work: int = 1) -> None:
         self.server = ToyServer(work=work)
         self.identity = DeviceIdentity.generate()
-        self.store = MemoryDeviceStore(self.identity)
+        self.store: DeviceStore = MemoryDeviceStore(self.identity)
         self.transport = self.server.device(self.identity.device_id)
         self.events: list[events.Event] = []
         self.waits: list[float] = []
@@ -351,13 +353,21 @@ def mend(weather: Weather, **conditions: Any) -> None:
     weather.after = {}
 
 
-def test_training_pauses_when_the_battery_falls_and_goes_on_from_its_checkpoint(tmp_path: Path):
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[World]:
+    """A world whose device keeps its state on the disk."""
+    world = World()
+    with closing(FileDeviceStore(tmp_path / "state")) as store:
+        world.store = store
+        world.transport = world.server.device(store.identity.device_id)
+        yield world
+
+
+def test_training_pauses_when_the_battery_falls_and_goes_on_from_its_checkpoint(kept: World):
+    world = kept
     plain = World()
     plain.client().run()
     calls = plain.program.runs
-    world = World()
-    world.store = FileDeviceStore(tmp_path)  # type: ignore[assignment] # another implementation of the same protocol
-    world.transport = world.server.device(world.store.identity.device_id)
     weather = Weather(world.program, battery_level=0.5)
     weather.after[calls // 2] = Conditions(battery_level=0.15)
     client = world.client(
@@ -399,12 +409,10 @@ def test_a_metered_network_holds_back_downloads_and_uploads_but_a_low_battery_no
     assert [(e.step, e.reason) for e in world.events if isinstance(e, events.Paused)] == []
 
 
-def test_a_slice_of_time_ends_at_its_budget_and_the_next_one_goes_on(tmp_path: Path):
+def test_a_slice_of_time_ends_at_its_budget_and_the_next_one_goes_on(kept: World):
+    world = kept
     plain = World()
     plain.client().run()
-    world = World()
-    world.store = FileDeviceStore(tmp_path)  # type: ignore[assignment] # another implementation of the same protocol
-    world.transport = world.server.device(world.store.identity.device_id)
     elapsed = itertools.count()  # a second passes whenever the clock is looked at
     summaries = []
     for _ in range(100):
@@ -439,10 +447,8 @@ def test_a_slice_without_time_is_refused(world: World, budget: float):
         world.client().run_for(budget)
 
 
-def test_a_checkpoint_that_cannot_be_kept_costs_nothing_but_a_notice(tmp_path: Path):
-    world = World()
-    world.store = FileDeviceStore(tmp_path)  # type: ignore[assignment] # another implementation of the same protocol
-    world.transport = world.server.device(world.store.identity.device_id)
+def test_a_checkpoint_that_cannot_be_kept_costs_nothing_but_a_notice(kept: World, tmp_path: Path):
+    world = kept
     full = CheckpointManager(tmp_path / "none" / "such")
     stop = threading.Event()
     world.program.before_run = lambda: stop.set() if world.program.runs == 2 else None
