@@ -83,7 +83,7 @@ class LocalPrivacyUnavailable(PrivacyRefusal):
 
 
 class IllegalTransition(DeviceError):
-    """An event that the session cannot take in its present phase: a bug in whoever drives it."""
+    """What a session or a training cannot take where it stands: a bug in whoever drives it."""
 
 
 class Interrupted(DeviceError):
@@ -108,6 +108,42 @@ class StateDirLocked(DeviceError):
 
 class StateDirUnusable(DeviceError):
     """The state directory cannot be read or written."""
+
+
+class CheckpointError(DeviceError):
+    """A checkpoint cannot be used; training begins again, or goes on from an older one."""
+
+
+class CheckpointCorrupted(CheckpointError):
+    """The file's bytes are not those that were written."""
+
+
+class CheckpointTruncated(CheckpointError):
+    """The file ends before what it declares."""
+
+
+class CheckpointTooLarge(CheckpointError):
+    """The checkpoint is larger than the app allows."""
+
+
+class CheckpointVersionError(CheckpointError):
+    """The file is whole, and of a format that this release does not read."""
+
+
+class CheckpointKeyError(CheckpointError):
+    """The file is whole, and was written with another key, or with one where none is given, or the other way round."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The checkpoint is good, and of another training.
+
+    Attributes:
+        fields: Names of what differs, of ``CheckpointBinding``.
+    """
+
+    def __init__(self, fields: tuple[str, ...]) -> None:
+        super().__init__(f"the checkpoint belongs to another training: it differs in {', '.join(fields)}")
+        self.fields = fields
 
 
 class InvalidDataFile(DeviceError):

@@ -6,7 +6,9 @@
  *   - PFS_M61: elements modulo 2^61 - 1, one uint64 each.
  *   - PFS_M127: elements modulo 2^127 - 1, two uint64 each, the lower one first.
  *   - Vectors that come in are canonical: every element is below the modulus. Vectors that come out are canonical.
- *   - `n` counts elements. Buffers are aligned as uint64, and outputs overlap nothing.
+ *   - `n` counts elements, up to PFS_MAX_ELEMENTS. Buffers are aligned to their type, and outputs overlap nothing.
+ *     Null and misaligned pointers and impossible counts are refused (where n is 0, a pointer may be null); that a
+ *     pointer leads to as many elements as `n` says is the caller's word.
  *   - A call that is refused may have written its outputs; what they hold then means nothing.
  *
  * Random words are a stream cipher's output, made by the host, whose AES is better than one that would be written here.
@@ -15,7 +17,10 @@
  * and the next one takes its place.
  *
  * No branch and no address depends on the content of a vector; only refusals do. No function allocates or starts a
- * thread, and none but pfs_use_variant keeps state.
+ * thread, and none but pfs_use_variant keeps state: every function may be called from every thread.
+ *
+ * PFS_ABI_VERSION grows when the meaning or layout of anything here changes or something goes; new functions and new
+ * status codes come without. docs/native-abi.md has more.
  */
 #ifndef POCKETFED_SHARING_H
 #define POCKETFED_SHARING_H
@@ -33,7 +38,7 @@ extern "C" {
 
 typedef enum pfs_status {
   PFS_OK = 0,
-  PFS_INVALID_ARGUMENT = 1, /* an unknown field, a count that is out of range, or no such variant here */
+  PFS_INVALID_ARGUMENT = 1, /* an unknown field, a null or misaligned pointer, a count out of range, no such variant */
   PFS_NOT_CANONICAL = 2,    /* an element of an input is not below the modulus */
   PFS_REJECTED = 3,         /* a masked random word is the modulus */
   PFS_OUT_OF_RANGE = 4      /* a value to encode is NaN or infinite, or an integer is beyond what the field takes */

@@ -311,6 +311,30 @@ def test_wrong_calls_are_refused_by_status(lib: ctypes.CDLL):
     assert lib.pfs_use_variant(b"quantum") == INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize("field", [0, 1])
+@pytest.mark.parametrize("count", [1, 2**48 + 1, 2**64 - 1])
+def test_null_misaligned_and_impossible_vectors_are_refused(lib: ctypes.CDLL, field: int, count: int):
+    """``make sanitize`` looks for what they would have led to."""
+    words, codes, norm = np.ones(8, np.uint64), np.zeros(8, np.int64), np.zeros(3, np.uint64)
+    good, n = address_of(words), ctypes.c_uint64(count)
+    two = ctypes.c_void_p * 2
+    for bad in [None, good + 4] if count == 1 else [good]:
+        assert lib.pfs_encode(bad, n, 1.0, 1.0, None if count == 1 else address_of(codes), address_of(norm)) != OK
+        assert lib.pfs_lift(field, bad, n, good) == INVALID_ARGUMENT
+        assert lib.pfs_lift(field, address_of(codes), n, bad) == INVALID_ARGUMENT
+        assert lib.pfs_lower(field, bad, n, address_of(codes)) == INVALID_ARGUMENT
+        assert lib.pfs_mask(field, bad, n, good) == INVALID_ARGUMENT
+        assert lib.pfs_split(field, 1, bad, 2, two(good, good), 2, two(good, good), n) == INVALID_ARGUMENT
+        assert lib.pfs_split(field, 1, good, 2, two(good, bad), 2, two(good, good), n) == INVALID_ARGUMENT
+        assert lib.pfs_split(field, 1, good, 2, two(good, good), 2, two(good, bad), n) == INVALID_ARGUMENT
+        assert lib.pfs_interpolate(field, 2, two(good, bad), good, n, good) == INVALID_ARGUMENT
+        assert lib.pfs_accumulate(field, bad, n, good, good) == INVALID_ARGUMENT
+    assert lib.pfs_interpolate(field, ctypes.c_uint64(2**63), two(good, good), good, 1, good) == INVALID_ARGUMENT
+    assert lib.pfs_accumulate(field, good, 1, None, good) == INVALID_ARGUMENT
+    assert lib.pfs_use_variant(None) == INVALID_ARGUMENT
+    assert lib.pfs_mask(field, None, 0, None) == OK
+
+
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 @pytest.mark.parametrize("at", [0, 511, 512, 599])
 def test_what_is_not_canonical_is_refused_wherever_it_is(kernels: native.NativeKernels, field: Field, at: int):
