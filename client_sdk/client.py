@@ -37,11 +37,12 @@ from client_sdk.session_state import (
     Sleep,
     Stop,
 )
-from client_sdk.store import DeviceStore, MemoryDeviceStore
 from client_sdk.stopping import Stopper
+from client_sdk.store import DeviceStore, MemoryDeviceStore
 from client_sdk.surroundings import MAX_BLOB_BYTES, OnEvent, Surroundings
 from client_sdk.transport import Transport
 from client_sdk.trust import trusted_aggregators
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -214,7 +215,12 @@ class MobileClient:
         if start is None:
             raise ConfigurationError("local training needs a program and weights; pass both to MobileClient")
         update = self._local().train(
-            start, as_examples(local_data), server_model_version, plan, shuffle_seed, should_stop or (lambda: False)
+            start,
+            as_examples(local_data),
+            model_version=server_model_version,
+            plan=plan,
+            shuffle_seed=shuffle_seed,
+            should_stop=should_stop or (lambda: False),
         )
         self.training_paused = update is None
         return update
@@ -370,8 +376,8 @@ class MobileClient:
         else:
             action = session.next_action()
             again = action.left_s(self._clock()) if isinstance(action, Sleep) else 0.0
-            cause, detail = ("stopped", "stopped by the caller") if stop.event.is_set() else ("out-of-time", "time is up")
-            summary = RunSummary(cause, f"{detail}; the state is kept", reports, again_after_s=again)
+            cause, why = ("stopped", "stopped by the caller") if stop.event.is_set() else ("out-of-time", "time is up")
+            summary = RunSummary(cause, f"{why}; the state is kept", reports, again_after_s=again)
         self._on_event(events.Finished(summary.cause, summary.detail, reports))
         return summary
 

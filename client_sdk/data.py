@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,12 +74,3 @@ def as_examples(local_data: Any) -> Examples:  # noqa: ANN401 - arrays, tensors 
         return (xs[0], ys[0]) if len(xs) == 1 else (np.concatenate(xs), np.concatenate(ys))
     except (TypeError, ValueError) as e:
         raise ProgramInputError(f"training data must be pairs of features and integer labels: {e}") from e
-
-
-def fingerprint(examples: Examples) -> str:
-    """SHA-256 (hex) of the examples, their shapes and their order: a checkpoint goes on with these and no others."""
-    digest = hashlib.sha256()
-    for array in examples:
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -140,14 +140,6 @@ class ProgressLines:
                 line = f"round {a.round_id}: got model version {a.model_version}; {a.lease_s:.0f} s to report"
             case events.Downloaded(sha256, size) if size:
                 line = f"downloaded {sha256[:12]} ({size:,} bytes)"
-            case events.TrainingProgress(done, total, loss) if done >= total:
-                line = f"trained on {done:,} examples; loss {loss:.4f}"
-            case events.TrainingResumed(epoch, steps):
-                line = f"training goes on from its checkpoint: epoch {epoch + 1}, {steps} steps done"
-            case events.Paused(step, _, detail):
-                line = f"{step} paused: {detail}"
-            case events.CheckpointFailed(detail):
-                line = f"no checkpoint: {detail}"
             case events.Uploaded(_, a, size, dense):
                 instead = f" instead of {dense:,}" if dense is not None and dense > size else ""
                 line = f"round {a.round_id}: report accepted ({size:,} bytes{instead})"
@@ -158,8 +150,22 @@ class ProgressLines:
             case events.Finished(_, detail, reports):
                 line = f"{detail}; {reports} report{'' if reports == 1 else 's'} accepted"
             case _:
-                line = None
+                line = _training_line(event)
         return line
+
+
+def _training_line(event: events.Event) -> str | None:
+    match event:
+        case events.TrainingProgress(done, total, loss) if done >= total:
+            return f"trained on {done:,} examples; loss {loss:.4f}"
+        case events.TrainingResumed(epoch, steps):
+            return f"training goes on from its checkpoint: epoch {epoch + 1}, {steps} steps done"
+        case events.Paused(step, _, detail):
+            return f"{step} paused: {detail}"
+        case events.CheckpointFailed(detail):
+            return f"no checkpoint: {detail}"
+        case _:
+            return None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from client_sdk.errors import (
     StateDirUnusable,
     TrainingPaused,
 )
+from client_sdk.memory import DeviceMemory
 from client_sdk.power import PauseReason
 from client_sdk.protocol.errors import (
     ConfigurationError,
@@ -188,7 +189,8 @@ class ActionExecutor:
 
     def _enrol(self) -> None:
         identity = self._around.store.identity
-        self._around.transport.enrol(EnrolRequest(public_key=identity.public_key.hex(), tier=self._around.profile.device_type))
+        tier = self._around.profile.device_type
+        self._around.transport.enrol(EnrolRequest(public_key=identity.public_key.hex(), tier=tier))
         self.session.on_enrolled()
         self._around.on_event(events.Enrolled(identity.device_id))
 
@@ -226,10 +228,7 @@ class ActionExecutor:
     def _train(self, action: Train, stop: Stopper) -> None:
         assignment, report_id = action.assignment, action.report_id
         try:
-            sealed = self._usable_report(assignment, report_id)
-            if sealed is not None:
-                # Killed after the report was durable and before the session said so.
-                self.session.on_sealed(hashlib.sha256(sealed).hexdigest())
+            if self._is_sealed(assignment, report_id):
                 return
             report, memory = self._reports.make(assignment, report_id, self._blob, stop)
         except Interrupted:
@@ -249,17 +248,28 @@ class ActionExecutor:
             reason = "privacy" if isinstance(e, PrivacyRefusal) else "training-failed"
             self.session.on_training_failed(reason, str(e), error=e)
         else:
-            # In this order: a sealed report may be sent, so it is counted, and what it leaves is there.
-            if assignment.secure is not None:
-                self._around.store.count_participation(assignment.task_id, assignment.assignment_id)
-            if memory is not None:
-                self._around.store.stage_memory(memory)
-            self._around.store.seal(report_id, report.frame)
-            report_sha256 = hashlib.sha256(report.frame).hexdigest()
-            # This process need not read and hash again what it has just written.
-            self._sealed = (report_sha256, report)
-            self.session.on_sealed(report_sha256)
-            self._fetched.clear()
+            self._seal(assignment, report_id, report, memory)
+
+    def _is_sealed(self, assignment: Assignment, report_id: str) -> bool:
+        """Whether an earlier process was killed after its report was durable, and before the session said so."""
+        sealed = self._usable_report(assignment, report_id)
+        if sealed is None:
+            return False
+        self.session.on_sealed(hashlib.sha256(sealed).hexdigest())
+        return True
+
+    def _seal(self, assignment: Assignment, report_id: str, report: Report, memory: DeviceMemory | None) -> None:
+        # In this order: a sealed report may be sent, so it is counted, and what it leaves is there.
+        if assignment.secure is not None:
+            self._around.store.count_participation(assignment.task_id, assignment.assignment_id)
+        if memory is not None:
+            self._around.store.stage_memory(memory)
+        self._around.store.seal(report_id, report.frame)
+        report_sha256 = hashlib.sha256(report.frame).hexdigest()
+        # This process need not read and hash again what it has just written.
+        self._sealed = (report_sha256, report)
+        self.session.on_sealed(report_sha256)
+        self._fetched.clear()
 
     def _usable_report(self, assignment: Assignment, report_id: str) -> Buffer | None:
         """A sealed report that may be sent: whole, ours, to those we trust, and with the memory that it leaves."""

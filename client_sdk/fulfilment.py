@@ -120,6 +120,7 @@ def _binding(assignment: Assignment, work: LocalWork, data_sha256: str) -> Check
         shuffle_seed=assignment.shuffle_seed,
         slice_size=work.slice_size,
         data_sha256=data_sha256,
+        control_sha256=assignment.control_sha256,
     )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk import events
-from client_sdk.checkpoint import Checkpoint, CheckpointBinding, CheckpointManager
-from client_sdk.data import Examples, fingerprint
+from client_sdk.checkpoint import Checkpoint, CheckpointBinding, CheckpointManager, data_fingerprint
+from client_sdk.data import Examples
 from client_sdk.errors import Interrupted, TrainingPaused
 from client_sdk.memory_budget import MemoryBudget
 from client_sdk.planner import MEMORY_FRACTION, LocalWork, plan_work
@@ -83,6 +83,7 @@ class LocalTraining:
         self,
         weights: Weights,
         examples: Examples,
+        *,
         model_version: int,
         plan: TrainingPlan | None,
         shuffle_seed: int,
@@ -103,9 +104,7 @@ class LocalTraining:
                 return None
         loop = TrainingLoop(
             checkpoints=self.checkpoints,
-            governor=None
-            if self.power is None
-            else Governor(self.power, monotonic=self.monotonic, sleep=self.sleep),
+            governor=None if self.power is None else Governor(self.power, monotonic=self.monotonic, sleep=self.sleep),
             budget=None if self.memory_limit_bytes is None else MemoryBudget(self.memory_limit_bytes),
             should_stop=should_stop,
             on_event=self.on_event,
@@ -153,7 +152,7 @@ class LocalTraining:
         if self.checkpoints is None:
             return None
         manifest = self.program.manifest
-        data_sha256 = fingerprint(examples)
+        data_sha256 = data_fingerprint(*examples)
         name = hashlib.sha256(f"local:{self.profile.device_id}:{data_sha256}".encode()).hexdigest()[:32]
         return CheckpointBinding(
             assignment_id=name,

@@ -121,9 +121,9 @@ class FileDeviceStore:
     """A state directory, for a device that is a process of its own.
 
     Layout: ``identity.key`` (hex, 0600), ``session.json``, ``participations.json``, ``reports/ID.frame``,
-    ``memory/current`` and ``memory/ID.staged``, ``checkpoints``, ``blobs/SHA256``, ``lock``. Every write is atomic and synced. What is
-    damaged is set aside beside the original (``*.damaged``) and logged; but damaged participations stay an error, since
-    a device must not begin to count again.
+    ``memory/current`` and ``memory/ID.staged``, ``checkpoints/GENERATION.ckpt``, ``blobs/SHA256``, ``lock``. Every
+    write is atomic and synced. What is damaged is set aside beside the original (``*.damaged``) and logged; but damaged
+    participations stay an error, since a device must not begin to count again.
     """
 
     def __init__(
@@ -151,13 +151,12 @@ class FileDeviceStore:
         self._reports = self.folder / "reports"
         self._session = self.folder / "session.json"
         memory, blobs = self.folder / "memory", self.folder / "blobs"
-        checkpoints = self.folder / "checkpoints"
         self._memory = MemoryFiles(memory, files)
         self._participations = ParticipationFile(self.folder / "participations.json", files)
         self._blobs = BlobFiles(blobs, cache_bytes, files)
-        self._checkpoints = CheckpointManager(checkpoints, key=checkpoint_key, files=files)
+        self._checkpoints = CheckpointManager(self.folder / "checkpoints", key=checkpoint_key, files=files)
         with self._usable("open"):
-            for each in (self.folder, self._reports, memory, blobs, checkpoints):
+            for each in (self.folder, self._reports, memory, blobs):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(self.folder / "lock")
         try:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from client_sdk import events
-from client_sdk.checkpoint import CheckpointManager
-from client_sdk.data import Examples, fingerprint
+from client_sdk.checkpoint import CheckpointManager, data_fingerprint
+from client_sdk.data import Examples
 from client_sdk.planner import MEMORY_FRACTION
 from client_sdk.power import PowerMonitor
 from client_sdk.privacy import LocalPrivacy
@@ -69,5 +69,5 @@ class Surroundings:
     def data_sha256(self) -> str:
         """Fingerprint of the data, computed once: it does not change while a client lives."""
         if self._data_sha256 is None:
-            self._data_sha256 = fingerprint(self.data)
+            self._data_sha256 = data_fingerprint(*self.data)
         return self._data_sha256

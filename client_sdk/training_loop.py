@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 from client_sdk import events
-from client_sdk.checkpoint import Checkpoint, CheckpointBinding, CheckpointManager, CheckpointSchedule
+from client_sdk.checkpoint import Checkpoint, CheckpointBinding, CheckpointManager
+from client_sdk.checkpoint_schedule import CheckpointSchedule
 from client_sdk.errors import DeviceError, Interrupted, TrainingPaused
 from client_sdk.memory_budget import MemoryBudget
 from client_sdk.throttle import Governor
@@ -33,6 +34,7 @@ class TrainingLoop:
         should_stop: Asked before each call.
         on_event: Told about progress, resuming, and checkpoints that could not be kept.
         monotonic: Seconds of a clock that nobody sets back.
+        schedule: How often a checkpoint is kept while training goes on.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class TrainingLoop:
         should_stop: Callable[[], bool] = lambda: False,
         on_event: OnEvent = lambda _: None,
         monotonic: Callable[[], float] = time.monotonic,
+        schedule: CheckpointSchedule | None = None,
     ) -> None:
         self._checkpoints = checkpoints
         self._governor = governor
@@ -51,6 +54,7 @@ class TrainingLoop:
         self._should_stop = should_stop
         self._on_event = on_event
         self._monotonic = monotonic
+        self._schedule = schedule or CheckpointSchedule()
 
     @property
     def keeps_checkpoints(self) -> bool:
@@ -79,33 +83,33 @@ class TrainingLoop:
             MemoryBudgetExceeded: The process has used more than it may.
             ProgramError: See ``LocalTrainer.train``.
         """
-        schedule = CheckpointSchedule(self._monotonic())
+        self._schedule = self._schedule.begun(self._monotonic())
         while not run.finished:
             if self._should_stop():
-                self._keep(run, keep, schedule)
+                self._keep(run, keep)
                 raise Interrupted("training was interrupted")
-            self._ask_conditions(run, keep, schedule)
+            self._ask_conditions(run, keep)
             began = self._monotonic()
             run.advance()
             now = self._monotonic()
             self._on_event(events.TrainingProgress(run.examples_done, run.total_examples, run.last_loss))
             if self._budget is not None:
                 self._budget.check()
-            if schedule.due(now):
-                self._keep(run, keep, schedule)
+            if self._schedule.due(now):
+                self._keep(run, keep)
             if self._governor is not None:
                 self._governor.after_call(now - began)
         return run.result()
 
-    def _ask_conditions(self, run: TrainingRun, keep: Keep, schedule: CheckpointSchedule) -> None:
+    def _ask_conditions(self, run: TrainingRun, keep: Keep) -> None:
         if self._governor is None:
             return
         verdict = self._governor.before_call(run.at_step_boundary)
         if not verdict.allowed:
-            self._keep(run, keep, schedule)
+            self._keep(run, keep)
             raise TrainingPaused(verdict.detail, reason=str(verdict.reason))
 
-    def _keep(self, run: TrainingRun, keep: Keep, schedule: CheckpointSchedule) -> None:
+    def _keep(self, run: TrainingRun, keep: Keep) -> None:
         """Save a checkpoint. One that cannot be saved costs time after a death, not the training."""
         if self._checkpoints is None:
             return
@@ -114,9 +118,9 @@ class TrainingLoop:
             checkpoint = keep(run.snapshot())
             if checkpoint is not None:
                 self._checkpoints.save(checkpoint)
-        except (OSError, DeviceError) as e:
+        except DeviceError as e:
             _log.warning("the checkpoint is not kept: %s", e)
             self._on_event(events.CheckpointFailed(str(e)))
         finally:
             now = self._monotonic()
-            schedule.saved(now, now - began)
+            self._schedule = self._schedule.saved(now, now - began)

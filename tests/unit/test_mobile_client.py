@@ -18,6 +18,7 @@ from client_sdk.checkpoint import CheckpointManager
 from client_sdk.conditions import Conditions, Network
 from client_sdk.errors import BundleMismatch, IllegalTransition, Interrupted, StateDirUnusable, TransportUnavailable
 from client_sdk.executor import MAX_MANIFEST_BYTES
+from client_sdk.files import OS_FILES
 from client_sdk.identity import DeviceIdentity
 from client_sdk.power import PowerMonitor, PowerPolicy
 from client_sdk.programs import DownloadedPrograms
@@ -57,6 +58,7 @@ from tests.devices import (
     make_model,
     sha,
 )
+from tests.faults import FaultyFiles, disk_full
 
 PROFILE = DeviceProfile("phone", DeviceTier.LOW_END)
 
@@ -449,7 +451,7 @@ def test_a_slice_without_time_is_refused(world: World, budget: float):
 
 def test_a_checkpoint_that_cannot_be_kept_costs_nothing_but_a_notice(kept: World, tmp_path: Path):
     world = kept
-    full = CheckpointManager(tmp_path / "none" / "such")
+    full = CheckpointManager(tmp_path / "full", files=FaultyFiles(OS_FILES, 0, fault=disk_full))
     stop = threading.Event()
     world.program.before_run = lambda: stop.set() if world.program.runs == 2 else None
     assert world.client(checkpoint_manager=full).run(stop=stop).cause == "stopped"
