@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from client_sdk.checkpoint import CheckpointManager
     from client_sdk.client import MobileClient
     from client_sdk.power import PowerMonitor
     from client_sdk.protocol.profile import DeviceProfile
@@ -18,9 +19,19 @@ if TYPE_CHECKING:
     from client_sdk.runtime import load_program
     from client_sdk.training import LocalTrainer
 
-__all__ = ["DeviceProfile", "LocalTrainer", "MobileClient", "PowerMonitor", "Program", "WorkerGradient", "load_program"]
+__all__ = [
+    "CheckpointManager",
+    "DeviceProfile",
+    "LocalTrainer",
+    "MobileClient",
+    "PowerMonitor",
+    "Program",
+    "WorkerGradient",
+    "load_program",
+]
 
 _HOMES = {
+    "CheckpointManager": "client_sdk.checkpoint",
     "DeviceProfile": "client_sdk.protocol.profile",
     "LocalTrainer": "client_sdk.training",
     "MobileClient": "client_sdk.client",
