@@ -107,7 +107,7 @@ class Fate:
             raise Killed
 
     def disk(self) -> FaultyFiles:
-        """The disk of one process: it dies at some byte of some write, or the disk is full or broken for a moment."""
+        """The disk of one process: a kill at some byte of some write, or it is full or broken for a moment."""
         fault, name = self.rng.choice(
             [(Killed, "kill in a write"), (disk_full, "full"), (input_output_error, "broken")]
         )
