@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from client_sdk.session_state import SessionState
 
 _SEEN_BLOBS = 16
 _REPORT = ".frame"
+_KEY = re.compile("[0-9a-f]{64}")
 
 
 class DeviceStore(Protocol):
@@ -35,6 +37,18 @@ class DeviceStore(Protocol):
     @property
     def checkpoints(self) -> CheckpointManager | None:
         """Where training under way is kept; None where it dies with the process."""
+        ...
+
+    def server_key(self) -> str | None:
+        """Public key of the server that this device trusts, hex; None before the first reply."""
+        ...
+
+    def pin_server_key(self, key: str) -> None:
+        """Make the server's key durable before this returns.
+
+        Raises:
+            StateDirUnusable: It could not be written.
+        """
         ...
 
     def load_session(self) -> SessionState | None:
@@ -120,10 +134,11 @@ class DeviceStore(Protocol):
 class FileDeviceStore:
     """A state directory, for a device that is a process of its own.
 
-    Layout: ``identity.key`` (hex, 0600), ``session.json``, ``participations.json``, ``reports/ID.frame``,
-    ``memory/current`` and ``memory/ID.staged``, ``checkpoints/GENERATION.ckpt``, ``blobs/SHA256``, ``lock``. Every
-    write is atomic and synced. What is damaged is set aside beside the original (``*.damaged``) and logged; but damaged
-    participations stay an error, since a device must not begin to count again.
+    Layout: ``identity.key`` (hex, 0600), ``server.key`` (hex), ``session.json``, ``participations.json``,
+    ``reports/ID.frame``, ``memory/current`` and ``memory/ID.staged``, ``checkpoints/GENERATION.ckpt``,
+    ``blobs/SHA256``, ``lock``. Every write is atomic and synced. What is damaged is set aside beside the original
+    (``*.damaged``) and logged; but damaged participations and a damaged server key stay errors, since a device must
+    not begin to count, or to trust anybody, again.
     """
 
     def __init__(
@@ -150,6 +165,7 @@ class FileDeviceStore:
         self._files = files
         self._reports = self.folder / "reports"
         self._session = self.folder / "session.json"
+        self._server_key: str | None = None
         memory, blobs = self.folder / "memory", self.folder / "blobs"
         self._memory = MemoryFiles(memory, files)
         self._participations = ParticipationFile(self.folder / "participations.json", files)
@@ -175,6 +191,29 @@ class FileDeviceStore:
     def checkpoints(self) -> CheckpointManager:
         """Where training under way is kept."""
         return self._checkpoints
+
+    def server_key(self) -> str | None:
+        """The server's key. A damaged one is an error: a device must not begin to trust anybody again.
+
+        Raises:
+            StateDirUnusable: It cannot be read, or is damaged.
+        """
+        if self._server_key is None:
+            path = self.folder / "server.key"
+            with self._usable("read the server's key in"):
+                if self._files.status(path) is None:
+                    return None
+                key = self._files.read(path).strip().decode("ascii", "replace")
+            if _KEY.fullmatch(key) is None:
+                raise StateDirUnusable(f"{path} is damaged; remove it to trust the server that answers next")
+            self._server_key = key
+        return self._server_key
+
+    def pin_server_key(self, key: str) -> None:
+        """Make the server's key durable."""
+        with self._usable("save the server's key in"):
+            write_atomically(self.folder / "server.key", key.encode("ascii") + b"\n", files=self._files)
+        self._server_key = key
 
     def load_session(self) -> SessionState | None:
         """The last saved state; a damaged one is set aside, and the device starts over with its old key."""
@@ -318,6 +357,7 @@ class MemoryDeviceStore:
         self._identity = identity or DeviceIdentity.generate()
         self._pool = pool or BlobPool()
         self._seen: OrderedDict[str, None] = OrderedDict()
+        self._server_key: str | None = None
         self._state: SessionState | None = None
         self._frames: dict[str, Buffer] = {}
         self._memory = memory
@@ -333,6 +373,14 @@ class MemoryDeviceStore:
     def checkpoints(self) -> None:
         """None: what is kept in memory dies with the training."""
         return
+
+    def server_key(self) -> str | None:
+        """The server's key."""
+        return self._server_key
+
+    def pin_server_key(self, key: str) -> None:
+        """Keep the server's key."""
+        self._server_key = key
 
     def load_session(self) -> SessionState | None:
         """The last saved state."""

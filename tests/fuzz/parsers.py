@@ -6,14 +6,20 @@ The corpora are the wire vectors, good and bad, so that a case begins where a fo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
+from client_sdk.checkpoint_content import Checkpoint, CheckpointBinding
+from client_sdk.checkpoint_file import CheckpointKey, pack, unpack
+from client_sdk.errors import CheckpointError
+from client_sdk.memory import RESIDUAL, DeviceMemory
 from client_sdk.protocol import messages, sealing
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError, ProtocolError
@@ -23,6 +29,8 @@ from client_sdk.protocol.sealing import SealingKey, SealingPublicKey, SealingSui
 from client_sdk.protocol.secure import SecureLayout, decode_share, split_secure_report
 from client_sdk.protocol.shamir import Scheme
 from client_sdk.protocol.signing import reply_signer, verify_request
+from client_sdk.protocol.training import TrainingPlan
+from client_sdk.training_state import TrainingState
 
 VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 
@@ -154,8 +162,6 @@ def _shares() -> list[Parser]:
 
 
 def _share_tensors(layout: SecureLayout) -> dict[str, Any]:
-    import numpy as np  # noqa: PLC0415 - the one place that needs an array
-
     return {f"share-{i}": np.zeros(layout.ciphertext_bytes(i), np.uint8) for i in layout.scheme.indices}
 
 
@@ -191,6 +197,53 @@ def _signatures() -> list[Parser]:
     return [Parser("request", tuple(requests), request, refusals), Parser("reply", tuple(replies), reply, refusals)]
 
 
+def _checkpoints() -> list[Parser]:
+    binding = CheckpointBinding(
+        assignment_id="a" * 32,
+        task_id="b" * 32,
+        model_version=3,
+        model_sha256="1" * 64,
+        program_sha256="2" * 64,
+        parameter_table_sha256="3" * 64,
+        plan=TrainingPlan(local_epochs=2, batch_size=4, learning_rate=0.1),
+        shuffle_seed=7,
+        data_sha256="4" * 64,
+    )
+    vector = np.linspace(-1, 1, 9, dtype=np.float32)
+    state = TrainingState(
+        vector,
+        accumulator=vector,
+        accumulated_loss=0.5,
+        slices_done=1,
+        epoch=1,
+        position=2,
+        steps=5,
+        loss_sum=2.5,
+        seen=8,
+        first_epoch_loss=1.5,
+        last_epoch_loss=math.nan,
+    )
+    memory = DeviceMemory("b" * 32, "c" * 32, {RESIDUAL: vector})
+    key, most = CheckpointKey(bytes(32)), 2**20
+    contents = tuple(Checkpoint(binding, state, each).to_bytes() for each in (memory, None))
+    plain, encrypted = (tuple(b"".join(pack(c, 4, k, bytes)) for c in contents) for k in (None, key))
+
+    def content(data: bytes) -> None:
+        checkpoint = Checkpoint.from_bytes(data, most)
+        assert Checkpoint.from_bytes(checkpoint.to_bytes(), most).to_bytes() == checkpoint.to_bytes()
+
+    return [
+        Parser("checkpoint:content", contents, content, (CheckpointError,)),
+        Parser("checkpoint:plain", plain, lambda data: content(unpack(data, None, most).payload), (CheckpointError,)),
+        Parser(
+            "checkpoint:encrypted",
+            (*encrypted, plain[0]),
+            lambda data: content(unpack(data, key, most).payload),
+            (CheckpointError,),
+        ),
+    ]
+
+
 class NotACase(Exception):
     """The damage hit what holds the input together, and nothing was parsed."""
 
@@ -206,4 +259,5 @@ def all_parsers() -> list[Parser]:
         *_compression(),
         *_shares(),
         *_signatures(),
+        *_checkpoints(),
     ]

@@ -61,6 +61,21 @@ def test_the_page_says_that_nothing_of_it_was_compiled():
     assert "**The Kotlin and Swift below is not compiled here" in PAGE
 
 
+@pytest.mark.parametrize("language", ["kotlin", "swift"])
+def test_blocks_close_what_they_open(language: str):
+    """The little that can be seen of syntax without a compiler."""
+    literal = r'#?"""(?:.|\n)*?"{3,4}#?|#"[^\n]*?"#|"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*(?:.|\n)*?\*/'
+    pairs = {")": "(", "]": "[", "}": "{"}
+    for block in re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        opened = []
+        for bracket in re.findall(r"[()\[\]{}]", re.sub(literal, "", block)):
+            if bracket in pairs:
+                assert opened.pop() == pairs[bracket], block
+            else:
+                opened.append(bracket)
+        assert opened == [], block
+
+
 @both
 def test_calls_pass_the_manifests_inputs_in_its_order(code: str, manifest: Manifest):
     calls = re.findall(r'execute\(\s*"(\w+)_b(?:\$batch|\\\(batch\))",\s*(.*?)\)?\n', code)

@@ -18,7 +18,7 @@ from client_sdk.native.build import RUNTIME, ExecutorchWheel
 from client_sdk.protocol.program import Manifest, Role
 from client_sdk.runtime import read_manifest
 
-OK, INVALID_ARGUMENT, INVALID_PROGRAM, UNKNOWN_METHOD, SIGNATURE, BUSY = 0, 1, 2, 3, 5, 8
+OK, INVALID_ARGUMENT, INVALID_PROGRAM, UNKNOWN_METHOD, SIGNATURE, OUT_OF_MEMORY, BUSY = 0, 1, 2, 3, 5, 6, 8
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +230,28 @@ def test_a_program_beyond_the_limit_is_refused_before_it_is_copied(lib: ctypes.C
     assert lib.pf_open(b"x" * 100, ctypes.c_uint64(size), ctypes.byref(opened)) == INVALID_ARGUMENT
     assert "at most 2147483647 bytes" in last_error(lib)
     assert peak_rss_kib() - before < 2**20
+
+
+@pytest.mark.parametrize(
+    ("planned", "status", "message"),
+    [
+        (2**32 + 1, OUT_OF_MEMORY, "plans 4294967297 bytes at once"),
+        (2**62, OUT_OF_MEMORY, "plans 4611686018427387904 bytes at once"),
+        (2**63, INVALID_PROGRAM, "plans memory that is not host memory"),
+        (2**28, OK, ""),
+    ],
+)
+def test_planned_memory_is_bounded_before_it_is_reserved(
+    lib: ctypes.CDLL, softmax_bundle: Path, manifest: Manifest, planned: int, status: int, message: str
+):
+    data, largest = (softmax_bundle / "program.pte").read_bytes(), max(m.planned_memory_bytes for m in manifest.methods)
+    declared = largest.to_bytes(8, "little")
+    assert declared in data
+    crafted, opened, before = data.replace(declared, planned.to_bytes(8, "little")), ctypes.c_void_p(), peak_rss_kib()
+    assert lib.pf_open(crafted, len(crafted), ctypes.byref(opened)) == status
+    assert message in last_error(lib)
+    assert peak_rss_kib() - before < 2**17  # also where 256 MiB were reserved: nobody touched them
+    lib.pf_close(opened)
 
 
 @pytest.mark.parametrize("name", [b"nothing", b"", b"infer_b8 "])
