@@ -63,10 +63,19 @@ class AggregationConfig(_Section):
 class SelectionConfig(_Section):
     """Who gets a free slot."""
 
-    policy: Literal["any", "fair", "fast"] = Field(
-        "any", description="any: who comes first; fair: who has taken part less; fast: the slower, the less often"
+    policy: Literal["any", "fair", "fast", "diverse"] = Field(
+        "any",
+        description="any: who comes first; fair: who has taken part less; fast: the faster ones; diverse: all kinds",
     )
-    floor: float = Field(0.2, gt=0, le=1, description="chance that fair and fast leave to everybody")
+    floor: float = Field(
+        0.2, gt=0, le=1, description="share of the places that fast gives by turns, and diverse to all kinds alike"
+    )
+    patience_s: float | None = Field(
+        None,
+        gt=0,
+        le=_LONGEST_S,
+        description="a round asks twice as many devices after so long; default: a tenth of the lease, or retry_max_s",
+    )
 
 
 class DivergenceConfig(_Section):

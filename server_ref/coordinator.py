@@ -140,7 +140,7 @@ class Coordinator:
         """
         self._state.open()
         self._buffer = self._buffers.open()
-        self._selection = AtCheckIn.rebuild(self.config.task, self._state.db)
+        self._selection = self._state.selection()
         self._writer.start()
         self._background.start()
         with self._state.db.connect() as connection:
@@ -369,14 +369,16 @@ class Coordinator:
                 return None
         if engine.finished:
             return CheckInReply(reply=Finished(model_version=engine.version, halted=self._state.halted is not None))
-        if not self._selection.admits(device_id, engine, now):
+        tier = self.device(device_id)[1]
+        if not self._selection.admits(device_id, engine, now, num_samples=request.num_samples, tier=tier):
             return CheckInReply(reply=Wait(reason="not-selected", retry=self._retry()))
         before = engine.next_number
         found = engine.check_in(device_id, request.num_samples, now, self._new_id, duration_s=duration)
         if isinstance(found, Waiting):
             return CheckInReply(reply=Wait(reason=found.reason, retry=self._retry()))
         if engine.next_number > before:
-            self.metrics.assignments.labels(self.device(device_id)[1]).inc()
+            self._selection.given(device_id, engine.version)
+            self.metrics.assignments.labels(tier).inc()
         return CheckInReply(reply=Assigned(assignment=self._offer(found, now)))
 
     def _retry(self) -> RetryWindow:
@@ -453,7 +455,7 @@ class Coordinator:
         """Forget what was not durable; the sum is rebuilt when a buffer closes."""
         with self._lock:
             self._state.reload()
-            self._selection = AtCheckIn.rebuild(self.config.task, self._state.db)
+            self._selection = self._state.selection()
             self._buffer.reset()
             self._to_fold.clear()
             self._batch_ids.clear()

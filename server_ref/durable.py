@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +24,14 @@ from server_ref.aggregation.batch import EncodedUpdate, Update
 from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.server_state import CONTROL, ServerState
 from server_ref.assignments import AssignmentRecord, Closing, ReportFile, RoundPolicy
+from server_ref.checkin import AtCheckIn, remember, simulation_key
 from server_ref.clock import Clock
 from server_ref.models import GlobalModel, decode_model, encode_control, encode_model
 from server_ref.release_store import ReleaseStore
 from server_ref.reports import ReportEnvelope, ReportSchema, encoded_update, open_report, sealed_shares
 from server_ref.rounds import RoundEngine
+from server_ref.selection.history import DeviceHistory
+from server_ref.selection.ties import KeyedTies
 from server_ref.store import database
 from server_ref.store.blobs import BlobStore
 from server_ref.task import Task
@@ -39,6 +43,9 @@ _STEP = "step"
 
 _CLIP_NORM = "clip-norm"
 """In the journal: the adaptive clip norm of the newest model."""
+
+_SELECTION_KEY = "selection-key"
+"""In the journal: the secret that decides between devices where nothing else does, hex."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ class DurableState:
         self._written: database.TaskState
         self._flushed: database.TaskState
         self._first_new = 0
+        self._history: DeviceHistory | None = None
+        self._selection_key = ""
 
     def open(self) -> None:
         """Begin the task, or go on with it.
@@ -127,6 +136,9 @@ class DurableState:
                     f"{self.folder} holds another task; it differs in {', '.join(differences)}. "
                     "Use another data_dir, or the task's own settings"
                 )
+            if database.load_note(connection, _SELECTION_KEY) is None:
+                # Of this task, for all its processes; who reads it can draw keys that are asked first.
+                database.save_note(connection, _SELECTION_KEY, secrets.token_hex(32))
         self.reload()
         self._delete_orphans()
 
@@ -145,6 +157,10 @@ class DurableState:
             given_back = database.load_given_back(connection, state.opened_at)
             self._first_new = database.next_assignment_number(connection)
             self.releases.reload(connection, latest.version)
+            self._history = None
+            if self.task.settings.selection.policy != "any":
+                self._history = DeviceHistory.load(database.load_device_history(connection))
+                self._selection_key = database.load_note(connection, _SELECTION_KEY) or ""
             clip_norm = database.load_note(connection, _CLIP_NORM)
         self.task.current.begin(None if clip_norm is None else AdaptiveClipNorm.model_validate_json(clip_norm))
         if self._clock.is_virtual:
@@ -168,6 +184,18 @@ class DurableState:
         self.optimizer = self._load_optimizer(latest)
         self.correction = self._load_correction()
 
+    def selection(self) -> AtCheckIn:
+        """Who is given work, from what is remembered now; a reload makes it anew."""
+        settings = self.task.settings
+        participations = None
+        if settings.privacy.max_participations is not None:
+            with self.db.connect() as connection:
+                participations = database.counted_participations(connection)
+        key = simulation_key(settings.seed)
+        if self._history is not None and not self._clock.is_virtual:
+            key = bytes.fromhex(self._selection_key)
+        return AtCheckIn(settings, self._history, KeyedTies(key, self.task.task_id), participations)
+
     def _tolerance(self, round_id: int) -> int:
         return self.task.settings.staleness.tolerance(round_id)
 
@@ -177,6 +205,8 @@ class DurableState:
         changes = self.engine.take_changes()
         if changes:
             database.save_assignments(connection, changes, self._first_new)
+        if self._history is not None:
+            database.save_device_history(connection, *self._history.take_changes())
         state = replace(
             self._written,
             invitations=self.engine.invitations,
@@ -207,6 +237,8 @@ class DurableState:
         held = [(r, r.report) for r in self.engine.reported if r.report is not None]
         opened_at = self._written.opened_at
         superseded = self.engine.commit(closing, halt=outcome.halted is not None)
+        if self._history is not None:
+            remember(self._history, closing.counted, closing.round_id)
         self.halted, self.divergence_json = outcome.halted, outcome.divergence_json
         measurements = dict(outcome.measurements)
         if outcome.step is not None:

@@ -104,15 +104,15 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("who gets work").add_argument
     add(
         "--selection",
-        choices=("any", "fair", "fast"),
-        help="any: who comes first; fair: who has taken part less; fast: the slower a device, the less often "
+        choices=("any", "fair", "fast", "diverse"),
+        help="any: who comes first; fair: who has taken part less; fast: the faster ones; diverse: all kinds of device "
         "(default: any)",
     )
     add(
         "--selection-floor",
         type=float,
         metavar="F",
-        help="chance that fair and fast leave to everybody (default: 0.2)",
+        help="share of the places that fast gives by turns, and diverse to all kinds alike (default: 0.2)",
     )
     _add_privacy_flags(parser)
 

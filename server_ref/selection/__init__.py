@@ -5,7 +5,6 @@ from server_ref.selection.errors import UnknownStrategy
 from server_ref.selection.fairness import jain_index, selection_ratio, spread
 from server_ref.selection.latency import LATENCIES_KEPT, LatencyTracker, selection_probabilities
 from server_ref.selection.policy import SelectionPolicy
-from server_ref.selection.selector import Selector
 from server_ref.selection.strata import DeviceFacts
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "DeviceRecord",
     "LatencyTracker",
     "SelectionPolicy",
-    "Selector",
     "ServerDeviceSelector",
     "UnknownStrategy",
     "jain_index",

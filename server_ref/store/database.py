@@ -320,15 +320,24 @@ def load_measurements(connection: Connection, since: int, before: int | None) ->
     return list(connection.execute(query.order_by(table.c.round_id)).scalars())
 
 
-def counted_latencies(connection: Connection) -> list[tuple[str, float]]:
-    """Device and seconds from assignment to arrival of all counted reports, in the order in which they counted."""
-    table = schema.assignments
-    query = (
-        sa.select(table.c.device_id, table.c.arrival - table.c.issued_at)
-        .where(table.c.counted_in.is_not(None), table.c.arrival.is_not(None))
-        .order_by(table.c.counted_in, table.c.arrival, table.c.number)
-    )
-    return [(device_id, float(latency)) for device_id, latency in connection.execute(query)]
+def load_device_history(connection: Connection) -> list[dict[str, Any]]:
+    """What selection remembers of each device."""
+    return [dict(row) for row in connection.execute(sa.select(schema.device_history)).mappings()]
+
+
+def save_device_history(
+    connection: Connection, new: Sequence[dict[str, Any]], changed: Sequence[dict[str, Any]]
+) -> None:
+    """Write new rows, and changed ones."""
+    table = schema.device_history
+    if new:
+        connection.execute(sa.insert(table), list(new))
+    if changed:
+        values: dict[str, Any] = {c.name: sa.bindparam(f"new_{c.name}") for c in table.columns if c.name != "device_id"}
+        query = sa.update(table).where(table.c.device_id == sa.bindparam("key")).values(values)
+        connection.execute(
+            query, [{"key": row["device_id"], **{f"new_{name}": row[name] for name in values}} for row in changed]
+        )
 
 
 def counted_participations(connection: Connection) -> dict[str, int]:

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 
 metadata = MetaData(
     naming_convention={
@@ -103,4 +115,26 @@ journal = Table(
     metadata,
     Column("name", String(64), primary_key=True),
     Column("value", Text, nullable=False),
+)
+
+# What selection remembers of each device (``server_ref.selection.history``): one row a device, written with the
+# assignments that change it, and once an hour at most for the hours at which it comes.
+device_history = Table(
+    "device_history",
+    metadata,
+    Column("device_id", String(32), ForeignKey("devices.device_id"), primary_key=True),
+    Column("joined_turns", BigInteger, nullable=False),
+    Column("counted", BigInteger, nullable=False),
+    Column("open_turns", BigInteger, nullable=False),
+    Column("given_then", BigInteger, nullable=False),
+    Column("tier", BigInteger, nullable=False),
+    Column("stratum", BigInteger, nullable=False),
+    Column("given_in", BigInteger, nullable=False),
+    Column("counted_in", BigInteger, nullable=False),
+    Column("seen_hour", BigInteger, nullable=False),
+    Column("seen_round", BigInteger, nullable=False),
+    Column("former_hour", BigInteger, nullable=False),
+    Column("former_day", BigInteger, nullable=False),
+    Column("latency_s", Float),
+    Column("days", LargeBinary(96), nullable=False),
 )

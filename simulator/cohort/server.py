@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from client_sdk.protocol.profile import DeviceTier
 from client_sdk.protocol.program import Float32Array
 from server_ref.aggregation.batch import Aggregate, EncodedUpdate, Update
 from server_ref.aggregation.delay import DelayCorrection
@@ -46,6 +47,7 @@ class CohortServer:
         task: What is trained, and how.
         scoring: Scores new models; None for none.
         device_id: Number of a device -> how the server knows it; selection draws by it.
+        tier: Number of a device -> what it says of itself.
 
     Attributes:
         task: As given.
@@ -57,7 +59,14 @@ class CohortServer:
         halted: Why training ended before its last round, if it did.
     """
 
-    def __init__(self, task: Task, *, scoring: Scoring | None = None, device_id: Callable[[int], str] = str) -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        scoring: Scoring | None = None,
+        device_id: Callable[[int], str] = str,
+        tier: Callable[[int], DeviceTier] = lambda _device: DeviceTier.MID_RANGE,
+    ) -> None:
         settings = task.settings
         self.task = task
         self.rounds: list[CommittedRound] = []
@@ -71,9 +80,10 @@ class CohortServer:
         self.divergence_json: str | None = None
         self.halted: str | None = None
         self._engine = RoundEngine(settings.policy(), virtual_time=True, tolerance=settings.staleness.tolerance)
-        self._selection = AtCheckIn.begin(settings)
+        self._selection = AtCheckIn.simulated(settings, task.task_id)
         self._scoring = scoring
         self._device_id = device_id
+        self._tier = tier
         self._model: GlobalModel = encode_model(0, self.optimizer.weights, task.manifest)
         self._broadcast = self._announce()
         self._begin_buffer()
@@ -133,9 +143,15 @@ class CohortServer:
             duration_s: When its report would arrive; None for never.
         """
         engine, device_id = self._engine, self._device_id(device)
-        if not self._selection.admits(device_id, engine, now):
+        tier = self._tier(device).value
+        if not self._selection.admits(device_id, engine, now, num_samples=num_samples, tier=tier):
             return Waiting("not-selected")
-        return engine.check_in(device_id, num_samples, now, lambda: f"{engine.next_number:032x}", duration_s=duration_s)
+        found = engine.check_in(
+            device_id, num_samples, now, lambda: f"{engine.next_number:032x}", duration_s=duration_s
+        )
+        if not isinstance(found, Waiting):
+            self._selection.given(device_id, engine.version)
+        return found
 
     def check_fresh(self, record: AssignmentRecord, now: float) -> None:
         """Whether a report for this assignment would be accepted.
@@ -211,6 +227,7 @@ class CohortServer:
         self.task.current.begin(outcome.clip_norm)
         if self.correction is not None and outcome.step is not None:
             self.correction.record(outcome.step)
+        self._selection.remember(closing.counted, closing.round_id)
         self._selection.record(closing.counted)
         self._model = encode_model(engine.version, self.optimizer.weights, self.task.manifest)
         self._broadcast = self._announce()

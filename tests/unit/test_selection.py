@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import statistics
-from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -17,8 +15,6 @@ from client_sdk.protocol.errors import ConfigurationError
 from server_ref.selection import (
     LATENCIES_KEPT,
     LatencyTracker,
-    SelectionPolicy,
-    Selector,
     jain_index,
     selection_probabilities,
     selection_ratio,
@@ -54,24 +50,16 @@ def test_where_nothing_is_known_all_are_alike():
 def test_a_latency_that_cannot_be_is_refused_and_changes_nothing(latency):
     with pytest.raises(ConfigurationError):
         selection_probabilities({"a": latency})
-    selector = Selector()
+    tracker = LatencyTracker()
     with pytest.raises(ConfigurationError):
-        selector.record("a", latency)
-    assert selector.counts == {}
-    assert selector.probabilities() == {}
+        tracker.record("a", latency)
+    assert tracker.means() == {}
 
 
 @pytest.mark.parametrize("floor", [-0.1, 1.1, math.nan])
 def test_a_floor_that_is_no_share_is_refused(floor):
     with pytest.raises(ConfigurationError):
         selection_probabilities({"a": 1.0}, floor=floor)
-    with pytest.raises(ConfigurationError):
-        Selector(floor=floor)
-
-
-def test_a_selector_without_a_floor_is_refused():
-    with pytest.raises(ConfigurationError, match="positive floor"):
-        Selector(floor=0.0)
 
 
 @given(ROWS)
@@ -87,74 +75,6 @@ def test_a_device_is_judged_by_its_latest_latencies(rows):
     for device, latency in tracker.rows():
         again.record(device, latency)
     assert again.means() == tracker.means()
-
-
-@given(ROWS, st.sampled_from(SelectionPolicy), st.floats(0.01, 1))
-def test_acceptance_lies_between_the_floor_and_one_and_follows_from_the_history(rows, policy, floor):
-    selector = Selector(policy, floor=floor)
-    for row in rows:
-        selector.record(*row)
-    rebuilt = Selector.from_history(iter(rows), policy, floor=floor)
-    for device in "abcdefghi":
-        chance = selector.acceptance(device)
-        assert floor <= chance <= 1
-        assert rebuilt.acceptance(device) == chance
-        assert selector.accept(device, 0.0)
-        assert selector.accept(device, math.nextafter(chance, 0))
-        assert not selector.accept(device, chance)
-    assert selector.counts == Counter(device for device, _ in rows)
-    always = sum(chance == 1 for chance in map(selector.acceptance, selector.counts))
-    assert always >= len(selector.counts) / (2 if policy is SelectionPolicy.FAST else 10)
-    if rows:
-        assert abs(math.fsum(selector.probabilities().values()) - 1) < 1e-12
-
-
-def test_a_slow_device_is_accepted_in_proportion_to_its_speed_beside_the_median():
-    selector = Selector(floor=0.2)
-    for device, latency in (("a", 1.0), ("b", 2.0), ("c", 8.0)):
-        selector.record(device, latency)
-    assert [selector.acceptance(d) for d in "abc"] == [1.0, 1.0, pytest.approx(0.2 + 0.8 * 2 / 8)]
-
-
-def test_one_device_that_claims_to_be_fast_turns_nobody_away():
-    selector = Selector(floor=0.1)
-    for i in range(9):
-        selector.record(f"honest{i}", 10.0)
-    selector.record("boaster", 0.0)
-    assert all(selector.acceptance(f"honest{i}") == 1.0 for i in range(9))
-
-
-def play(policy: SelectionPolicy, check_ins: int, *, floor: float = 0.2) -> tuple[Counter[str], Selector]:
-    """Ten devices, two of them ten times slower: each checks in again as soon as it has reported."""
-    rng = random.Random(5)
-    selector = Selector(policy, floor=floor)
-    latency = {f"d{i}": 10.0 if i < 2 else 1.0 for i in range(10)}
-    ready = dict.fromkeys(latency, 0.0)
-    selected: Counter[str] = Counter(dict.fromkeys(latency, 0))
-    for _ in range(check_ins):
-        device = min(ready, key=lambda d: (ready[d], d))
-        if selector.accept(device, rng.random()):
-            selected[device] += 1
-            selector.record(device, latency[device])
-            ready[device] += latency[device]
-        else:
-            ready[device] += 1.0  # asks again
-    return selected, selector
-
-
-def test_fast_selection_turns_slow_devices_away_but_never_below_the_floor():
-    selected, selector = play(SelectionPolicy.FAST, 4000)
-    assert selector.acceptance("d0") == pytest.approx(0.2 + 0.8 / 10)
-    assert 0 < selection_ratio(selected, {"d0", "d1"}) < 0.1  # slower by 10, and accepted less often on top
-
-
-def test_fair_selection_lets_slow_devices_catch_up():
-    fair, _ = play(SelectionPolicy.FAIR, 8000)
-    fast, _ = play(SelectionPolicy.FAST, 8000)
-    everybody, _ = play(SelectionPolicy.FAST, 8000, floor=1.0)
-    assert selection_ratio(everybody, {"d0", "d1"}) == pytest.approx(0.1, abs=0.01)
-    assert selection_ratio(fair, {"d0", "d1"}) > 3 * selection_ratio(everybody, {"d0", "d1"})
-    assert jain_index(fair.values()) > jain_index(everybody.values()) > jain_index(fast.values())
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1))
