@@ -69,6 +69,7 @@ class CohortSetting:
             task,
             scoring=Scoring(lambda w: model.evaluate(w, dataset.validation.x, dataset.validation.y), score_every),
             device_id=self._device_ids(),
+            tier=fleet.population.tier,
         )
         monitor = RunMonitor(
             lambda since: server.rounds[since:],
