@@ -201,6 +201,13 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
         "--name", metavar="NAME", help="what the device calls itself in its progress lines (default: its id)"
     )
     parser.add_argument(
+        "--server-key",
+        nargs="+",
+        metavar="HEX",
+        help="the server's public key, as it says when it starts: no other reply is believed; several while it changes "
+        "its key (default: the key of its first reply, kept in the state directory)",
+    )
+    parser.add_argument(
         "--aggregator-keys",
         type=Path,
         metavar="FILE",
@@ -296,6 +303,7 @@ def _run_device(args: argparse.Namespace) -> int:
         memory_limit_mib=args.memory_limit,
         checkpoint_key=args.checkpoint_key,
         run_for_s=args.run_for,
+        server_keys=args.server_key,
         local_privacy=local_policy(
             epsilon=args.local_epsilon, clip_norm=args.local_clip, budget=args.local_budget, delta=args.local_delta
         ),

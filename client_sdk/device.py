@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -41,6 +41,7 @@ def run_device(
     memory_limit_mib: int | None = None,
     checkpoint_key: Path | None = None,
     run_for_s: float | None = None,
+    server_keys: Sequence[str] | None = None,
     local_privacy: LocalPrivacyPolicy | None = None,
 ) -> int:
     """Run one device until the task is finished, ``max_reports`` are accepted, or SIGINT or SIGTERM comes.
@@ -62,6 +63,8 @@ def run_device(
         memory_limit_mib: What this process may use at most.
         checkpoint_key: File with 32 secret bytes in hex, with which checkpoints are encrypted.
         run_for_s: Leave after so many seconds, at a step boundary; the state is kept.
+        server_keys: The server's public keys in hex, of which one signs each reply; by default that of its first reply,
+            which is kept in the state directory.
         local_privacy: Noise on each report, and its budget; what is spent stands in the state directory.
 
     Returns:
@@ -75,7 +78,7 @@ def run_device(
     trusted = None if aggregator_keys is None else load_aggregator_keys(aggregator_keys)
     key = None if checkpoint_key is None else load_checkpoint_key(checkpoint_key)
     opened = FileDeviceStore(state_dir, checkpoint_key=key)
-    with closing(opened) as store, closing(HttpTransport(server_url, store.identity)) as transport:
+    with closing(opened) as store, closing(_transport(server_url, store, server_keys)) as transport:
         profile = DeviceProfile(
             device_id=name or store.identity.device_id,
             device_type=tier,
@@ -110,6 +113,12 @@ def run_device(
     if summary.cause in {"gave-up", "refused"}:
         raise summary.error or PocketfedError(summary.detail)
     return 0
+
+
+def _transport(server_url: str, store: FileDeviceStore, server_keys: Sequence[str] | None) -> HttpTransport:
+    if server_keys is None:
+        return HttpTransport(server_url, store.identity, server_keys=store)
+    return HttpTransport(server_url, store.identity, server_key=server_keys)
 
 
 class ProgressLines:

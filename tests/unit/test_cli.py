@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from datetime import time
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 import pytest
 
 from client_sdk import cli
+from client_sdk.power import PowerPolicy, QuietHours
 
 COMMAND_MODULE = """
 from client_sdk.protocol.errors import ConfigurationError
@@ -185,3 +187,52 @@ def test_a_device_s_wrong_arguments_are_refused_before_anything_runs(
 ):
     assert cli.main([*DEVICE, *arguments]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_a_device_s_flags_make_its_power_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "data.npz").touch()
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("client_sdk.device.run_device", lambda **settings: asked.update(settings) or 0)
+    command = [*DEVICE, "--data", str(tmp_path / "data.npz")]
+    assert cli.main(command) == 0
+    usual = asked["power_policy"]
+    assert isinstance(usual, PowerPolicy)
+    assert (usual.start_battery, usual.continue_battery) == (0.20, 0.15)
+    assert (usual.require_charging, usual.require_unmetered, usual.require_idle) == (False, False, False)
+    flags = [
+        "--require",
+        "charging",
+        "idle",
+        "--quiet-hours",
+        "08:00-22:30",
+        "--memory-limit",
+        "120",
+        "--run-for",
+        "90",
+    ]
+    assert cli.main([*command, *flags]) == 0
+    strict = asked["power_policy"]
+    assert isinstance(strict, PowerPolicy)
+    assert (strict.require_charging, strict.require_unmetered, strict.require_idle) == (True, False, True)
+    assert strict.quiet_hours == (QuietHours(begin=time(8), end=time(22, 30)),)
+    assert (asked["memory_limit_mib"], asked["run_for_s"]) == (120, 90.0)
+    assert cli.main([*command, "--power", "ignore"]) == 0
+    assert asked["power_policy"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--power", "ignore", "--require", "idle"], "mean nothing with --power ignore"),
+        (["--quiet-hours", "8-22"], "08:00-22:30"),
+        (["--quiet-hours", "08:00-08:00"], "08:00-22:30"),
+        (["--run-for", "0"], "positive number of seconds"),
+        (["--run-for", "inf"], "positive number of seconds"),
+    ],
+)
+def test_flags_that_make_no_policy_are_refused(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "data.npz").touch()
+    assert cli.main([*DEVICE, "--data", str(tmp_path / "data.npz"), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from client_sdk import device, events
 from client_sdk.device import ProgressLines, run_device
 from client_sdk.errors import InvalidDataFile, StateDirLocked
-from client_sdk.protocol.errors import ConfigurationError, UnsupportedVersion
+from client_sdk.protocol.errors import ConfigurationError, PocketfedError, UnsupportedVersion
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.store import FileDeviceStore
 from tests.devices import WAIT, ToyProgram, ToyServer, make_assignment, make_data
@@ -36,7 +36,7 @@ class ToyPrograms:
 @pytest.fixture
 def server(monkeypatch) -> ToyServer:
     server = ToyServer(work=2)
-    monkeypatch.setattr(device, "HttpTransport", lambda _url, identity: server.device(identity.device_id))
+    monkeypatch.setattr(device, "HttpTransport", lambda _url, identity, **_: server.device(identity.device_id))
     monkeypatch.setattr(device, "DownloadedPrograms", ToyPrograms)
     return server
 
@@ -63,6 +63,40 @@ def test_a_device_runs_to_the_end_of_the_task_and_says_what_it_does(server, data
     assert any("trained on 20 examples; loss" in line for line in lines)
     assert any("report accepted" in line for line in lines)
     assert lines[-1].endswith("2 reports accepted")
+
+
+def test_a_run_that_is_out_of_time_says_so_and_the_next_one_goes_on(server, data, tmp_path, capsys):
+    assert run(data, tmp_path, run_for_s=1e-9) == 0
+    assert "time is up; the state is kept" in capsys.readouterr().err
+    assert run(data, tmp_path, run_for_s=1e6) == 0
+    assert len(server.reports) == 2
+
+
+def test_training_that_does_not_fit_into_the_memory_is_refused_before_anything_is_opened(
+    server, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ToyPrograms, "open", lambda *_: pytest.fail("nothing may be opened"))
+    server.work = 100
+    with pytest.raises(PocketfedError, match=r"does not fit into 1\.0 MiB"):
+        run(data, tmp_path, memory_limit_mib=1)
+    assert server.abandoned
+    assert {reason for _, reason in server.abandoned} == {"no-memory"}
+    assert server.reports == {}
+
+
+@pytest.mark.parametrize("content", ["", "ab", "g" * 64, "0" * 63, "0" * 66])
+def test_a_checkpoint_key_that_is_none_is_refused_without_repeating_it(tmp_path, content):
+    (tmp_path / "key").write_text(content)
+    with pytest.raises(ConfigurationError, match="64 hex digits") as refused:
+        device.load_checkpoint_key(tmp_path / "key")
+    assert not content or content not in str(refused.value)
+
+
+def test_a_checkpoint_key_is_read_and_a_missing_file_named(tmp_path):
+    (tmp_path / "key").write_text("0f" * 32 + "\n")
+    assert device.load_checkpoint_key(tmp_path / "key") == bytes([15]) * 32
+    with pytest.raises(ConfigurationError, match="No such file"):
+        device.load_checkpoint_key(tmp_path / "none")
 
 
 def test_the_next_run_goes_on_as_the_same_device(server, data, tmp_path):
