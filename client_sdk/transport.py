@@ -151,6 +151,7 @@ class HttpTransport:
         client: httpx.Client | None = None,
         server_key: str | Sequence[str] | None = None,
         server_keys: ServerKeys | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Prepare to talk to a server; nothing is sent yet.
 
@@ -162,6 +163,7 @@ class HttpTransport:
                 while the server changes its key.
             server_keys: Without ``server_key``: where the key of the first reply is kept for all time, a
                 ``DeviceStore``. With neither it is kept as long as this object.
+            chunk_bytes: Reports up to this size go up in one request, longer ones in chunks of at most this size.
 
         Raises:
             ConfigurationError: Not such a URL, or not such a key.
@@ -171,6 +173,7 @@ class HttpTransport:
         self._prefix = url.path.rstrip("/")
         self._identity = identity
         self._server = KnownServer(server_key, server_keys)
+        self._chunk_bytes = chunk_bytes
         self._owned = client is None
         self._client = client or open_client(base_url)
         self._extensions = {"timeout": self._client.timeout.as_dict()}
@@ -206,8 +209,8 @@ class HttpTransport:
 
     def upload(self, report_id: str, frame: Buffer) -> ReportReply:
         """Send a sealed report: in one request, or a large one in chunks, going on where a cut upload stands."""
-        if len(memoryview(frame).cast("B")) > CHUNK_BYTES:
-            return upload_in_chunks(self, report_id, frame)
+        if len(memoryview(frame).cast("B")) > self._chunk_bytes:
+            return upload_in_chunks(self, report_id, frame, chunk_bytes=self._chunk_bytes)
         path = f"/v1/reports/{report_id}"
         return self._parse(ReportReply, path, self._exchange("PUT", path, frame, _FRAME))
 

@@ -12,7 +12,7 @@ from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import ReportReply, UploadReply, UploadRequest
 
 CHUNK_BYTES: Final = 2**20
-"""Reports up to this size go up in one request, longer ones in chunks of it."""
+"""What a phone's network carries in one piece more often than not, and a server keeps in memory without a thought."""
 _MAX_RESUMES: Final = 5
 
 
@@ -32,7 +32,7 @@ class UploadRequests(Protocol):
         ...
 
 
-def upload_in_chunks(to: UploadRequests, report_id: str, frame: Buffer) -> ReportReply:
+def upload_in_chunks(to: UploadRequests, report_id: str, frame: Buffer, *, chunk_bytes: int) -> ReportReply:
     """Deliver a report, beginning where the server says that it stands.
 
     A cut is answered by asking and going on, a few times and only as long as that gets further; whoever calls again
@@ -42,6 +42,7 @@ def upload_in_chunks(to: UploadRequests, report_id: str, frame: Buffer) -> Repor
         to: The server.
         report_id: Under which id.
         frame: The sealed report.
+        chunk_bytes: Largest chunk to send; the server may want smaller ones.
 
     Raises:
         MalformedFrame: It is not a report's frame.
@@ -59,7 +60,7 @@ def upload_in_chunks(to: UploadRequests, report_id: str, frame: Buffer) -> Repor
             state = to.announce(report_id, request)
             offset = _plausible(state, at_least=0, size=len(view))
             while offset < len(view):
-                chunk = view[offset : offset + min(CHUNK_BYTES, state.max_chunk_bytes)]
+                chunk = view[offset : offset + min(chunk_bytes, state.max_chunk_bytes)]
                 state = to.send_chunk(report_id, offset, chunk)
                 offset = _plausible(state, at_least=offset + len(chunk), size=len(view))
             return to.complete(report_id, request)

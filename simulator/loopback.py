@@ -104,7 +104,10 @@ class LoopbackTransport:
         status, body = self._connections.exchange("GET", path, None, {})
         self._count(0, len(body))
         _check(status, path, body)
-        if len(body) > max_bytes or hashlib.sha256(body).hexdigest() != sha256:
+        if len(body) > max_bytes:
+            raise InvalidReply(f"the server sent {len(body)} bytes; at most {max_bytes} are accepted here")
+        if hashlib.sha256(body).hexdigest() != sha256:
+            into.clear()
             raise BlobHashMismatch(f"the server sent other bytes than those of blob {sha256}")
         into[:] = body
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from client_sdk.errors import BlobHashMismatch
+from client_sdk.errors import BlobHashMismatch, InvalidReply
 from client_sdk.protocol.errors import UnknownAssignment, UnknownBlob, UnknownDevice
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import (
@@ -271,12 +271,13 @@ class ToyTransport:
         self._begin("fetch", enrolled=False)
         if sha256 not in self.server.blobs:
             raise UnknownBlob(sha256)
+        if len(self.server.blobs[sha256]) > max_bytes:
+            raise InvalidReply(f"blob {sha256} has more than {max_bytes} bytes")
         into[:] = self.server.blobs[sha256]
         self.counters.bytes_down += len(into)
         if sha(into) != sha256:
             into.clear()
             raise BlobHashMismatch(sha256)
-        assert len(into) <= max_bytes
         self.server.after("fetch")
 
     def upload(self, report_id: str, frame: bytes | bytearray | memoryview) -> ReportReply:

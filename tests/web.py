@@ -20,6 +20,8 @@ from client_sdk.protocol.signing import request_signature, signing_device, verif
 from server_ref.server_identity import ServerIdentity
 from tests.devices import ToyServer
 
+_UPSTREAM = httpx.Client(trust_env=False, timeout=60)
+"""Connections of all proxies of a process."""
 _PASSED_ON = ("content-type", "content-digest", "signature-input", "signature", "retry-after", "content-range")
 """Headers that a proxy leaves as they are."""
 
@@ -177,7 +179,7 @@ def proxy(url: str, alter: Callable[[Request], bytes]) -> Callable[[Request], An
     def answer(request: Request) -> Answer:
         body = alter(request)
         headers = {k: v for k, v in request.headers.items() if k not in {"host", "content-length"}}
-        reply = httpx.request(request.method, url + request.path, content=body, headers=headers)
+        reply = _UPSTREAM.request(request.method, url + request.path, content=body, headers=headers)
         passed = {name: reply.headers[name] for name in _PASSED_ON if name in reply.headers}
         return Answer(reply.status_code, reply.content, passed, signed=False)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client_sdk.checkpoint import CheckpointManager
 from client_sdk.conditions import Conditions, Network
 from client_sdk.planner import MEMORY_FRACTION, optimal_batch_size, plan_work
 from client_sdk.power import PauseReason, PowerMonitor, PowerPolicy
@@ -15,8 +16,10 @@ from client_sdk.protocol.program import Manifest, Role
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.runtime import load_program
 from client_sdk.throttle import Governor
-from client_sdk.training import LocalTrainer
+from client_sdk.training import LocalTrainer, TrainingRun, TrainingState
 from mobile_export import build_model, export_program
+from tests.bundles import tiny_bundle
+from tests.checkpoints import Training, bits
 
 # The reference CNN for 128x128 images and ten classes, as exported.
 LARGE_CNN = Path(__file__).parent / "manifests" / "cnn-128x128.json"
@@ -119,3 +122,42 @@ def test_power_aware_training(softmax_bundle: Path):
     while not resumed.finished:
         resumed.advance()
     assert resumed.result().weights.tobytes() == undisturbed.weights.tobytes()
+
+
+@pytest.mark.parametrize("batch_size", [4, 8], ids=["fused", "accumulated"])
+def test_training_interruption_resume(tmp_path: Path, batch_size: int):
+    """Test: Interrupt training at 50%, resume from checkpoint.
+
+    Expected: Final model identical to uninterrupted training. To the bit, with the exported program, also where the
+    interruption comes in the middle of an accumulated step; all that connects the two halves is a file.
+    """
+    tiny_bundle("mlp", tmp_path / "bundle")
+    plan = TrainingPlan(local_epochs=3, batch_size=batch_size, learning_rate=0.2)
+
+    def begin(state: TrainingState | None) -> TrainingRun:
+        """As a new process does it."""
+        return Training(load_program(tmp_path / "bundle", "native"), plan, num_samples=22).begin(state)
+
+    uninterrupted = begin(None)
+    calls = 0
+    while not uninterrupted.finished:
+        uninterrupted.advance()
+        calls += 1
+
+    training = Training(load_program(tmp_path / "bundle", "native"), plan, num_samples=22)
+    first_half = training.begin()
+    for _ in range(calls // 2):
+        first_half.advance()
+    assert first_half.at_step_boundary is (batch_size == 4)
+    assert 0.4 < first_half.examples_done / first_half.total_examples < 0.6
+    CheckpointManager(tmp_path / "checkpoints").save(training.checkpoint(first_half))
+    del first_half
+
+    manager = CheckpointManager(tmp_path / "checkpoints")
+    assert manager.has_checkpoint()
+    checkpoint = manager.load(training.binding)
+    assert checkpoint is not None
+    resumed = begin(checkpoint.state)
+    while not resumed.finished:
+        resumed.advance()
+    assert bits(resumed.result()) == bits(uninterrupted.result())
