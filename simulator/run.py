@@ -199,7 +199,7 @@ class _Attempt:
             fleet = VirtualFleet(
                 population,
                 num_samples=self.fleet.num_samples,
-                work=lambda session: prepared.costs.workload(config, session),
+                work=lambda _device, session: prepared.costs.workload(config, session),
                 link=link,
                 journal=self.journal,
                 observer=monitor,

@@ -87,7 +87,7 @@ class CohortSetting:
                 trainer,
                 population=fleet.population,
                 num_samples=fleet.num_samples,
-                work=functools.cache(lambda session: self.costs.workload(config, session)),
+                work=functools.cache(lambda _device, session: self.costs.workload(config, session)),
                 observer=monitor,
                 stop=stop,
             )
