@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from client_sdk import MobileClient
+from client_sdk import device as device_module
+from client_sdk.cli import main
 from client_sdk.errors import LocalBudgetSpent, LocalPrivacyUnavailable
 from client_sdk.files import OS_FILES, FileLayer
 from client_sdk.memory import NOISED_RESIDUAL, RESIDUAL, DeviceMemory
@@ -25,6 +27,7 @@ from tests.aggregators import DEVICE_ID
 from tests.devices import NUM_PARAMETERS, ToyProgram, ToyServer, make_assignment, make_data
 from tests.faults import FaultyFiles, Killed
 from tests.unit.test_local_privacy import policy, stream
+from tests.unit.test_run_device import ToyPrograms
 
 D = 40
 
@@ -203,3 +206,20 @@ def test_a_death_at_any_step_never_leaves_a_noised_version_that_was_not_charged(
         assert len(versions) <= charges <= 2
         wasted += charges - 1
     assert 0 < wasted < steps / 2, "only a death between charge and seal costs a second one"
+
+
+def test_the_command_says_at_each_start_what_is_promised_and_what_is_left(tmp_path: Path, monkeypatch, capsys):
+    server = ToyServer(work=1)
+    monkeypatch.setattr(device_module, "HttpTransport", lambda _url, identity, **_: server.device(identity.device_id))
+    monkeypatch.setattr(device_module, "DownloadedPrograms", ToyPrograms)
+    x, y = make_data()
+    np.savez(tmp_path / "shard.npz", x=x, y=y)
+    command = ["device", "--server", "http://127.0.0.1:1", "--data", str(tmp_path / "shard.npz")]
+    command += ["--state-dir", str(tmp_path / "state"), "--local-clip", "1", "--local-budget", "4"]
+    assert main(command) == 2
+    assert "give all three" in capsys.readouterr().err
+    for spent in ("0 after 0 reports", "3 after 1 report,"):
+        assert main([*command, "--local-epsilon", "3"]) == 0
+        assert f"epsilon = 3 per report, {spent}" in capsys.readouterr().err
+    ((_, frame),) = server.reports.values()
+    assert decode_frame(frame).metadata["train_loss"] == "withheld"
