@@ -34,6 +34,7 @@ from client_sdk.protocol.errors import (
 )
 from client_sdk.protocol.messages import AbandonRequest, Assignment, VirtualTiming
 from client_sdk.protocol.program import Program
+from client_sdk.protocol.training import TrainingPlan
 from client_sdk.session_state import RetryPolicy
 from client_sdk.store import MemoryDeviceStore
 from client_sdk.transport import Transport
@@ -102,6 +103,7 @@ class SdkDevices:
         runtime: str,
         policy: RetryPolicy | None = None,
         attack: AttackPlan | None = None,
+        plans: Sequence[TrainingPlan] | None = None,
         virtual: bool = False,
         memory: FleetMemory | None = None,
     ) -> None:
@@ -115,6 +117,7 @@ class SdkDevices:
             runtime: ExecuTorch adapter.
             policy: How devices wait after a failure; by default as real ones do.
             attack: What some devices do instead of what they are told.
+            plans: What each device trains, for attackers that rehearse it; None: all the same.
             memory: Where what they remember outlives this process; None: nowhere.
             virtual: Time is simulated: a device that fails says so when ``give_back`` tells it to, not at once.
         """
@@ -125,7 +128,9 @@ class SdkDevices:
         self._attackers: dict[int, AdversarialTransport] = {}
         attackers = None
         if attack is not None:
-            attackers = SdkAttackers(attack, programs=self._programs, blob=pool.get, data=data, parts=parts)
+            attackers = SdkAttackers(
+                attack, programs=self._programs, blob=pool.get, data=data, parts=parts, plans=plans
+            )
             data = attack.poisoned(data, parts)
         self._transports: list[Transport] = []
         self._clients: list[MobileClient] = []

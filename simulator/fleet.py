@@ -33,9 +33,10 @@ class DeviceLink(Protocol):
     def perform(self, device: int, assignment: Assignment, pauses: Sequence[float] = ()) -> SessionEnd:
         """Train and deliver the report. Called by worker threads, never twice at once for one device.
 
-        ``pauses`` are the shares of the training after which it is left and taken up again, in order. A
-        report that came too late, and one that was refused or could not be made, are ends like any other; what else goes wrong is raised, and
-        ends the run.
+        ``pauses`` are the shares of the training after which it is left and taken up again, in order.
+
+        A report that came too late, and one that was refused or could not be made, are ends like any other; what else
+        goes wrong is raised, and ends the run.
         """
         ...
 
