@@ -68,11 +68,6 @@ def set_aside(path: Path, reason: str, *, files: FileLayer = OS_FILES) -> None:
     _log.warning("%s cannot be used (%s); kept as %s", path, reason, aside.name)
 
 
-def sync_folder(folder: Path, *, files: FileLayer = OS_FILES) -> None:
-    """Make renames and removals in a folder durable."""
-    files.sync_folder(folder)
-
-
 def is_leftover(name: str) -> bool:
     """Whether a file of this name is what a killed ``write_atomically`` left behind."""
     return name.startswith(".") and name.endswith(_TEMPORARY)

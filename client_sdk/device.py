@@ -15,6 +15,7 @@ from typing import TextIO
 from client_sdk import events
 from client_sdk.client import MobileClient
 from client_sdk.data import load_examples
+from client_sdk.memory_budget import device_memory_mib
 from client_sdk.power import PowerMonitor, PowerPolicy
 from client_sdk.privacy import LocalPrivacy, LocalPrivacyPolicy
 from client_sdk.privacy_ledger import LEDGER_FILE, LocalPrivacyLedger
@@ -82,7 +83,7 @@ def run_device(
         profile = DeviceProfile(
             device_id=name or store.identity.device_id,
             device_type=tier,
-            available_memory_mb=_available_memory_mib(),
+            available_memory_mb=device_memory_mib(),
             cpu_cores=os.cpu_count() or 1,
         )
         lines = ProgressLines(profile.device_id, sys.stderr)
@@ -196,10 +197,6 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _available_memory_mib() -> int:
-    return max(1, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20)
 
 
 def load_checkpoint_key(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from client_sdk.atomic import write_atomically
 from client_sdk.errors import StateDirUnusable
+from client_sdk.files import OS_FILES, FileLayer
 from client_sdk.protocol.accountant import RdpAccount, gaussian_rdp
 from client_sdk.protocol.messages import Sha256
 
@@ -85,11 +86,13 @@ class LocalPrivacyLedger:
     it has spent, and nothing can notice that.
 
     Args:
-        path: The file; its folder exists once something is charged.
+        path: The file; its folder exists.
+        files: Where it is written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, files: FileLayer = OS_FILES) -> None:
         self._path = path
+        self._files = files
 
     def charges(self) -> LocalCharges:
         """What was charged so far.
@@ -99,9 +102,9 @@ class LocalPrivacyLedger:
                 what it has spent must not begin again at 0.
         """
         try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            return LocalCharges()
+            if self._files.status(self._path) is None:
+                return LocalCharges()
+            content = self._files.read(self._path)
         except OSError as e:
             raise self._unusable("read", e) from e
         digest, _, body = content.partition(b"\n")
@@ -142,7 +145,8 @@ class LocalPrivacyLedger:
     def _save(self, charges: LocalCharges) -> None:
         body = charges.model_dump_json().encode()
         try:
-            write_atomically(self._path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+            digest = hashlib.sha256(body).hexdigest().encode()
+            write_atomically(self._path, digest + b"\n" + body, files=self._files)
         except OSError as e:
             raise self._unusable("write", e) from e
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import ssl
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -41,6 +42,9 @@ from client_sdk.uploads import CHUNK_BYTES, upload_in_chunks
 _CONNECT_TIMEOUT_S: Final = 10.0
 _READ_TIMEOUT_S: Final = 60.0
 _MAX_RESUMES: Final = 5
+# A timeout of reading alone would wait for as many minutes as a reply has bytes.
+_GRACE_S: Final = 60.0
+_SLOWEST_BYTES_PER_S: Final = 1024
 _JSON: Final = "application/json"
 _FRAME: Final = "application/octet-stream"
 _CONTENT_RANGE: Final = re.compile(r"^bytes (\d+)-\d+/(?:\d+|\*)$")
@@ -139,8 +143,8 @@ class HttpTransport:
     """The server over HTTP, for one device; see ``Transport``.
 
     Guarantees: no reply counts that the server's key did not sign for the very request, and no blob that has not the
-    hash it was asked for by; replies beyond their size limit are cut off while they arrive; nothing is decompressed;
-    redirects are not followed. Safe to use from different threads one after the other.
+    hash it was asked for by; replies beyond their size limit, and those that only drip, are cut off while they arrive;
+    nothing is decompressed; redirects are not followed. Safe to use from different threads one after the other.
     """
 
     def __init__(
@@ -152,6 +156,7 @@ class HttpTransport:
         server_key: str | Sequence[str] | None = None,
         server_keys: ServerKeys | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare to talk to a server; nothing is sent yet.
 
@@ -164,6 +169,7 @@ class HttpTransport:
             server_keys: Without ``server_key``: where the key of the first reply is kept for all time, a
                 ``DeviceStore``. With neither it is kept as long as this object.
             chunk_bytes: Reports up to this size go up in one request, longer ones in chunks of at most this size.
+            monotonic: Seconds, by which a reply that only drips is left.
 
         Raises:
             ConfigurationError: Not such a URL, or not such a key.
@@ -174,6 +180,7 @@ class HttpTransport:
         self._identity = identity
         self._server = KnownServer(server_key, server_keys)
         self._chunk_bytes = chunk_bytes
+        self._monotonic = monotonic
         self._owned = client is None
         self._client = client or open_client(base_url)
         self._extensions = {"timeout": self._client.timeout.as_dict()}
@@ -344,8 +351,11 @@ class HttpTransport:
         if declared is not None and declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
             raise InvalidReply(f"the server announces {declared[:20]} bytes; at most {max_bytes} are accepted here")
         received = 0
+        begun = self._monotonic()
         for chunk in response.iter_raw():
             received += len(chunk)
+            if self._monotonic() - begun > _GRACE_S + received / _SLOWEST_BYTES_PER_S:
+                raise TransportUnavailable(f"the reply drips: {received} bytes in {self._monotonic() - begun:.0f} s")
             self.counters.bytes_down += len(chunk)
             if received > max_bytes:
                 raise InvalidReply(f"the server sent more than {max_bytes} bytes")

@@ -5,7 +5,6 @@ Each entry says what goes wrong without it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from types import NotImplementedType
 from typing import Any
@@ -14,31 +13,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
+from mobile_export.convolutions import convolution, convolution_backward
+from mobile_export.pooling import (
+    avg_pool2d,
+    avg_pool2d_backward,
+    max_pool2d_with_indices,
+    max_pool2d_with_indices_backward,
+)
+
 aten = torch.ops.aten
 
 DecompositionTable = Mapping[torch._ops.OpOverload[Any, Any], Callable[..., Any]]  # noqa: SLF001 - torch names the type nowhere else
-
-
-def max_pool2d_backward(  # noqa: PLR0917 - the operator's own signature
-    grad_output: Tensor,
-    x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    ceil_mode: bool,
-    indices: Tensor,
-) -> Tensor:
-    """Gradient of 2-D max-pooling: scatter each output gradient to the position of its maximum.
-
-    ExecuTorch's kernel adds into an output that it never zeroes, so its result depends on stale memory and is wrong
-    without any error from the second call on.
-    """
-    del kernel_size, stride, padding, dilation, ceil_mode  # the indices hold all that matters
-    planes = (*x.shape[:-2], math.prod(x.shape[-2:]))
-    windows = (*indices.shape[:-2], math.prod(indices.shape[-2:]))
-    zeros = torch.zeros(planes, dtype=grad_output.dtype)
-    return zeros.scatter_add(-1, indices.reshape(windows), grad_output.reshape(windows)).reshape(x.shape)
 
 
 def constant_pad_nd(x: Tensor, pad: list[int], value: float = 0.0) -> Tensor | NotImplementedType:
@@ -87,7 +72,12 @@ def threshold_backward(grad_output: Tensor, x: Tensor, threshold: float) -> Tens
 def decomposition_table() -> dict[torch._ops.OpOverload[Any, Any], Callable[..., Any]]:
     """The rewrites of this module, by operator; applied while a method is traced, before torch's own."""
     return {
-        aten.max_pool2d_with_indices_backward.default: max_pool2d_backward,
+        aten.convolution.default: convolution,
+        aten.convolution_backward.default: convolution_backward,
+        aten.max_pool2d_with_indices.default: max_pool2d_with_indices,
+        aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
+        aten.avg_pool2d.default: avg_pool2d,
+        aten.avg_pool2d_backward.default: avg_pool2d_backward,
         aten.constant_pad_nd.default: constant_pad_nd,
         aten.addmm.default: addmm,
         aten.threshold_backward.default: threshold_backward,

@@ -26,6 +26,9 @@ from mobile_export.simplify import simplify
 # They log about themselves at import and during every export; nothing that a user could act on.
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
+# Operators that torch would take apart although ExecuTorch has a kernel for the whole; only `simplify` makes them.
+_KEPT = (torch.ops.aten.linear.default,)
+
 
 def versions() -> dict[str, str]:
     """Installed releases of the two packages that an export depends on."""
@@ -72,8 +75,11 @@ def _first_line(error: Exception) -> str:
 def lower(module: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> Any:  # noqa: ANN401 - an untyped library's program
     """Turn a traced method into core ATen operators, and these into ExecuTorch's edge dialect."""
     exir = _exir()
+    table = torch.export.default_decompositions()
+    for operator in _KEPT:
+        table.pop(operator, None)  # type: ignore[no-untyped-call] # torch
     with _quiet():
-        program = torch.export.export(module, inputs).run_decompositions(torch.export.default_decompositions())
+        program = torch.export.export(module, inputs).run_decompositions(table)
         return exir.to_edge(program, compile_config=_edge_config(exir)).exported_program()
 
 
@@ -116,7 +122,7 @@ def _exir() -> Any:  # noqa: ANN401 - an untyped library
 
 def _edge_config(exir: Any) -> Any:  # noqa: ANN401 - an untyped library's options
     # The verifier knows core ATen only; what the runtime can really run is checked by opening the program.
-    return exir.EdgeCompileConfig(_check_ir_validity=False)
+    return exir.EdgeCompileConfig(_check_ir_validity=False, preserve_ops=list(_KEPT))
 
 
 @contextlib.contextmanager

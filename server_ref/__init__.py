@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from server_ref.aggregation.sensitivity_calibrator import SensitivityCalibrator
     from server_ref.aggregation.tensors import AggregatedUpdate, apply_update
     from server_ref.aggregation.warm import warm_up
+    from server_ref.selection.device_selector import ServerDeviceSelector
 
 __all__ = [
     "Accumulator",
@@ -62,6 +63,7 @@ __all__ = [
     "SecureAggregator",
     "SecurityConfig",
     "SensitivityCalibrator",
+    "ServerDeviceSelector",
     "UpdateKind",
     "WorkerGradient",
     "apply_update",
@@ -71,6 +73,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(__all__, "server_ref.aggregation"),
     "DivergenceDetected": "client_sdk.protocol.errors",
+    "ServerDeviceSelector": "server_ref.selection",
     "UpdateKind": "client_sdk.protocol.updates",
     "WorkerGradient": "client_sdk.protocol.updates",
 }

@@ -61,7 +61,9 @@ Exit status: 0 after the last round, 3 if training was halted before it, 130 if 
 """
 
 
-def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+def simulate_command(  # noqa: PLR0915 - one statement a flag
+    parser: argparse.ArgumentParser,
+) -> Callable[[argparse.Namespace], int]:
     """Fill the parser of ``pocketfed simulate``, and return the function that runs it."""
     from server_ref.flags import add_aggregation_flags  # noqa: PLC0415 - `pocketfed --help` loads no server
 
@@ -86,6 +88,12 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     add("--model", choices=("softmax", "mlp", "cnn"), help="reference model (default: mlp)")
     add("--devices", type=int, metavar="N", help="size of the fleet (default: 100)")
     add("--partition", metavar="HOW", help="iid, dirichlet:ALPHA or shards:K (default: dirichlet:0.5)")
+    add("--skew", metavar="HOW", help="how devices' pictures differ, e.g. rotation:30,brightness:0.2 (default: none)")
+    add(
+        "--profiles",
+        metavar="FILE",
+        help="what the fleet is made of: a TOML or JSON file, or steady (default), or phones, which have a day",
+    )
     add("--seed", type=int, metavar="S", help="fixes the whole run (default: 1)")
     add(
         "--engine",
@@ -112,11 +120,18 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
     add("--stragglers", type=float, metavar="F", help="fraction of the fleet that is slow for good (default: 0)")
     add("--slowdown", type=float, metavar="X", help="how many times longer their sessions take (default: 10)")
     add("--dropout", type=float, metavar="P", help="probability that an invited device vanishes (default: 0)")
+    add("--lease", type=float, metavar="S", help="seconds that the server waits for a report (default: by the slowest)")
     local = parser.add_argument_group("local training")
     add = local.add_argument
     add("--epochs", type=int, metavar="E", help="passes over a device's examples (default: 5)")
     add("--batch-size", type=int, metavar="B", help="examples per step (default: 8 for digits, else 16)")
     add("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: 0.5 for digits, else 0.1)")
+    add(
+        "--local-work",
+        choices=("planned", "adaptive"),
+        help="adaptive: epochs and batch are the most, and each device does what its tier and memory allow",
+    )
+    add("--work-scale", type=float, metavar="X", help="let an example cost X times what it costs (default: 1)")
     add("--prox-mu", type=float, metavar="MU", help="FedProx's coefficient (default: 0, FedAvg)")
     add = parser.add_argument_group("attackers").add_argument
     add(
@@ -149,7 +164,7 @@ def simulate_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Name
 _CONFIG_FLAGS = (
     "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "dropout",
     "stragglers", "slowdown", "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine", "engine",
-    "aggregators", "server",
+    "aggregators", "server", "skew", "local_work", "lease", "work_scale",
 )  # fmt: skip
 
 
@@ -189,6 +204,10 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.asynchronous and args.overselect is None:
         # So that devices train while a buffer fills, which is the point.
         settings["overselect"] = 2.0
+    if args.profiles is not None:
+        from simulator.profiles import read_profiles  # noqa: PLC0415
+
+        settings["profiles"] = read_profiles(args.profiles)
     return merged(settings, {k: getattr(args, k) for k in _CONFIG_FLAGS if getattr(args, k) is not None})
 
 

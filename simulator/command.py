@@ -19,7 +19,7 @@ def command_of(config: SimulationConfig) -> str:
     Parsing its words gives the same configuration, but for settings that no flag can say (they come from a caller of
     the library): those are left out.
     """
-    defaults, values = flat(SimulationConfig().model_dump(mode="json")), flat(config.model_dump(mode="json"))
+    defaults, values = (flat(c.model_dump(mode="json", exclude={"profiles"})) for c in (SimulationConfig(), config))
     # What is written nowhere is the data set's recipe, and not the default.
     recipe = RECIPES.get(config.dataset, {})
     words = []
@@ -31,6 +31,8 @@ def command_of(config: SimulationConfig) -> str:
         if value is None or not shown or not flag.startswith("--") or path[0] in {"format", "staleness"}:
             continue
         words.append(_word(flag, value))
+    if config.profiles is not None:
+        words.append(f"--profiles {config.profiles.built_in or 'FILE'}")
     words += _staleness(config.staleness)
     if config.secure is not None:
         words += _secure(config.secure)

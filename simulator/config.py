@@ -24,6 +24,8 @@ from server_ref.protection import PrivacyConfig, SecureConfig
 from simulator.adversaries.registry import parse_attack
 from simulator.errors import ResumeMismatch
 from simulator.partition import parse_partition
+from simulator.profiles import FleetProfiles, read_profiles
+from simulator.skew import parse_skew
 
 # Local training that suits a data set's size and difficulty, tuned on its validation split with 100 and 200 devices and
 # a Dirichlet(0.5) partition.
@@ -72,6 +74,14 @@ class SimulationConfig(BaseModel):
         privacy: Differential privacy of what the run releases.
         secure: Secret sharing of the updates among aggregators; None: the server sees them.
         aggregators: Where those run: in the server's process, or each in one of its own.
+        local_work: ``adaptive``: epochs and batch size are the most, and each device trains what its tier and memory
+            allow.
+        lease: Seconds that the server waits for a report; None takes what the slowest device needs, and an hour at
+            least where devices pause.
+        work_scale: What an example costs, in times of what it costs with the model at hand: a small model then stands
+            for a large one.
+        profiles: What the fleet is made of, as ``profiles.read_profiles`` has it; None: three tiers, always available.
+        skew: Of the devices' features, as ``skew.parse_skew`` reads it; None: none but the profiles' own.
         dropout: Probability that an invited device never reports.
         stragglers: Fraction of the fleet whose sessions take ``slowdown`` times longer.
         slowdown: See ``stragglers``.
@@ -110,6 +120,11 @@ class SimulationConfig(BaseModel):
     privacy: PrivacyConfig = PrivacyConfig()
     secure: SecureConfig | None = None
     aggregators: Literal["embedded", "processes"] = "embedded"
+    local_work: Literal["planned", "adaptive"] = "planned"
+    lease: float | None = Field(None, gt=0, le=7 * 86400, allow_inf_nan=False)
+    work_scale: float = Field(1.0, gt=0, le=1e9, allow_inf_nan=False)
+    profiles: FleetProfiles | None = None
+    skew: str | None = None
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     stragglers: float = Field(0.0, ge=0.0, lt=1.0)
     slowdown: float = Field(10.0, ge=1.0, le=1000.0)
@@ -122,6 +137,11 @@ class SimulationConfig(BaseModel):
     @classmethod
     def _known_partition(cls, value: str) -> str:
         return str(parse_partition(value))
+
+    @field_validator("skew")
+    @classmethod
+    def _known_skew(cls, value: str | None) -> str | None:
+        return None if value is None else str(parse_skew(value))
 
     @field_validator("compression")
     @classmethod
@@ -167,7 +187,13 @@ class SimulationConfig(BaseModel):
             prox_mu=self.prox_mu,
             algorithm=self.algorithm,
             max_steps=self.max_steps,
+            adaptive=self.local_work == "adaptive",
         )
+
+    @property
+    def fleet_profiles(self) -> FleetProfiles:
+        """What the fleet is made of."""
+        return self.profiles or read_profiles("steady")
 
     def check(self) -> None:
         """Refuse combinations that no fleet can fulfil.
@@ -195,6 +221,11 @@ class SimulationConfig(BaseModel):
             raise ConfigurationError(
                 "--engine cohort shares no secrets: sums on the int64 grid have the same bits without --secure; leave "
                 "one of the two out"
+            )
+        if self.server is not None and (self.profiles is not None or self.local_work != "planned"):
+            raise ConfigurationError(
+                "--profiles play on virtual time, and what devices train is the server's plan: leave --profiles and "
+                "--local-work out with --server"
             )
         self._check_protection()
         try:
@@ -286,8 +317,11 @@ class SimulationConfig(BaseModel):
 
     def differences(self, other: SimulationConfig) -> list[str]:
         """``flag: mine, other's`` of every field in which the two differ."""
-        mine, theirs = flat(self.model_dump(mode="json")), flat(other.model_dump(mode="json"))
-        return [f"{flag_of(k)} {mine[k]} (the run has {theirs[k]})" for k in mine if mine[k] != theirs[k]]
+        mine, theirs = (flat(c.model_dump(mode="json", exclude={"profiles"})) for c in (self, other))
+        told = [f"{flag_of(k)} {mine[k]} (the run has {theirs[k]})" for k in mine if mine[k] != theirs[k]]
+        if self.profiles != other.profiles:
+            told.append("--profiles are others than the run has")
+        return told
 
 
 def flat(values: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Self
@@ -13,6 +14,8 @@ import numpy.typing as npt
 
 from client_sdk.blobs import BlobPool
 from client_sdk.client import MobileClient
+from client_sdk.errors import Interrupted
+from client_sdk.events import Event, TrainingProgress
 from client_sdk.identity import DeviceIdentity
 from client_sdk.programs import DownloadedPrograms, ReadBlob
 from client_sdk.protocol.errors import (
@@ -31,6 +34,7 @@ from client_sdk.protocol.errors import (
 )
 from client_sdk.protocol.messages import AbandonRequest, Assignment, VirtualTiming
 from client_sdk.protocol.program import Program
+from client_sdk.protocol.training import TrainingPlan
 from client_sdk.session_state import RetryPolicy
 from client_sdk.store import MemoryDeviceStore
 from client_sdk.transport import Transport
@@ -99,6 +103,7 @@ class SdkDevices:
         runtime: str,
         policy: RetryPolicy | None = None,
         attack: AttackPlan | None = None,
+        plans: Sequence[TrainingPlan] | None = None,
         virtual: bool = False,
         memory: FleetMemory | None = None,
     ) -> None:
@@ -112,6 +117,7 @@ class SdkDevices:
             runtime: ExecuTorch adapter.
             policy: How devices wait after a failure; by default as real ones do.
             attack: What some devices do instead of what they are told.
+            plans: What each device trains, for attackers that rehearse it; None: all the same.
             memory: Where what they remember outlives this process; None: nowhere.
             virtual: Time is simulated: a device that fails says so when ``give_back`` tells it to, not at once.
         """
@@ -122,10 +128,13 @@ class SdkDevices:
         self._attackers: dict[int, AdversarialTransport] = {}
         attackers = None
         if attack is not None:
-            attackers = SdkAttackers(attack, programs=self._programs, blob=pool.get, data=data, parts=parts)
+            attackers = SdkAttackers(
+                attack, programs=self._programs, blob=pool.get, data=data, parts=parts, plans=plans
+            )
             data = attack.poisoned(data, parts)
         self._transports: list[Transport] = []
         self._clients: list[MobileClient] = []
+        self._interruptions = [_Interruption() for _ in parts]
         for device, rows in enumerate(parts):
             identity = population.identity(device)
             transport = connect(identity)
@@ -142,6 +151,8 @@ class SdkDevices:
                     store=store,
                     programs=self._programs,
                     policy=policy,
+                    clock=_wrong_clock(*population.clock_error(device)),
+                    on_event=self._interruptions[device],
                 )
             )
 
@@ -149,8 +160,8 @@ class SdkDevices:
         """Offer a device for work; it enrols itself before its first time."""
         return self._clients[device].check_in(timing)
 
-    def perform(self, device: int, assignment: Assignment) -> SessionEnd:
-        """Download, train, upload."""
+    def perform(self, device: int, assignment: Assignment, pauses: Sequence[float] = ()) -> SessionEnd:
+        """Download, train, upload; the training is left and taken up again where its pauses are."""
         counters = self._transports[device].counters
         up, down = counters.bytes_up, counters.bytes_down
         if device in self._attackers:
@@ -158,12 +169,25 @@ class SdkDevices:
             self._attackers[device].expect(assignment)
         outcome, reason = Outcome.ACCEPTED, None
         try:
-            self._clients[device].perform(assignment)
+            self._train(device, assignment, pauses)
         except _OVER as e:
             outcome, reason = Outcome.REFUSED, e.slug
         except _OWN_FAULT as e:
             outcome, reason = Outcome.FAILED, _reason(e)
         return SessionEnd(outcome, counters.bytes_up - up, counters.bytes_down - down, reason)
+
+    def _train(self, device: int, assignment: Assignment, pauses: Sequence[float]) -> None:
+        client, interruption = self._clients[device], self._interruptions[device]
+        for share in pauses:
+            try:
+                client.perform(assignment, interruption.armed(share))
+            except Interrupted:
+                continue
+            else:
+                return  # its last step began before the pause was seen
+            finally:
+                interruption.disarm()
+        client.perform(assignment)
 
     def give_back(self, device: int, assignment_id: str) -> None:
         """Tell the server that no report will come; saying it again is harmless."""
@@ -186,6 +210,33 @@ class SdkDevices:
     def __exit__(self, *_: object) -> None:
         """``close``."""
         self.close()
+
+
+class _Interruption:
+    """Stops a device's training once a share of it is done; told about the device's events."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._share: float | None = None
+
+    def armed(self, share: float) -> threading.Event:
+        """What is set when this share is done."""
+        self._stop, self._share = threading.Event(), share
+        return self._stop
+
+    def disarm(self) -> None:
+        """Let it train to its end."""
+        self._share = None
+
+    def __call__(self, event: Event) -> None:
+        share = self._share
+        if share is not None and isinstance(event, TrainingProgress) and event.examples >= share * event.total_examples:
+            self._stop.set()
+
+
+def _wrong_clock(offset_s: float, skew: float) -> Callable[[], float]:
+    """This machine's clock as a device has it."""
+    return lambda: time.time() * (1 + skew) + offset_s
 
 
 class _Unhurried:

@@ -30,8 +30,10 @@ class DeviceLink(Protocol):
         """Offer a device for work. Called by one thread, in virtual order."""
         ...
 
-    def perform(self, device: int, assignment: Assignment) -> SessionEnd:
+    def perform(self, device: int, assignment: Assignment, pauses: Sequence[float] = ()) -> SessionEnd:
         """Train and deliver the report. Called by worker threads, never twice at once for one device.
+
+        ``pauses`` are the shares of the training after which it is left and taken up again, in order.
 
         A report that came too late, and one that was refused or could not be made, are ends like any other; what else
         goes wrong is raised, and ends the run.
@@ -96,17 +98,17 @@ class SessionPool:
         self._journal = journal
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="device")
 
-    def start(self, device: int, assignment: Assignment) -> Future[SessionEnd]:
+    def start(self, device: int, assignment: Assignment, pauses: Sequence[float] = ()) -> Future[SessionEnd]:
         """Begin a session, or take over the end that the journal knows."""
         known = self._journal.done.pop(assignment.assignment_id, None)
         if known is None:
-            return self._pool.submit(self._perform, device, assignment)
+            return self._pool.submit(self._perform, device, assignment, pauses)
         future: Future[SessionEnd] = Future()
         future.set_result(known)
         return future
 
-    def _perform(self, device: int, assignment: Assignment) -> SessionEnd:
-        end = self._link.perform(device, assignment)
+    def _perform(self, device: int, assignment: Assignment, pauses: Sequence[float]) -> SessionEnd:
+        end = self._link.perform(device, assignment, pauses)
         self._journal.record_done(assignment.assignment_id, end)
         return end
 
@@ -129,7 +131,7 @@ class VirtualFleet:
         population: Population,
         *,
         num_samples: Sequence[int],
-        work: Callable[[int], Workload],
+        work: Callable[[int, int], Workload],
         link: DeviceLink,
         journal: Journal,
         observer: FleetObserver,
@@ -142,7 +144,7 @@ class VirtualFleet:
         Args:
             population: Who the devices are.
             num_samples: Training examples of each device.
-            work: Session number of a device (0 = its first) -> what that session costs.
+            work: Device, session of it (0 = its first) -> what that session costs.
             link: How devices talk to the server.
             journal: Answers of an earlier run, and the place for new ones.
             observer: Is told about progress.
@@ -202,7 +204,7 @@ class VirtualFleet:
     def _check_in(self, device: int, now: float) -> Reply:
         reply = self._journal.replay(device, now)
         if reply is None:
-            timing = VirtualTiming(now_s=now, duration_s=self._agenda.duration_s(device))
+            timing = VirtualTiming(now_s=now, duration_s=self._agenda.duration_s(device, now))
             reply = self._link.check_in(device, timing)
             self._journal.record_reply(device, now, reply)
         return reply
@@ -211,15 +213,19 @@ class VirtualFleet:
         if assignment.model_version > self._version:
             self._version = assignment.model_version
             self._observer.advanced(self._version)
-        arrives_s = self._agenda.begin(device, assignment.assignment_number, now, assignment.lease_s)
+        course = self._agenda.begin(device, assignment.assignment_number, now, assignment.lease_s)
+        arrives_s = None if course.duration_s is None else now + course.duration_s
         session = Session.of(device, assignment, now, arrives_s)
+        session.pauses = tuple(pause.reason for pause in course.pauses)
         if arrives_s is None:
-            session.end = SessionEnd(Outcome.DROPPED)
+            session.end = SessionEnd(Outcome.DROPPED, reason=course.lost)
             self._observer.assigned(session)
             self._observer.ended(session)
             return
         self._observer.assigned(session)
-        self._running[device] = (session, assignment.assignment_id, pool.start(device, assignment))
+        # A pause in a transfer leaves no training to interrupt.
+        shares = [pause.trained for pause in course.pauses if 0 < pause.trained < 1]
+        self._running[device] = (session, assignment.assignment_id, pool.start(device, assignment, shares))
 
     def _arrive(self, device: int) -> bool:
         """Wait for the real upload; False if the run was stopped meanwhile."""

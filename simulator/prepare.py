@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -13,10 +14,11 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client_sdk.atomic import write_atomically
+from client_sdk.planner import plan_work
 from client_sdk.protocol.compression import Codec, CompressionSpec
-from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded
 from client_sdk.protocol.program import Manifest, Role
-from client_sdk.protocol.training import update_size
+from client_sdk.protocol.training import TrainingPlan, update_size
 from mobile_export.bundle import ProgramBundle
 from server_ref.config import TaskConfig
 from server_ref.task import Task, load_task
@@ -28,6 +30,7 @@ from simulator.errors import ResumeMismatch
 from simulator.folder import BUNDLE_FOLDER, SERVER_FOLDER, WORKLOAD_FILE, RunFolder
 from simulator.partition import deal, parse_partition
 from simulator.population import Population, Workload
+from simulator.skew import Skew, Style, check_images, parse_skew
 
 INITIAL_WEIGHTS_SEED: Final = 0
 _EVALUATION_BATCH: Final = 256
@@ -35,6 +38,8 @@ _EVALUATION_BATCH: Final = 256
 # deviations of the jitter), and frees the slot of a vanished device soon enough.
 _LEASE_MARGIN: Final = 3.0
 _MIN_LEASE_S: Final = 60.0
+# Where devices pause, most come back within this.
+_LEASE_WITH_PAUSES_S: Final = 3600.0
 # What a frame's header adds to the numbers, roughly; only simulated durations depend on it.
 _FRAME_OVERHEAD_BYTES: Final = 700
 
@@ -50,12 +55,14 @@ class Fleet:
         dataset: What they learn from, honest.
         parts: Training rows of each device.
         attack: What some of them do instead of what they are told; None: all are honest.
+        skew: How far their features differ, beside what their profiles say; then no two devices share an example.
     """
 
     population: Population
     dataset: Dataset
     parts: list[npt.NDArray[np.int64]]
     attack: AttackPlan | None = None
+    skew: Skew = field(default_factory=Skew)
 
     @classmethod
     def of(cls, config: SimulationConfig) -> Fleet:
@@ -71,9 +78,18 @@ class Fleet:
         parts = deal(parse_partition(config.partition), dataset.train.y, config.devices, config.seed)
         attack = AttackPlan.of(config, dataset.num_classes)
         population = Population(
-            config.seed, config.devices, config.dropout, stragglers=config.stragglers, slowdown=config.slowdown
+            config.seed,
+            config.devices,
+            config.dropout,
+            stragglers=config.stragglers,
+            slowdown=config.slowdown,
+            profiles=config.fleet_profiles,
         )
-        return cls(population, dataset, parts, attack)
+        skew = Skew() if config.skew is None else parse_skew(config.skew)
+        if skew or population.profiles.skewed:
+            train = dataset.train.x
+            check_images(dataset.feature_shape, float(train.min()), float(train.max()), dataset.name)
+        return cls(population, dataset, parts, attack, skew)
 
     @property
     def num_samples(self) -> list[int]:
@@ -83,8 +99,22 @@ class Fleet:
     @property
     def training_data(self) -> Split:
         """What the devices learn from: all training examples, the attackers' ones as the attack changes them."""
-        train = self.dataset.train
+        train = self.honest_data
         return train if self.attack is None else self.attack.poisoned(train, self.parts)
+
+    @cached_property
+    def honest_data(self) -> Split:
+        """All training examples as the devices have them: without skew the data set's own arrays, else one copy."""
+        train, seed = self.dataset.train, self.population.seed
+        if not self.skew and not self.population.profiles.skewed:
+            return train
+        x = train.x.copy()
+        for device, rows in enumerate(self.parts):
+            own = self.population.kind(device).skew
+            skew = self.skew if own is None else self.skew.replaced(parse_skew(own))
+            x[rows] = Style.of(skew, seed, device).apply(train.x[rows])
+        x.flags.writeable = False
+        return Split(x, train.y)
 
     def label_counts(self) -> npt.NDArray[np.int64]:
         """int64[devices, classes]: how many examples of each class a device holds."""
@@ -102,10 +132,10 @@ class SessionCosts(BaseModel):
     model_bytes: int = Field(gt=0)
     report_bytes: int = Field(gt=0)
 
-    def workload(self, config: SimulationConfig, session: int) -> Workload:
-        """Cost of a device's ``session``-th session: the first one downloads the program too."""
+    def workload(self, plan: TrainingPlan, session: int) -> Workload:
+        """Cost of a device's ``session``-th session of such training: the first one downloads the program too."""
         down = self.model_bytes + (self.program_bytes if session == 0 else 0)
-        return Workload(self.flops_per_example, down, self.report_bytes, config.plan)
+        return Workload(self.flops_per_example, down, self.report_bytes, plan)
 
 
 def export_bundle(config: SimulationConfig, dataset: Dataset, folder: Path, say: Say) -> ProgramBundle:
@@ -124,12 +154,42 @@ def export_bundle(config: SimulationConfig, dataset: Dataset, folder: Path, say:
     return export_program(
         build_model(config.model, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED),
         out_dir=folder,
-        batch_sizes={Role.TRAIN: (config.batch_size,), Role.EVALUATE: (_EVALUATION_BATCH,)},
+        batch_sizes={Role.TRAIN: _exported_batches(config), Role.EVALUATE: (_EVALUATION_BATCH,)},
         feature_shape=dataset.feature_shape,
         num_classes=dataset.num_classes,
         model_name=config.model,
         progress=progress,
     )
+
+
+def _exported_batches(config: SimulationConfig) -> tuple[int, ...]:
+    """The planned one; for adaptive work also a quarter of it, for devices with little memory."""
+    if config.local_work == "planned":
+        return (config.batch_size,)
+    return tuple(sorted({config.batch_size, max(1, config.batch_size // 4)}))
+
+
+def local_plans(
+    config: SimulationConfig, population: Population, manifest: Manifest, num_samples: Sequence[int]
+) -> list[TrainingPlan]:
+    """What each device trains: the plan of all, or, with adaptive work, what the SDK's planner makes of it.
+
+    Raises:
+        ConfigurationError: A kind of device has too little memory for the model.
+    """
+    plan = config.plan
+    if not plan.adaptive:
+        return [plan] * len(num_samples)
+    plans = []
+    for device, samples in enumerate(num_samples):
+        profile = population.profile(device)
+        try:
+            work = plan_work(manifest, profile, plan, num_samples=samples, compression=config.compression)
+        except MemoryBudgetExceeded as e:
+            name = population.kind(device).name
+            raise ConfigurationError(f"devices of profile {name!r} cannot train the model: {e}") from e
+        plans.append(work.plan)
+    return plans
 
 
 def session_costs(folder: RunFolder, dataset: Dataset, bundle: ProgramBundle) -> SessionCosts:
@@ -150,7 +210,7 @@ def session_costs(folder: RunFolder, dataset: Dataset, bundle: ProgramBundle) ->
     spec = CompressionSpec.parse(config.compression or "none")
     payload = 4 * vectors if spec.is_none else Codec(spec, vectors).max_bytes
     costs = SessionCosts(
-        flops_per_example=_flops_per_example(config.model, dataset),
+        flops_per_example=config.work_scale * _flops_per_example(config.model, dataset),
         program_bytes=bundle.manifest.program_bytes + len(bundle.manifest.to_json()),
         model_bytes=4 * vectors + _FRAME_OVERHEAD_BYTES,
         report_bytes=payload + _FRAME_OVERHEAD_BYTES,
@@ -172,15 +232,31 @@ def _flops_per_example(model_name: str, dataset: Dataset) -> float:
     return float(counter.get_total_flops())
 
 
-def lease_s(config: SimulationConfig, population: Population, costs: SessionCosts, num_samples: Sequence[int]) -> float:
+def lease_s(
+    config: SimulationConfig,
+    population: Population,
+    costs: SessionCosts,
+    num_samples: Sequence[int],
+    plans: Sequence[TrainingPlan],
+) -> float:
     """A lease that practically every device that does not vanish can keep; whole virtual seconds."""
-    work = costs.workload(config, 0)
-    slowest = max(population.typical_duration_s(d, n, work) for d, n in enumerate(num_samples))
-    return max(_MIN_LEASE_S, math.ceil(_LEASE_MARGIN * slowest))
+    if config.lease is not None:
+        return config.lease
+    slowest = max(
+        population.typical_duration_s(d, n, costs.workload(plan, 0))
+        for d, (n, plan) in enumerate(zip(num_samples, plans, strict=True))
+    )
+    least = _LEASE_WITH_PAUSES_S if population.profiles.traced else _MIN_LEASE_S
+    return max(least, math.ceil(_LEASE_MARGIN * slowest))
 
 
 def task_settings(
-    config: SimulationConfig, *, lease: float, check_in_interval_s: float, num_samples: Sequence[int]
+    config: SimulationConfig,
+    *,
+    lease: float,
+    check_in_interval_s: float,
+    num_samples: Sequence[int],
+    plans: Sequence[TrainingPlan] | None = None,
 ) -> dict[str, Any]:
     """The run's task as ``server_ref.config.TaskConfig`` has it, without its files; for both engines.
 
@@ -189,11 +265,13 @@ def task_settings(
         lease: Seconds.
         check_in_interval_s: Mean time between two offers of a device.
         num_samples: Examples of each device.
+        plans: What each device trains; by default what the configuration says.
     """
     plan = config.plan
+    mine = [plan] * len(num_samples) if plans is None else plans
     if plan.algorithm == "fednova" and plan.max_steps is None:
         # What no device exceeds anyway: the server wants a bound on what devices claim.
-        most = plan.local_epochs * math.ceil(max(num_samples) / plan.batch_size)
+        most = max(p.local_epochs * math.ceil(n / p.batch_size) for n, p in zip(num_samples, mine, strict=True))
         plan = plan.model_copy(update={"max_steps": most})
     aggregation = config.aggregation
     if aggregation.rule != "mean" and aggregation.num_byzantine is None and config.byzantine > 0:
@@ -231,12 +309,14 @@ class Prepared:
         costs: What sessions cost.
         settings: Of the task, as ``task_settings`` has them.
         task: The same, read and checked as a server does when it starts.
+        plans: What each device trains.
     """
 
     bundle: ProgramBundle
     costs: SessionCosts
     settings: dict[str, Any]
     task: Task
+    plans: list[TrainingPlan]
 
     @classmethod
     def of(cls, folder: RunFolder, fleet: Fleet, say: Say) -> Self:
@@ -248,9 +328,11 @@ class Prepared:
         config, population = folder.config, fleet.population
         bundle = export_bundle(config, fleet.dataset, folder.path / BUNDLE_FOLDER, say)
         costs = session_costs(folder, fleet.dataset, bundle)
+        plans = local_plans(config, population, bundle.manifest, fleet.num_samples)
         settings = task_settings(
             config,
-            lease=lease_s(config, population, costs, fleet.num_samples),
+            lease=lease_s(config, population, costs, fleet.num_samples, plans),
+            plans=plans,
             check_in_interval_s=population.check_in_interval_s,
             num_samples=fleet.num_samples,
         )
@@ -258,7 +340,7 @@ class Prepared:
             task_config = TaskConfig.model_validate({"bundle": bundle.path, **settings})
         except ValidationError as e:
             raise ConfigurationError(told(e)) from e
-        return cls(bundle, costs, settings, load_task(task_config))
+        return cls(bundle, costs, settings, load_task(task_config), plans)
 
 
 def write_server(

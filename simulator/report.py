@@ -223,10 +223,11 @@ def _settings(config: SimulationConfig) -> dict[str, object]:
     """What was set, and what is always worth telling; of nested sections only what is not the default."""
     defaults = flat(type(config)().model_dump(mode="json"))
     found: dict[str, object] = {}
-    for path, value in flat(config.model_dump(mode="json", exclude={"format", "server"})).items():
+    for path, value in flat(config.model_dump(mode="json", exclude={"format", "server", "profiles"})).items():
         if value is not None and (len(path) == 1 or value != defaults.get(path)):
             found[" ".join(path).replace("_", " ")] = value
     found["cohort"] = config.cohort_size
+    found["profiles"] = config.fleet_profiles.title or "your own"
     return found
 
 

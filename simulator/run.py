@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, Manifest
+from client_sdk.protocol.training import TrainingPlan
 from client_sdk.runtime import load_program
 from client_sdk.session_state import RetryPolicy
 from client_sdk.transport import HttpTransport, Transport, open_client
@@ -191,7 +192,9 @@ class _Attempt:
             EmbeddedServer(server_config) as server,
             ServerView(server.url) as view,
             contextlib.closing(LoopbackConnections(server.url)) as connections,
-            self._devices(lambda identity: LoopbackTransport(connections, identity), _IMPATIENT) as link,
+            self._devices(
+                lambda identity: LoopbackTransport(connections, identity), _IMPATIENT, prepared.plans
+            ) as link,
             stop_on_interrupt(self.options.say) as stop,
         ):
             self.options.say(f"server: {server.url}; log in {server.log}")
@@ -199,7 +202,7 @@ class _Attempt:
             fleet = VirtualFleet(
                 population,
                 num_samples=self.fleet.num_samples,
-                work=lambda session: prepared.costs.workload(config, session),
+                work=lambda device, session: prepared.costs.workload(prepared.plans[device], session),
                 link=link,
                 journal=self.journal,
                 observer=monitor,
@@ -274,16 +277,22 @@ class _Attempt:
                 self.folder.discard()
             raise
 
-    def _devices(self, connect: Callable[[DeviceIdentity], Transport], policy: RetryPolicy | None) -> SdkDevices:
+    def _devices(
+        self,
+        connect: Callable[[DeviceIdentity], Transport],
+        policy: RetryPolicy | None,
+        plans: Sequence[TrainingPlan] | None = None,
+    ) -> SdkDevices:
         fleet, virtual = self.fleet, self.folder.config.server is None
         return SdkDevices(
             connect,
             fleet.population,
-            fleet.dataset.train,
+            fleet.honest_data,
             fleet.parts,
             runtime=self.options.runtime,
             policy=policy,
             attack=fleet.attack,
+            plans=plans,
             virtual=virtual,
             memory=FleetMemory(self.folder.path / MEMORY_FOLDER, self.journal.accepted()) if virtual else None,
         )

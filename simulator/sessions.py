@@ -30,7 +30,7 @@ class SessionEnd:
         outcome: How it ended.
         bytes_up: Bytes of bodies that it really sent.
         bytes_down: Bytes of bodies that it really received.
-        reason: Why it was refused or failed: a problem's type, or what kept the device from training.
+        reason: Why it was refused, failed or lost: a problem's type, or what kept the device from training.
     """
 
     outcome: Outcome
@@ -51,6 +51,7 @@ class Session:
         started_s: Virtual time of the assignment; on a foreign server, seconds since the run began.
         arrives_s: When its report arrives; None if it never will, or while nobody knows.
         end: None while it lasts.
+        pauses: How often it stood still, and why.
     """
 
     device: int
@@ -60,6 +61,7 @@ class Session:
     started_s: float
     arrives_s: float | None
     end: SessionEnd | None = None
+    pauses: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, device: int, assignment: Assignment, started_s: float, arrives_s: float | None) -> Self:

@@ -11,6 +11,7 @@ from typing import Final, Protocol, Self
 
 import numpy as np
 
+from client_sdk.protocol.training import TrainingPlan
 from simulator.adversaries.base import Attack, AttackContext, seeded
 from simulator.adversaries.examples import Float32Array
 from simulator.adversaries.registry import parse_attack
@@ -210,6 +211,11 @@ class Coalition:
                 while len(self._common) > plan.versions:
                     self._common.pop(min(self._common))
             return crafted
+
+
+def plain_plan(plan: TrainingPlan) -> TrainingPlan:
+    """What attackers rehearse: SCAFFOLD's correction is each device's own secret, colluders find the plain update."""
+    return plan.model_copy(update={"algorithm": "fedavg"}) if plan.algorithm == "scaffold" else plan
 
 
 def stacked(rows: Sequence[Float32Array], size: int) -> Float32Array:

@@ -13,10 +13,11 @@ from client_sdk.protocol.errors import TrainingDiverged
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment
 from client_sdk.protocol.program import Program
+from client_sdk.protocol.training import TrainingPlan
 from client_sdk.training import LocalTrainer
 from client_sdk.transport import Buffer, Transport
 from simulator.adversaries.examples import Float32Array
-from simulator.adversaries.plan import AttackPlan, Coalition, stacked
+from simulator.adversaries.plan import AttackPlan, Coalition, plain_plan, stacked
 from simulator.adversaries.transport import AdversarialTransport
 from simulator.datasets import Split
 from simulator.errors import AttackError
@@ -37,6 +38,7 @@ class SdkAttackers:
         blob: Callable[[str], Buffer | None],
         data: Split,
         parts: Sequence[npt.NDArray[np.int64]],
+        plans: Sequence[TrainingPlan] | None = None,
     ) -> None:
         """Bring the attackers together.
 
@@ -46,8 +48,10 @@ class SdkAttackers:
             blob: Hash -> a blob that some device has downloaded.
             data: All training examples.
             parts: Rows of each device.
+            plans: What each device trains, where that is not the same for all.
         """
         self.plan = plan
+        self._plans = plans
         self._coalition = Coalition(plan)
         self._programs = programs
         self._downloaded = blob
@@ -84,14 +88,12 @@ class SdkAttackers:
         self, devices: Sequence[int], assignment: Assignment, program: Program, weights: Float32Array
     ) -> Float32Array:
         """What these devices would honestly send from this model; without SCAFFOLD's correction, which is theirs."""
-        plan = assignment.plan
-        if plan.algorithm == "scaffold":
-            plan = plan.model_copy(update={"algorithm": "fedavg"})
         trainer = LocalTrainer(program)
         rows = []
         for device in devices:
             x, y = self._data.x[self._parts[device]], self._data.y[self._parts[device]]
             seed = self.plan.rehearsal_seed(assignment.model_version, device)
+            plan = plain_plan(assignment.plan if self._plans is None else self._plans[device])
             try:
                 rows.append(trainer.train(weights, x, y, plan, seed).update(plan))
             except TrainingDiverged:

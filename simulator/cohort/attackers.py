@@ -10,7 +10,7 @@ import numpy.typing as npt
 from client_sdk.protocol.program import Float32Array
 from client_sdk.protocol.training import TrainingPlan
 from simulator.adversaries import AttackPlan, Coalition
-from simulator.adversaries.plan import stacked
+from simulator.adversaries.plan import plain_plan, stacked
 from simulator.cohort.queue import Broadcast
 from simulator.cohort.trainer import CohortTrainer, LocalWork
 
@@ -23,6 +23,7 @@ class CohortAttackers:
         rehearsal: Trains on the examples as they were before the attack.
         parts: Rows of each device.
         plan: The local training.
+        plans: Each device's own, where they differ.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class CohortAttackers:
         rehearsal: CohortTrainer,
         parts: Sequence[npt.NDArray[np.int64]],
         plan: TrainingPlan,
+        plans: Sequence[TrainingPlan] | None = None,
     ) -> None:
         self._attack = attack
         self._coalition = Coalition(attack)
         self._rehearsal = rehearsal
         self._parts = parts
-        # SCAFFOLD's correction is each device's own secret; what colluders find out is the plain update.
-        self._plan = plan.model_copy(update={"algorithm": "fedavg"}) if plan.algorithm == "scaffold" else plan
+        self._plan = plain_plan(plan)
+        self._plans = None if plans is None else [plain_plan(p) for p in plans]
 
     def attacks(self, device: int) -> bool:
         """Whether a device is one of them."""
@@ -58,7 +60,14 @@ class CohortAttackers:
 
     def _rehearse(self, devices: Sequence[int], broadcast: Broadcast) -> Float32Array:
         """What these devices would honestly send from this model."""
-        work = [LocalWork(self._parts[d], self._attack.rehearsal_seed(broadcast.version, d)) for d in devices]
+        work = [
+            LocalWork(
+                self._parts[d],
+                self._attack.rehearsal_seed(broadcast.version, d),
+                plan=None if self._plans is None else self._plans[d],
+            )
+            for d in devices
+        ]
         result = self._rehearsal.train(broadcast.weights, work, self._plan)
         rows = [row for i, row in enumerate(result.updates) if i not in result.failures]
         return stacked(rows, len(broadcast.weights))

@@ -30,6 +30,11 @@ class Shuffled(Protocol):
         """Seed of its shuffles."""
         ...
 
+    @property
+    def plan(self) -> TrainingPlan | None:
+        """Its own plan; None for the one that all have."""
+        ...
+
 
 def num_steps(num_samples: int, plan: TrainingPlan) -> int:
     """Optimizer steps of a client with this many examples."""
@@ -55,15 +60,21 @@ class BatchTable:
 
     @classmethod
     def of(cls, clients: Sequence[Shuffled], plan: TrainingPlan) -> BatchTable:
-        """Shuffle every client's examples, epoch by epoch."""
-        size = plan.batch_size
-        taken = np.array([num_steps(len(client.rows), plan) for client in clients], np.int64)
+        """Shuffle every client's examples, epoch by epoch.
+
+        Args:
+            clients: All of one batch size.
+            plan: Of those that have none of their own.
+        """
+        plans = [client.plan or plan for client in clients]
+        size = plans[0].batch_size
+        taken = np.array([num_steps(len(c.rows), p) for c, p in zip(clients, plans, strict=True)], np.int64)
         an_epoch = np.array([math.ceil(len(client.rows) / size) for client in clients], np.int64)
         steps = int(taken.max())
         picked = np.empty((len(clients), steps * size), np.int64)
         counts = np.zeros((len(clients), steps), np.int64)
-        for i, client in enumerate(clients):
-            _fill(picked[i], counts[i, : taken[i]], client, plan, int(an_epoch[i]))
+        for i, (client, mine) in enumerate(zip(clients, plans, strict=True)):
+            _fill(picked[i], counts[i, : taken[i]], client, mine, int(an_epoch[i]))
         step = np.arange(steps)
         last = (taken - 1) // an_epoch * an_epoch
         return cls(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from client_sdk.protocol.compression import Codec
 from client_sdk.protocol.program import Float32Array
-from client_sdk.protocol.training import normaliser
+from client_sdk.protocol.training import TrainingPlan, normaliser
 from client_sdk.reports import compress_update
 from client_sdk.training import Controls
 from server_ref.aggregation.batch import EncodedUpdate
@@ -45,6 +45,7 @@ class Clients:
         task: What assignments say.
         parts: Rows of each device.
         attackers: The dishonest ones among them.
+        plans: What each of them trains, where that is not the same for all.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Clients:
         task: Task,
         parts: Sequence[npt.NDArray[np.int64]],
         attackers: CohortAttackers | None = None,
+        plans: Sequence[TrainingPlan] | None = None,
     ) -> None:
         self._task = task
+        self._plans = plans
         spec = compression_of(task.settings)
         self._codec = None if spec is None else Codec(spec, task.pipeline.entry.size)
         self._parts = parts
@@ -63,7 +66,8 @@ class Clients:
     def work(self, job: Job, broadcast: Broadcast) -> LocalWork:
         """A device's local training on a broadcast."""
         seed = self._task.shuffle_seed(job.number)
-        return LocalWork(self._parts[job.device], seed, self._controls(job.device, broadcast))
+        plan = None if self._plans is None else self._plans[job.device]
+        return LocalWork(self._parts[job.device], seed, self._controls(job.device, broadcast), plan)
 
     def report(self, job: Job, broadcast: Broadcast, trained: Trained, version: int) -> tuple[EncodedUpdate, Memory]:
         """What a device sends, with what the server's record says of it; and what it remembers if that is accepted.

@@ -54,7 +54,7 @@ class CohortEngine:
         trainer: Their local training.
         population: Who the devices are.
         num_samples: Training examples of each device.
-        work: Session number of a device (0 = its first) -> what that session costs.
+        work: Device, session of it (0 = its first) -> what that session costs.
         observer: Is told about progress.
         stop: Ends the run at the next event when set.
 
@@ -70,7 +70,7 @@ class CohortEngine:
         *,
         population: Population,
         num_samples: Sequence[int],
-        work: Callable[[int], Workload],
+        work: Callable[[int, int], Workload],
         observer: FleetObserver,
         stop: threading.Event,
     ) -> None:
@@ -117,17 +117,19 @@ class CohortEngine:
         if device in self._arrived:
             self._agenda.wait(device, now, self._retry)
             return
-        duration = self._agenda.duration_s(device)
+        duration = self._agenda.duration_s(device, now)
         record = self._server.check_in(device, self._num_samples[device], now, duration)
         if isinstance(record, Waiting):
             self._agenda.wait(device, now, self._retry)
             return
-        bytes_down = self._work(self._agenda.sessions(device)).bytes_down
-        arrives_s = self._agenda.begin(device, record.number, now, record.deadline - record.issued_at)
+        bytes_down = self._work(device, self._agenda.sessions(device)).bytes_down
+        course = self._agenda.begin(device, record.number, now, record.deadline - record.issued_at)
+        arrives_s = None if course.duration_s is None else now + course.duration_s
         session = Session(device, record.number, record.round_id, record.model_version, now, arrives_s)
+        session.pauses = tuple(pause.reason for pause in course.pauses)
         self._observer.assigned(session)
         if arrives_s is None:
-            self._end(session, SessionEnd(Outcome.DROPPED))
+            self._end(session, SessionEnd(Outcome.DROPPED, reason=course.lost))
             return
         job, broadcast = Job(arrives_s, record.number, device, record), self._server.broadcast
         self._queue.assign(job, broadcast)

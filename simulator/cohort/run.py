@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+from client_sdk.protocol.training import TrainingPlan
 from mobile_export.models import build_model
 from server_ref import status
 from server_ref.task import Task
@@ -33,6 +34,7 @@ class CohortSetting:
     fleet: Fleet
     task: Task
     costs: SessionCosts
+    plans: list[TrainingPlan]
 
     @classmethod
     def prepare(cls, folder: RunFolder, fleet: Fleet, say: Say) -> Self:
@@ -42,7 +44,7 @@ class CohortSetting:
             PocketfedError: Set-up failed.
         """
         prepared = Prepared.of(folder, fleet, say)
-        return cls(folder, fleet, prepared.task, prepared.costs)
+        return cls(folder, fleet, prepared.task, prepared.costs, prepared.plans)
 
     def model(self) -> BatchedModel:
         """The model that was exported, for many weight vectors at once."""
@@ -83,11 +85,11 @@ class CohortSetting:
         with stop_on_interrupt(say) as stop:
             engine = CohortEngine(
                 server,
-                Clients(task, fleet.parts, self._attackers(model, threads)),
+                Clients(task, fleet.parts, self._attackers(model, threads), self.plans),
                 trainer,
                 population=fleet.population,
                 num_samples=fleet.num_samples,
-                work=functools.cache(lambda session: self.costs.workload(config, session)),
+                work=lambda device, session: self.costs.workload(self.plans[device], session),
                 observer=monitor,
                 stop=stop,
             )
@@ -122,5 +124,5 @@ class CohortSetting:
         fleet = self.fleet
         if fleet.attack is None:
             return None
-        rehearsal = CohortTrainer(model, fleet.dataset.train, threads=threads)
-        return CohortAttackers(fleet.attack, rehearsal, fleet.parts, self.task.settings.plan)
+        rehearsal = CohortTrainer(model, fleet.honest_data, threads=threads)
+        return CohortAttackers(fleet.attack, rehearsal, fleet.parts, self.task.settings.plan, self.plans)

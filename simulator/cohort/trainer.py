@@ -41,11 +41,13 @@ class LocalWork:
         rows: int64[n], its examples: rows of the trainer's data, n >= 1.
         shuffle_seed: As in ``LocalTrainer.train``.
         controls: With scaffold, and only there; the server's control is the same for all clients of one call.
+        plan: What it trains of the call's plan: batch size and numbers of epochs and steps of its own. None for all.
     """
 
     rows: Int64Array
     shuffle_seed: int
     controls: Controls | None = None
+    plan: TrainingPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class CohortTrainer:
         Args:
             weights: float32[d], the global weights.
             clients: At least one.
-            plan: Hyperparameters.
+            plan: Hyperparameters; of clients with a plan of their own only what that one shares with it.
 
         Raises:
             ProgramInputError: Weights of the wrong shape or dtype, or not finite; a client without examples.
@@ -137,12 +139,17 @@ class CohortTrainer:
                 asked for.
         """
         self._check(weights, clients, plan)
+        plans = [client.plan or plan for client in clients]
         # Clients still at work are then always the first ones, so that a step sees a slice and no copy.
-        order = sorted(range(len(clients)), key=lambda i: -num_steps(len(clients[i].rows), plan))
+        order = sorted(
+            range(len(clients)), key=lambda i: (-plans[i].batch_size, -num_steps(len(clients[i].rows), plans[i]))
+        )
         sorted_clients = [clients[i] for i in order]
         updates = torch.empty(len(clients), update_size(plan, self._model.num_parameters))
-        size = self._clients_in_a_batch(plan)
-        batches = [slice(at, at + size) for at in range(0, len(clients), size)]
+        batches: list[slice] = []
+        for first, last in _runs([plans[i].batch_size for i in order]):
+            size = self._clients_in_a_batch(plans[order[first]])
+            batches += [slice(at, min(at + size, last)) for at in range(first, last, size)]
 
         def train_batch(batch: slice) -> _Figures:
             return self._train_batch(weights, sorted_clients[batch], plan, updates[batch])
@@ -173,7 +180,7 @@ class CohortTrainer:
         local = updates[:, :d]
         pull = _Pull.of(plan, start, clients)
         losses = torch.zeros(table.counts.shape)
-        gatherer = _Gatherer(self._data, len(clients) * plan.batch_size)
+        gatherer = _Gatherer(self._data, len(clients) * table.picked.shape[2])
         rates = torch.tensor(np.float32(plan.learning_rate) / np.maximum(table.counts, 1).astype(np.float32))
         for step in range(table.counts.shape[1]):
             counts = table.counts[:, step]
@@ -202,9 +209,18 @@ class CohortTrainer:
             rate = np.float32(plan.learning_rate)
         if not (np.isfinite(rate) and rate > 0):
             raise ConfigurationError(f"learning_rate {plan.learning_rate} is zero or infinite as a float32")
+        shared = ("algorithm", "learning_rate", "prox_mu", "shuffle")
+        if any(c.plan is not None and any(getattr(c.plan, k) != getattr(plan, k) for k in shared) for c in clients):
+            raise ConfigurationError("the plans of one call differ in batch size and in epochs and steps, nowhere else")
         scaffold = plan.algorithm == "scaffold"
         if any((client.controls is not None) != scaffold for client in clients):
             raise ConfigurationError(f"control variates go with scaffold and with nothing else, not {plan.algorithm}")
+
+
+def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
+    """Stretches of equal values, as half-open ranges."""
+    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    return list(zip(starts, [*starts[1:], len(values)], strict=True))
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ class CohortRun:
             population=population,
             # As ``run`` of the device engine's tests reckons durations.
             num_samples=[d % 7 + 1 for d in range(population.devices)],
-            work=lambda _session: WORK,
+            work=lambda _device, _session: WORK,
             observer=self.watcher,
             stop=stop or threading.Event(),
         )

@@ -89,7 +89,7 @@ FREE = {
     "--compression": SPECS,
     "--async": None,
     "--delay-damping": floats(1e-9, 1),
-    "--selection": one_of("any", "fair", "fast"),
+    "--selection": one_of("any", "fair", "fast", "diverse"),
     "--selection-floor": floats(1e-9, 1),
 }
 STALE = {"--max-staleness": ints(0, 100), "--staleness": weights(), "--tighten": ints(1, 100), "--stale-lr": None}

@@ -96,7 +96,7 @@ class EngineLink:
             )
         )
 
-    def perform(self, device, assignment):
+    def perform(self, device, assignment, pauses=()):  # noqa: ARG002 - the fleet's interface
         assert assignment.weight == device + 1
         # Uneven work, so that threads finish in another order than they began.
         sum(range(random.randrange(2000)))
@@ -143,7 +143,7 @@ def run(link, journal_path, population, workers=1, *, stop=None, watcher=None):
         fleet = VirtualFleet(
             population,
             num_samples=[d % 7 + 1 for d in range(population.devices)],
-            work=lambda _session: WORK,
+            work=lambda _device, _session: WORK,
             link=link,
             journal=journal,
             observer=watcher,
@@ -331,7 +331,7 @@ def test_a_damaged_journal_is_refused(tmp_path, damage):
 def test_what_ends_a_session_other_than_lateness_ends_the_run(tmp_path):
     link = EngineLink(synchronous())
 
-    def refuse(_device, _assignment):
+    def refuse(_device, _assignment, _pauses):
         raise PocketfedError("no such program")
 
     link.perform = refuse

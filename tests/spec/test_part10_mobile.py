@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from client_sdk import events
 from client_sdk.checkpoint import CheckpointManager
 from client_sdk.conditions import Conditions, Network
+from client_sdk.errors import TrainingPaused
 from client_sdk.planner import MEMORY_FRACTION, optimal_batch_size, plan_work
 from client_sdk.power import PauseReason, PowerMonitor, PowerPolicy
 from client_sdk.protocol.profile import DeviceProfile
@@ -16,8 +17,11 @@ from client_sdk.protocol.program import Manifest, Role
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.runtime import load_program
 from client_sdk.throttle import Governor
-from client_sdk.training import LocalTrainer, TrainingRun, TrainingState
+from client_sdk.training import TrainingRun, TrainingState
+from client_sdk.training_loop import TrainingLoop
 from mobile_export import build_model, export_program
+from server_ref import ServerDeviceSelector
+from server_ref.selection import spread
 from tests.bundles import tiny_bundle
 from tests.checkpoints import Training, bits
 
@@ -76,8 +80,8 @@ def test_the_large_cnn_is_still_exported_with_the_memory_that_the_manifest_says(
     assert found.num_parameters == committed.num_parameters
 
 
-class DrainingBattery:
-    """A phone whose battery loses a percent with every program call."""
+class Battery:
+    """A phone whose battery has what a test says."""
 
     def __init__(self, percent: int) -> None:
         self.percent = percent
@@ -85,43 +89,53 @@ class DrainingBattery:
     def read(self) -> Conditions:
         return Conditions(self.percent / 100, charging=False, user_active=False, network=Network.UNMETERED)
 
+    def drain(self, event: events.Event) -> None:
+        """A percent for each program call."""
+        self.percent -= isinstance(event, events.TrainingProgress)
 
-def test_power_aware_training(softmax_bundle: Path):
+
+def test_power_aware_training(softmax_bundle: Path, tmp_path: Path):
     """Test: Battery drops from 50% to 15% during training.
 
-    Expected: Training pauses at 15%, checkpoint saved. Here the checkpoint's content: trained on from it, once the
-    battery is back at 20 %, the result is that of an undisturbed training to the bit.
+    Expected: Training pauses at 15%, checkpoint saved. It starts again at 20 %, from the checkpoint, with the result
+    of an undisturbed training to the bit.
     """
     program = load_program(softmax_bundle)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(80, 6)).astype(np.float32), rng.integers(0, 3, 80)
-    weights = np.zeros(program.manifest.num_parameters, np.float32)
-    plan = TrainingPlan(local_epochs=5, batch_size=8, learning_rate=0.1)
-    undisturbed = LocalTrainer(program).train(weights, x, y, plan, 1)
+    training = Training(program, TrainingPlan(local_epochs=5, batch_size=8, learning_rate=0.1), num_samples=80)
+    undisturbed = training.begin()
+    while not undisturbed.finished:
+        undisturbed.advance()
 
-    battery = DrainingBattery(50)
+    battery, rests = Battery(50), []
     monitor = PowerMonitor(battery, PowerPolicy(check_every_calls=1), clock=lambda: 0.0)
-    rests: list[float] = []
-    governor = Governor(monitor, monotonic=lambda: 0.0, sleep=rests.append)
+    seconds = iter(range(10**6))
+
+    def loop() -> TrainingLoop:
+        return TrainingLoop(
+            checkpoints=CheckpointManager(tmp_path / "checkpoints"),
+            governor=Governor(monitor, monotonic=lambda: 0.0, sleep=rests.append),
+            on_event=battery.drain,
+            monotonic=lambda: float(next(seconds)),
+        )
+
     assert monitor.can_start_training()
-    run = LocalTrainer(program).begin(weights, x, y, plan, 1)
-    while (verdict := governor.before_call(run.at_step_boundary)).allowed:
-        run.advance()
-        battery.percent -= 1
-        governor.after_call(1.0)
-    assert (verdict.reason, verdict.hard, battery.percent) == (PauseReason.BATTERY_LOW, False, 15)
-    assert (run.steps, run.finished, run.at_step_boundary) == (35, False, True)
+    run = training.begin()
+    with pytest.raises(TrainingPaused, match="the battery is at 15%") as paused:
+        loop().drive(run, lambda _: training.checkpoint(run))
+    assert (paused.value.reason, battery.percent) == (PauseReason.BATTERY_LOW, 15)
+    assert (run.steps, run.finished) == (35, False)
     assert rests == sorted(rests), "the emptier the battery, the longer it rests after a call"
-    checkpoint = run.snapshot()
 
     starts = {}
     for battery.percent in (15, 16, 19, 20):
         starts[battery.percent] = monitor.can_start_training()
     assert starts == {15: False, 16: False, 19: False, 20: True}
-    resumed = LocalTrainer(program).begin(weights, x, y, plan, 1, state=checkpoint)
-    while not resumed.finished:
-        resumed.advance()
-    assert resumed.result().weights.tobytes() == undisturbed.weights.tobytes()
+    battery.percent = 50
+    checkpoint = loop().former(training.binding)
+    assert checkpoint is not None
+    assert checkpoint.state.steps == 35
+    resumed = training.begin(checkpoint.state)
+    assert bits(loop().drive(resumed, lambda _: None)) == bits(undisturbed.result())
 
 
 @pytest.mark.parametrize("batch_size", [4, 8], ids=["fused", "accumulated"])
@@ -161,3 +175,21 @@ def test_training_interruption_resume(tmp_path: Path, batch_size: int):
     while not resumed.finished:
         resumed.advance()
     assert bits(resumed.result()) == bits(uninterrupted.result())
+
+
+def test_fair_device_selection():
+    """Test: 1000 devices, 100 selected a round, 20 rounds.
+
+    Expected: every device at least once, spread of the counts below 10 %. Here it is 0: everybody exactly twice.
+    """
+    selector = ServerDeviceSelector(selection_strategy="fair")
+    devices = [f"device-{i}" for i in range(1000)]
+    profiles = {device: DeviceProfile(device) for device in devices}
+    for _ in range(20):
+        selected = selector.select_devices(devices, 100, profiles)
+        assert len(set(selected)) == len(selected) == 100
+    counts = selector.participation_counts
+    assert set(counts) == set(devices)
+    assert min(counts.values()) >= 1
+    assert spread(counts.values()) < 0.1
+    assert set(counts.values()) == {2}

@@ -83,3 +83,65 @@ def test_another_threshold_is_left_to_torch():
     module, called = rewritten(torch.func.grad(lambda v: F.threshold(v, 0.5, 7.0).sum()), x)
     assert torch.ops.aten.threshold_backward.default in called
     assert torch.equal(module(x), (x > 0.5).float())
+
+
+def compared(function, *inputs):
+    """The rewritten function's values and gradients are torch's own."""
+
+    def both(*inputs):
+        value = function(*inputs)
+        weights = torch.arange(1.0, value.numel() + 1).reshape(value.shape) / value.numel()
+        gradients = torch.func.grad(
+            lambda *z: (function(*z).square() * weights).sum(), argnums=tuple(range(len(inputs)))
+        )(*inputs)
+        return value, *gradients
+
+    module, called = rewritten(both, *inputs)
+    for actual, expected in zip(module(*inputs), both(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    return called
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "options"),
+    [
+        ((2, 3, 6, 5), (4, 3, 3, 3), {"padding": 1}),
+        ((2, 3, 7, 8), (4, 3, 3, 2), {"stride": 2, "padding": (1, 0)}),
+        ((1, 5, 9, 9), (2, 5, 3, 3), {"dilation": 2, "padding": 2}),
+        ((3, 2, 4, 4), (5, 2, 1, 1), {"stride": 3}),
+        ((2, 2, 6, 6), (3, 2, 5, 5), {"padding": 4, "stride": (2, 1)}),
+        ((2, 3, 10), (4, 3, 3), {"padding": 1, "stride": 2}),
+    ],
+)
+def test_a_convolution_and_its_gradients_are_products(x, weight, options):
+    convolve = F.conv1d if len(x) == 3 else F.conv2d
+    called = compared(lambda a, w, b: convolve(a, w, b, **options), normal(*x), normal(*weight), normal(weight[0]))
+    assert torch.ops.aten.mm.default in called
+    assert not called & {torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default}
+
+
+def test_a_grouped_convolution_is_left_to_torch():
+    called = compared(lambda a, w: F.conv2d(a, w, groups=2), normal(2, 4, 5, 5), normal(4, 2, 3, 3))
+    assert torch.ops.aten.convolution.default in called
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 3, 6, 8), {"kernel_size": 2}),
+        ((2, 2, 7, 7), {"kernel_size": 3, "stride": 2, "padding": 1}),
+        ((2, 2, 7, 7), {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False}),
+        ((2, 2, 7, 6), {"kernel_size": 2, "ceil_mode": True}),
+        ((3, 6, 6), {"kernel_size": 2, "divisor_override": 3}),
+    ],
+)
+def test_average_pooling_and_its_gradient(shape, options):
+    called = compared(lambda x: F.avg_pool2d(x, **options), normal(*shape))
+    assert not called & {torch.ops.aten.avg_pool2d.default, torch.ops.aten.avg_pool2d_backward.default}
+
+
+def test_positions_of_maxima():
+    x = normal(2, 2, 7, 7)
+    module, _ = rewritten(lambda z: F.max_pool2d(z, 3, 2, 1, return_indices=True), x)
+    for actual, expected in zip(module(x), F.max_pool2d(x, 3, 2, 1, return_indices=True), strict=True):
+        assert torch.equal(actual, expected)

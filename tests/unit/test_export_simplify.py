@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mobile_export.simplify import simplify
 
-TRANSPOSES = (torch.ops.aten.t.default, torch.ops.aten.transpose.int)
+TRANSPOSES = (torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
 
 
 def normal(*shape):

@@ -20,6 +20,7 @@ SPECIFIED = {
     "ExactAccumulator",
     "GradientAggregator",
     "SecureAggregator",
+    "ServerDeviceSelector",
     "WorkerGradient",
     "apply_update",
 }
