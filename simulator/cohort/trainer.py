@@ -147,9 +147,9 @@ class CohortTrainer:
         sorted_clients = [clients[i] for i in order]
         updates = torch.empty(len(clients), update_size(plan, self._model.num_parameters))
         batches: list[slice] = []
-        for first, last in _runs([plans[i].batch_size for i in order]):
-            size = self._clients_in_a_batch(plans[order[first]])
-            batches += [slice(at, min(at + size, last)) for at in range(first, last, size)]
+        for begin, end in _runs([plans[i].batch_size for i in order]):
+            size = self._clients_in_a_batch(plans[order[begin]])
+            batches += [slice(at, min(at + size, end)) for at in range(begin, end, size)]
 
         def train_batch(batch: slice) -> _Figures:
             return self._train_batch(weights, sorted_clients[batch], plan, updates[batch])

@@ -21,6 +21,7 @@ from simulator.cohort import run as cohort_run
 from simulator.cohort.trainer import CohortResult, CohortTrainer
 from simulator.config import SimulationConfig
 from simulator.folder import BUNDLE_FOLDER, RunFolder
+from simulator.profiles import read_profiles
 from simulator.results import SimulationResults
 from simulator.run import RunOptions, run_simulation
 
@@ -35,6 +36,9 @@ RUNS = {
     "over-selection": SYNCHRONOUS,
     "asynchronous, Adam": {**ASYNCHRONOUS, "optimizer": {"name": "adam", "learning_rate": 0.05}},
     "top-k with error feedback": {"compression": "topk:0.1", "optimizer": {"momentum": 0.5}},
+    "phones with a day": {
+        "profiles": read_profiles("phones"), "work_scale": 3000.0, "overselect": 1.5, "skew": "rotation:20",
+    },
     "scaffold": {"algorithm": "scaffold", "epochs": 1},
     "fednova, fast devices": {"algorithm": "fednova", "prox_mu": 0.1, "selection": {"policy": "fast"}},
     "alie against multi-krum": {"attack": "alie", "byzantine": 0.25, "aggregation": {"rule": "multi-krum"}},
