@@ -82,6 +82,7 @@ def fulfil(
         slice_size=work.slice_size,
         state=None if checkpoint is None else checkpoint.state,
     )
+    checkpoint = None  # its bytes need not stay for as long as training does
 
     def keep(state: TrainingState) -> Checkpoint | None:
         return None if binding is None else Checkpoint(binding, state, former)

@@ -28,6 +28,7 @@ from client_sdk.training_loop import OnEvent, TrainingLoop
 
 Weights = Float32Array | Mapping[str, npt.NDArray[np.float32]]
 
+_REST_PIECE_S = 1.0
 MOST_EPOCHS = 5
 """Epochs that a high-end device trains where the caller names no plan; the other tiers train fewer."""
 
@@ -102,11 +103,18 @@ class LocalTraining:
             if not verdict.allowed:
                 self.on_event(events.Paused("training", str(verdict.reason), verdict.detail))
                 return None
+
+        def rest(seconds: float) -> None:
+            """In pieces, so that the caller can end it."""
+            while seconds > 0 and not should_stop():
+                self.sleep(min(seconds, _REST_PIECE_S))
+                seconds -= _REST_PIECE_S
+
         loop = TrainingLoop(
             checkpoints=self.checkpoints,
             governor=None if self.power is None else Governor(self.power, monotonic=self.monotonic, sleep=self.sleep),
             budget=None if self.memory_limit_bytes is None else MemoryBudget(self.memory_limit_bytes),
-            should_stop=should_stop,
+            should_stop=lambda _: should_stop(),
             on_event=self.on_event,
             monotonic=self.monotonic,
         )
@@ -121,6 +129,7 @@ class LocalTraining:
             slice_size=work.slice_size,
             state=None if former is None else former.state,
         )
+        former = None  # its bytes need not stay for as long as training does
         try:
             result = loop.drive(run, lambda state: None if binding is None else Checkpoint(binding, state, None))
         except Interrupted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from client_sdk.fulfilment import fulfil
 from client_sdk.memory import DeviceMemory
 from client_sdk.memory_budget import MemoryBudget
@@ -25,9 +27,22 @@ class ReportMaker:
         self._around = around
 
     def make(
-        self, assignment: Assignment, report_id: str, read: ReadBlob, stop: Stopper
+        self,
+        assignment: Assignment,
+        report_id: str,
+        read: ReadBlob,
+        stop: Stopper,
+        check: Callable[[], None],
     ) -> tuple[Report, DeviceMemory | None]:
         """Train and build the report; see ``fulfil`` for what is raised.
+
+        Args:
+            assignment: What to do.
+            report_id: Id of the report.
+            read: Blob hash -> bytes.
+            stop: Ends training between two calls of the program.
+            check: Raises where the report could not count any more (``LeaseExpired``); asked while training, and before
+                the report is made: nothing is charged or counted for a dead one.
 
         Raises:
             PrivacyRefusal: The device will not send what the assignment asks for.
@@ -50,7 +65,7 @@ class ReportMaker:
             data=around.data,
             data_sha256=around.data_sha256,
             former=around.store.memory(assignment.task_id) if keeps_memory(assignment) else None,
-            loop=self._loop(stop),
+            loop=self._loop(stop, check),
             local_privacy=private,
         )
         if private is not None:
@@ -78,16 +93,23 @@ class ReportMaker:
             secure=assignment.secure,
         )
 
-    def _loop(self, stop: Stopper) -> TrainingLoop:
+    def _loop(self, stop: Stopper, check: Callable[[], None]) -> TrainingLoop:
         around = self._around
         governor = None
         if around.power is not None:
-            governor = Governor(around.power, monotonic=around.monotonic, sleep=lambda s: around.wait(s, stop.event))
+            governor = Governor(
+                around.power,
+                monotonic=around.monotonic,
+                # A rest ends with the slice: the time until the next one is rest enough.
+                sleep=lambda seconds: around.wait(min(seconds, stop.remaining_s()), stop.event),
+            )
         return TrainingLoop(
             checkpoints=around.checkpoints,
             governor=governor,
             budget=None if around.memory_limit_bytes is None else MemoryBudget(around.memory_limit_bytes),
-            should_stop=stop.is_set,
+            should_stop=lambda moved: stop.event.is_set() or (moved and stop.is_set()),
+            conditions=around.conditions,
+            check=check,
             on_event=around.on_event,
             monotonic=around.monotonic,
         )

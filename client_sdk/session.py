@@ -168,12 +168,13 @@ class DeviceSession:
         self._expect(Enrol)
         self._move(enrolled=True)
 
-    def on_check_in(self, reply: Assigned | Wait | Finished, *, lease_ends_at: float | None = None) -> None:
+    def on_check_in(self, reply: Assigned | Wait | Finished, *, now: float | None = None) -> None:
         """The check-in's answer.
 
         Args:
             reply: What the server said.
-            lease_ends_at: When the lease ends on the device's clock, where that clock means anything.
+            now: What the device's clock says, where that clock means anything: the lease runs on it. However long the
+                server wants to wait, the device works for ``RetryPolicy.max_lease_s`` at most.
         """
         self._expect(CheckIn)
         match reply:
@@ -182,7 +183,8 @@ class DeviceSession:
                     phase=Phase.ASSIGNED,
                     assignment=assignment,
                     report_id=self._report_id_of(assignment.assignment_id),
-                    lease_ends_at=lease_ends_at,
+                    lease_begun_at=now,
+                    lease_ends_at=None if now is None else now + min(assignment.lease_s, self._policy.max_lease_s),
                     attempts=0,
                 )
             case Wait(reason=reason, retry=retry):
@@ -279,6 +281,7 @@ class DeviceSession:
         self._move(
             phase=Phase.IDLE,
             assignment=None,
+            lease_begun_at=None,
             lease_ends_at=None,
             report_id=None,
             report_sha256=None,

@@ -127,6 +127,10 @@ PAUSABLE = (Download, Train, Upload)
 # --- state ---------------------------------------------------------------------------------------------------
 
 
+# Clocks are corrected by so much every day.
+_CLOCK_SLACK_S: Final = 60.0
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -150,7 +154,8 @@ class SessionState(_Frozen):
     phase: Phase = Phase.IDLE
     enrolled: bool = False
     assignment: Assignment | None = None
-    lease_ends_at: float | None = Field(None, description="seconds on the device's own clock")
+    lease_begun_at: float | None = Field(None, description="seconds on the device's own clock")
+    lease_ends_at: float | None = Field(None, description="likewise")
     report_id: Id128 | None = None
     report_sha256: Sha256 | None = None
     blobs: tuple[Sha256, ...] = Field((), description="blobs of the assignment that are on the device")
@@ -172,6 +177,17 @@ class SessionState(_Frozen):
             raise ValueError(f"phase {self.phase} needs the sealed report's hash")
         return self
 
+    def is_lease_over(self, now: float) -> bool:
+        """Whether nothing that is done for the assignment can count any more.
+
+        A clock that was set back before the lease began says nothing of it: then it counts as over, since the server
+        hands an assignment that still stands out again.
+        """
+        if self.lease_ends_at is None:
+            return False
+        set_back = self.lease_begun_at is not None and now < self.lease_begun_at - _CLOCK_SLACK_S
+        return set_back or now > self.lease_ends_at
+
     def resumed(self) -> SessionState:
         """This state in a new process: failures are counted anew, and only a pause the server asked for remains."""
         keep = self.pause is not None and self.pause.asked
@@ -191,6 +207,7 @@ class RetryPolicy:
         base_s: Ceiling of the first wait.
         cap_s: Largest ceiling of our own waits.
         max_wait_s: Largest wait a server can impose; a day, so that no reply can put a device to sleep for good.
+        max_lease_s: Longest time that a device works for one assignment, whatever the server says; a week.
         max_attempts: Failures in a row of one step after which the session stops (the state is kept).
         max_training_failures: Own failures in a row after which it stops.
     """
@@ -198,6 +215,7 @@ class RetryPolicy:
     base_s: float = 1.0
     cap_s: float = 300.0
     max_wait_s: float = 86_400.0
+    max_lease_s: float = 604_800.0
     max_attempts: int = 12
     max_training_failures: int = 3
 
