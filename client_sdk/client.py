@@ -43,6 +43,9 @@ from client_sdk.surroundings import MAX_BLOB_BYTES, OnEvent, Surroundings
 from client_sdk.transport import Transport
 from client_sdk.trust import trusted_aggregators
 
+# How long a device rests between the slice in which it gave up and the next one that tries again.
+_AFTER_GIVING_UP_S = (300.0, 3600.0)
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -50,8 +53,8 @@ class RunSummary:
 
     ``cause`` is ``finished`` (the task is), ``enough-reports``, ``stopped`` (by the caller), ``out-of-time`` (the
     budget of ``run_for``), ``gave-up`` (the same step failed too often) or ``refused`` (waiting cannot help); ``error``
-    is what the last two are about. ``again_after_s`` is how soon it makes sense to run again, where there is more to
-    do: 0 at once, None where there is not.
+    is what the last two are about. ``again_after_s`` is how soon it makes sense to run again, where there may be more
+    to do: 0 at once, None where there is not.
     """
 
     cause: str
@@ -69,9 +72,7 @@ class MobileClient:
     two halves, for who schedules many devices. One thread at a time uses a client; which one may change between calls.
 
     Attributes:
-        power_monitor: What is asked before and during work; None where the app sees to that itself.
-        checkpoint_manager: Where training under way is kept; None where a training that stops begins anew.
-        training_paused: Whether the last step was paused, by the device's conditions or by the caller.
+        training_paused: Whether training is under way and paused, by the device's conditions or by the caller.
     """
 
     def __init__(
@@ -144,9 +145,10 @@ class MobileClient:
         self._policy = policy
         self._rng = rng or random.Random()  # noqa: S311 - jitter only
         self._store = store or MemoryDeviceStore()
-        self.power_monitor = power_monitor
-        self.checkpoint_manager = checkpoint_manager or self._store.checkpoints
+        self._power = power_monitor
+        self._checkpoints = checkpoint_manager or self._store.checkpoints
         self.training_paused = False
+        self._not_before: float | None = None
         self._executor: ActionExecutor | None = None
         if transport is not None:
             if programs is None or data is None:
@@ -164,7 +166,7 @@ class MobileClient:
                     on_event=self._on_event,
                     conditions=conditions,
                     power=power_monitor,
-                    checkpoints=self.checkpoint_manager,
+                    checkpoints=self._checkpoints,
                     memory_fraction=memory_fraction,
                     memory_limit_bytes=memory_limit_bytes,
                     max_blob_bytes=max_blob_bytes,
@@ -173,6 +175,16 @@ class MobileClient:
                 ),
                 self._open_session(None),
             )
+
+    @property
+    def power_monitor(self) -> PowerMonitor | None:
+        """What is asked before and during work; None where the app sees to that itself."""
+        return self._power
+
+    @property
+    def checkpoint_manager(self) -> CheckpointManager | None:
+        """Where training under way is kept; None where a training that stops begins anew."""
+        return self._checkpoints
 
     # --- local ---
 
@@ -247,8 +259,9 @@ class MobileClient:
         return LocalTraining(
             self._program,
             self._profile,
-            power=self.power_monitor,
-            checkpoints=self.checkpoint_manager,
+            power=self._power,
+            # Apart from those of a server's assignment, which may be under way as well.
+            checkpoints=None if self._checkpoints is None else self._checkpoints.within("local"),
             memory_fraction=self._memory_fraction,
             memory_limit_bytes=self._memory_limit_bytes,
             on_event=self._on_event,
@@ -275,12 +288,16 @@ class MobileClient:
             virtual: Simulated time, for a server with the virtual clock.
 
         Raises:
+            TrainingPaused: The app or the device's conditions do not allow to work now; the caller decides when to
+                come again.
             PocketfedError: The server refuses the device, or cannot be reached in the policy's number of attempts.
         """
         executor = self._revived()
         never = Stopper()
         state = executor.session.state
-        if state.phase in {Phase.SEALED, Phase.UPLOADING} and state.assignment is not None:
+        if state.assignment is not None and (
+            state.phase in {Phase.SEALED, Phase.UPLOADING} or executor.recover_sealed()
+        ):
             return Assigned(assignment=state.assignment)
         if state.phase in WITH_ASSIGNMENT and state.phase is not Phase.DONE:
             executor.session.on_assignment_over("the device checks in again")
@@ -293,6 +310,8 @@ class MobileClient:
             reply = executor.execute(self._proceed(executor), never, virtual)
             if reply is not None:
                 return reply
+            if executor.held_back is not None:
+                raise executor.held_back
 
     def perform(self, assignment: Assignment, stop: threading.Event | None = None) -> ReportReply:
         """Fulfil an assignment: download, train, seal, upload; returns when the server holds the report.
@@ -307,15 +326,20 @@ class MobileClient:
             StaleReport, LeaseExpired, DuplicateReport, UnknownAssignment: It came too late; the report is dropped.
             ProgramError, BundleMismatch: It cannot be trained here; the server has it back.
             Interrupted: ``stop`` was set; ``perform`` again goes on.
+            TrainingPaused: The app or the device's conditions do not allow to go on now; likewise.
             PocketfedError: Anything else that waiting did not help.
         """
         executor = self._revived()
         stopper = Stopper(stop)
         self._take_over(executor, assignment)
         executor.cause = None
+        if isinstance(executor.session.next_action(), Sleep):
+            executor.session.on_slept()  # the caller decides when to come
         while True:
             action = self._proceed(executor)
             executor.execute(action, stopper)
+            if executor.held_back is not None:
+                raise executor.held_back
             if isinstance(action, Discard):
                 if action.accepted:
                     return ReportReply(report_id=action.report_id, assignment_id=assignment.assignment_id)
@@ -354,6 +378,11 @@ class MobileClient:
         """
         if not budget_s > 0:
             raise ConfigurationError(f"a budget of {budget_s} seconds leaves no time to work")
+        early_s = 0.0 if self._not_before is None else self._not_before - self._clock()
+        if 0 < early_s <= _AFTER_GIVING_UP_S[1]:
+            # Else a host that hands out one slice after the other would take, and fail, one assignment after the other.
+            return RunSummary("gave-up", "it gave up in an earlier slice, and rests", 0, again_after_s=early_s)
+        self._not_before = None
         return self._run(Stopper(stop, budget_s=budget_s, monotonic=self._monotonic), max_reports)
 
     def _run(self, stop: Stopper, max_reports: int | None) -> RunSummary:
@@ -369,23 +398,28 @@ class MobileClient:
                 else:
                     executor.execute(action, stop)
         except Interrupted:
-            pass
-        reports = session.state.reports - before
-        if end is not None:
-            summary = RunSummary(end.cause, end.detail, reports, end.error)
-        else:
-            action = session.next_action()
-            again = action.left_s(self._clock()) if isinstance(action, Sleep) else 0.0
-            cause, why = ("stopped", "stopped by the caller") if stop.event.is_set() else ("out-of-time", "time is up")
-            summary = RunSummary(cause, f"{why}; the state is kept", reports, again_after_s=again)
-        self._on_event(events.Finished(summary.cause, summary.detail, reports))
+            self.training_paused = session.state.phase is Phase.TRAINING
+        summary = self._summary(session, end, session.state.reports - before, stopped=stop.event.is_set())
+        self._on_event(events.Finished(summary.cause, summary.detail, summary.reports))
         return summary
+
+    def _summary(self, session: DeviceSession, end: Stop | None, reports: int, *, stopped: bool) -> RunSummary:
+        if end is not None:
+            again = None
+            if end.cause == "gave-up":
+                again = self._rng.uniform(*_AFTER_GIVING_UP_S)
+                self._not_before = self._clock() + again
+            return RunSummary(end.cause, end.detail, reports, end.error, again)
+        action = session.next_action()
+        again = action.left_s(self._clock()) if isinstance(action, Sleep) else 0.0
+        cause, why = ("stopped", "stopped by the caller") if stopped else ("out-of-time", "time is up")
+        return RunSummary(cause, f"{why}; the state is kept", reports, again_after_s=again)
 
     # --- pieces ---
 
     def _on_event(self, event: events.Event) -> None:
-        if isinstance(event, events.Paused):
-            self.training_paused = event.step == "training"
+        if isinstance(event, events.Paused) and event.step == "training":
+            self.training_paused = True
         elif isinstance(event, events.TrainingProgress):
             self.training_paused = False
         self._app_event(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 
 from client_sdk import events
 from client_sdk.blobs import Buffer
@@ -51,6 +52,7 @@ from client_sdk.session_state import (
     Discard,
     Download,
     Enrol,
+    Phase,
     Sleep,
     Stop,
     Train,
@@ -58,7 +60,10 @@ from client_sdk.session_state import (
 )
 from client_sdk.stopping import Stopper
 from client_sdk.surroundings import Surroundings
+from client_sdk.training_loop import APP_REASON
 from client_sdk.trust import is_trusted
+
+_log = logging.getLogger(__name__)
 
 MAX_MANIFEST_BYTES = 4 * 2**20
 # How soon an ineligible device looks again whether it may work.
@@ -73,15 +78,18 @@ class ActionExecutor:
     Attributes:
         session: The machine; replaceable between two actions.
         cause: The last error, which explains why an assignment was dropped.
+        held_back: Why the last action was not done: the device's conditions, or the app's. None where it was.
     """
 
     def __init__(self, around: Surroundings, session: DeviceSession) -> None:
         self._around = around
         self.session = session
         self.cause: PocketfedError | None = None
+        self.held_back: TrainingPaused | None = None
         self._partial: dict[str, bytearray] = {}
         self._fetched: dict[str, Buffer] = {}
         self._sealed: tuple[str, Report] | None = None
+        self._made: tuple[str, Report, DeviceMemory | None] | None = None
         self._reports = ReportMaker(around)
 
     def execute(
@@ -102,9 +110,9 @@ class ActionExecutor:
             StateDirUnusable: The state could not be saved.
         """
         reply = None
+        self.held_back = None
         if isinstance(action, Download | Train) and self._lease_is_over():
-            self.cause = LeaseExpired("the lease ended before the report was ready")
-            self.session.on_assignment_over(str(self.cause))
+            self._drop(LeaseExpired("the lease ended before the report was ready"))
         elif isinstance(action, PAUSABLE) and self._is_paused(action):
             pass
         elif isinstance(action, Enrol | CheckIn | Download | Upload | Abandon):
@@ -143,7 +151,11 @@ class ActionExecutor:
         return None
 
     def _is_paused(self, action: Download | Train | Upload) -> bool:
-        """Pause a step that the device's conditions do not allow now."""
+        """Pause a step that the app or the device's conditions do not allow now."""
+        own = self._around.conditions()
+        if own is not None:
+            self._pause(action, TrainingPaused(own, reason=APP_REASON))
+            return True
         power = self._around.power
         if power is None:
             return False
@@ -152,13 +164,14 @@ class ActionExecutor:
         # A report that is ready costs little to send, and much to lose: the network alone holds it back.
         if verdict.allowed or (isinstance(action, Upload) and verdict.reason is not PauseReason.NETWORK):
             return False
-        self._pause(action, str(verdict.reason), verdict.detail)
+        self._pause(action, TrainingPaused(verdict.detail, reason=str(verdict.reason)))
         return True
 
-    def _pause(self, action: Download | Train | Upload, reason: str, detail: str) -> None:
+    def _pause(self, action: Download | Train | Upload, why: TrainingPaused) -> None:
         step = {Download: "download", Train: "training", Upload: "upload"}[type(action)]
-        self._around.on_event(events.Paused(step, reason, detail))
-        self.session.on_paused(detail, _LOOK_AGAIN_S)
+        self.held_back = why
+        self._around.on_event(events.Paused(step, why.reason, str(why)))
+        self.session.on_paused(str(why), _LOOK_AGAIN_S)
 
     def _do_locally(self, action: CheckConditions | Train | Discard | Sleep | Stop, stop: Stopper) -> None:
         match action:
@@ -174,18 +187,23 @@ class ActionExecutor:
                 raise IllegalTransition("Stop is for whoever drives the session")
 
     def _lease_is_over(self) -> bool:
-        ends_at = self.session.state.lease_ends_at
-        return ends_at is not None and self._around.clock() > ends_at
+        return self.session.state.is_lease_over(self._around.clock())
+
+    def _check_lease(self) -> None:
+        if self._lease_is_over():
+            raise LeaseExpired("the lease ended before the report was ready")
 
     def _check_conditions(self) -> None:
-        reason = self._around.conditions()
-        if reason is None and self._around.power is not None:
+        own = self._around.conditions()
+        why = None if own is None else TrainingPaused(own, reason=APP_REASON)
+        if why is None and self._around.power is not None:
             verdict = self._around.power.start_verdict()
-            reason = None if verdict.allowed else verdict.detail
-        if reason is None:
+            why = None if verdict.allowed else TrainingPaused(verdict.detail, reason=str(verdict.reason))
+        if why is None:
             self.session.on_eligible()
         else:
-            self.session.on_ineligible(reason, _LOOK_AGAIN_S)
+            self.held_back = why
+            self.session.on_ineligible(str(why), _LOOK_AGAIN_S)
 
     def _enrol(self) -> None:
         identity = self._around.store.identity
@@ -200,17 +218,17 @@ class ActionExecutor:
             samples = self._around.local_privacy.told_samples(samples)
         request = CheckInRequest(num_samples=samples, virtual=virtual)
         reply = self._around.transport.check_in(request)
-        ends_at = None
         if isinstance(reply, Assigned):
-            # A virtual lease says nothing about this machine's clock.
-            ends_at = self._around.clock() + reply.assignment.lease_s if virtual is None else None
             self._around.on_event(events.CheckedIn(reply.assignment))
-        self.session.on_check_in(reply, lease_ends_at=ends_at)
+        # A virtual lease says nothing about this machine's clock.
+        self.session.on_check_in(reply, now=self._around.clock() if virtual is None else None)
         return reply
 
     def _download(self, sha256: str) -> None:
         assignment = self.session.state.assignment
-        data = self._around.store.blob(sha256)
+        data = self._fetched.get(sha256)  # where the disk would not keep it
+        if data is None:
+            data = self._around.store.blob(sha256)
         size = 0
         if data is None:
             is_manifest = assignment is not None and sha256 == assignment.manifest_sha256
@@ -226,17 +244,14 @@ class ActionExecutor:
         self._around.on_event(events.Downloaded(sha256, size))
 
     def _train(self, action: Train, stop: Stopper) -> None:
-        assignment, report_id = action.assignment, action.report_id
         try:
-            if self._is_sealed(assignment, report_id):
+            if self.recover_sealed():
                 return
-            report, memory = self._reports.make(assignment, report_id, self._blob, stop)
+            made = self._make(action, stop)
+        except (TrainingPaused, LeaseExpired, _BlobLost) as e:
+            self._leave(action, e)
         except Interrupted:
             raise
-        except TrainingPaused as e:
-            self._pause(action, e.reason, str(e))
-        except _BlobLost:
-            self.session.on_blobs_lost()
         except MemoryError:
             self.session.on_training_failed("no-memory", "the device ran out of memory while it trained")
         except _PASSING as e:
@@ -248,11 +263,35 @@ class ActionExecutor:
             reason = "privacy" if isinstance(e, PrivacyRefusal) else "training-failed"
             self.session.on_training_failed(reason, str(e), error=e)
         else:
-            self._seal(assignment, report_id, report, memory)
+            self._seal(action.assignment, action.report_id, *made)
+            self._made = None
 
-    def _is_sealed(self, assignment: Assignment, report_id: str) -> bool:
-        """Whether an earlier process was killed after its report was durable, and before the session said so."""
-        sealed = self._usable_report(assignment, report_id)
+    def _make(self, action: Train, stop: Stopper) -> tuple[Report, DeviceMemory | None]:
+        """The report, made once: if the disk does not take it, making it anew would be charged anew."""
+        if self._made is None or self._made[0] != action.report_id:
+            made = self._reports.make(action.assignment, action.report_id, self._blob, stop, self._check_lease)
+            self._made = (action.report_id, *made)
+        return self._made[1:]
+
+    def _leave(self, action: Train, why: TrainingPaused | LeaseExpired | _BlobLost) -> None:
+        match why:
+            case TrainingPaused():
+                self._pause(action, why)
+            case LeaseExpired():
+                self._drop(why)
+            case _:
+                self.session.on_blobs_lost()
+
+    def _drop(self, error: PocketfedError) -> None:
+        self.cause = error
+        self.session.on_assignment_over(str(error))
+
+    def recover_sealed(self) -> bool:
+        """Whether an earlier process was killed after its report was durable and before the session said so."""
+        state = self.session.state
+        if state.phase is not Phase.TRAINING or state.assignment is None or state.report_id is None:
+            return False
+        sealed = self._usable_report(state.assignment, state.report_id)
         if sealed is None:
             return False
         self.session.on_sealed(hashlib.sha256(sealed).hexdigest())
@@ -337,14 +376,21 @@ class ActionExecutor:
         counts = action.accepted and assignment is not None and keeps_memory(assignment)
         self._around.store.settle_memory(action.report_id, accepted=counts)
         self._around.store.discard(action.report_id)
-        if self._around.checkpoints is not None:
-            self._around.checkpoints.clear()
+        self._clear_checkpoints()
+        self._made = None
         self._partial.clear()
         self._fetched.clear()
         self._sealed = None
         self.session.on_discarded()
         if not action.accepted and assignment is not None:
             self._around.on_event(events.Dropped(assignment, action.detail))
+
+    def _clear_checkpoints(self) -> None:
+        try:
+            if self._around.checkpoints is not None:
+                self._around.checkpoints.clear()
+        except DeviceError as e:  # of no use to anybody, and displaced by those of the next training
+            _log.warning("the checkpoints of the assignment stay: %s", e)
 
 
 class _BlobLost(Exception):
