@@ -121,7 +121,7 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 FLAGS = {flag for name in COMMANDS for flag in flags_of(parser_of(name))} | {"--version"}
-OTHERS = {"--index-url", "--errors", "--check"}  # pip's, and the benchmarks'
+OTHERS = {"--index-url", "--errors", "--check", "--verification"}  # pip's, the benchmarks', the fuzzer's
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
