@@ -116,6 +116,20 @@ def pack(
     return head, AESGCM(key.derived("encryption", nonce)).encrypt(nonce, payload, head)
 
 
+def packed_size(payload_bytes: int, key: CheckpointKey | None) -> int:
+    """Bytes of the file that ``pack`` makes of a payload of so many."""
+    return _PROLOGUE.size + _HEADER.size + payload_bytes + (_SUM_BYTES if key is None else _TAG_BYTES)
+
+
+def is_plain(data: Buffer) -> bool:
+    """Whether a file is one of this format that was written without a key, be the rest of it damaged or missing."""
+    head = bytes(memoryview(data).cast("B")[: _PROLOGUE.size + 4])
+    if len(head) < _PROLOGUE.size + 4:
+        return False
+    magic, version, _ = _SUMMED.unpack(head[: _SUMMED.size])
+    return magic == MAGIC and version == FORMAT_VERSION and head[_PROLOGUE.size :] == _PLAIN.to_bytes(4, "little")
+
+
 def unpack(data: Buffer, key: CheckpointKey | None, max_bytes: int) -> Unpacked:
     """Read a whole file; the inverse of ``pack``. Nothing is allocated for what the file merely declares.
 

@@ -45,16 +45,42 @@ def resident_bytes(status: Path = _STATUS) -> int:
     return peak_resident_bytes(status) if found is None else found
 
 
+class PeakSince:
+    """The most memory that this process has held since this was made; what it held, and gave back, before is not its.
+
+    A peak that was reached before hides lower ones: until it is exceeded, what is held at the moment counts. Where the
+    system does not say that (``resident_bytes``), it is the peak of the whole process.
+    """
+
+    def __init__(
+        self, *, peak: Callable[[], int] = peak_resident_bytes, resident: Callable[[], int] = resident_bytes
+    ) -> None:
+        """Begin now.
+
+        Args:
+            peak: The most that the process has held.
+            resident: What it holds.
+        """
+        self._peak = peak
+        self._resident = resident
+        self._before = peak()
+
+    def __call__(self) -> int:
+        """Bytes."""
+        peak = self._peak()
+        return peak if peak > self._before else self._resident()
+
+
 class MemoryBudget:
     """A limit on a process's memory. Held by looking, not by the kernel: what one call takes is seen after it."""
 
-    def __init__(self, limit_bytes: int, *, measure: Callable[[], int] = peak_resident_bytes) -> None:
+    def __init__(self, limit_bytes: int, *, measure: Callable[[], int] | None = None) -> None:
         """Set a limit.
 
         Args:
             limit_bytes: What the process may hold resident.
-            measure: What it holds. Its peak, by default: a budget that was exceeded stays so. An app that was larger
-                before it trained gives ``resident_bytes``.
+            measure: What it holds; by default its peak from now on (``PeakSince``), so that a budget that was exceeded
+                stays so, and an app may have been larger before it trained.
 
         Raises:
             ConfigurationError: No positive limit.
@@ -62,7 +88,7 @@ class MemoryBudget:
         if limit_bytes < 1:
             raise ConfigurationError(f"a memory budget is positive, not {limit_bytes} bytes")
         self.limit_bytes = limit_bytes
-        self._measure = measure
+        self._measure = PeakSince() if measure is None else measure
 
     def require(self, estimate: MemoryEstimate) -> None:
         """Refuse what will not fit, before any of it is allocated.

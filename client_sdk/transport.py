@@ -42,8 +42,8 @@ from client_sdk.uploads import CHUNK_BYTES, upload_in_chunks
 _CONNECT_TIMEOUT_S: Final = 10.0
 _READ_TIMEOUT_S: Final = 60.0
 _MAX_RESUMES: Final = 5
-# A timeout of reading alone would wait for as many minutes as a reply has bytes.
-_GRACE_S: Final = 60.0
+# A timeout of reading alone would wait for as many minutes as a reply has bytes. What comes more slowly than this uses
+# up the time that a single read may take; what comes faster gives it back, up to that time again.
 _SLOWEST_BYTES_PER_S: Final = 1024
 _JSON: Final = "application/json"
 _FRAME: Final = "application/octet-stream"
@@ -169,7 +169,8 @@ class HttpTransport:
             server_keys: Without ``server_key``: where the key of the first reply is kept for all time, a
                 ``DeviceStore``. With neither it is kept as long as this object.
             chunk_bytes: Reports up to this size go up in one request, longer ones in chunks of at most this size.
-            monotonic: Seconds, by which a reply that only drips is left.
+            monotonic: Seconds, by which a reply or blob that only drips is left: what arrives at less than 1 KiB/s, for
+                longer than the client's read timeout.
 
         Raises:
             ConfigurationError: Not such a URL, or not such a key.
@@ -184,6 +185,7 @@ class HttpTransport:
         self._owned = client is None
         self._client = client or open_client(base_url)
         self._extensions = {"timeout": self._client.timeout.as_dict()}
+        self._patience_s = self._client.timeout.read or _READ_TIMEOUT_S
         self._host = url.netloc.decode("ascii")
         self.counters = TransferCounters()
 
@@ -351,12 +353,16 @@ class HttpTransport:
         if declared is not None and declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
             raise InvalidReply(f"the server announces {declared[:20]} bytes; at most {max_bytes} are accepted here")
         received = 0
-        begun = self._monotonic()
+        patience = self._patience_s
+        last = begun = self._monotonic()
         for chunk in response.iter_raw():
             received += len(chunk)
-            if self._monotonic() - begun > _GRACE_S + received / _SLOWEST_BYTES_PER_S:
-                raise TransportUnavailable(f"the reply drips: {received} bytes in {self._monotonic() - begun:.0f} s")
             self.counters.bytes_down += len(chunk)
             if received > max_bytes:
                 raise InvalidReply(f"the server sent more than {max_bytes} bytes")
             yield chunk
+            now = self._monotonic()
+            patience = min(self._patience_s, patience - (now - last) + len(chunk) / _SLOWEST_BYTES_PER_S)
+            last = now
+            if patience < 0:
+                raise TransportUnavailable(f"the reply drips: {received} bytes in {now - begun:.0f} s")

@@ -1,8 +1,10 @@
 """Who of the devices that offer themselves gets a slot: ``selection`` at the server's check-in.
 
 Devices come by themselves, so the server chooses among those that it expects, and admits who is chosen when it comes:
-as many as work at once, and twice as many each time that the round has waited ``patience_s`` without being full. Asking
-more often changes nothing.
+as many as work at once, and twice as many each time that the round has waited ``patience_s`` without being full. That
+must be no less than the time within which devices come again: else the round asks everybody before those have come
+whose turn it is, and whoever comes first is given work. Where it is not set it is that time, as observed. Asking more
+often changes nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class AtCheckIn:
         self._ties = ties
         self._floor = settings.floor
         self._target = config.concurrency or config.buffer_size
-        self._patience_s = settings.patience_s or max(config.retry_max_s, config.lease_s / 10)
+        self._patience_s = settings.patience_s
+        self._least_patience_s = max(config.retry_max_s, config.lease_s / 10)
         self._limit = config.privacy.max_participations
         self._participations = Counter(participations)
         self._strata = Strata()
@@ -84,13 +87,14 @@ class AtCheckIn:
         row = self._history.offered(
             device_id,
             round_id=pool.round_id,
-            hour=pool.hour,
+            now=now,
             joined_turns=pool.typical_turns,
             tier=TIER_CODES[facts.tier],
             stratum=self._strata.code(facts),
         )
         waited = max(0.0, now - engine.opened_at)
-        doublings = min(int(waited // self._patience_s), _MOST_DOUBLINGS)
+        patience_s = self._patience_s or max(self._least_patience_s, pool.interval_s)
+        doublings = min(int(waited // patience_s), _MOST_DOUBLINGS)
         choice = pool.choice(self._policy, self._target << doublings, self._floor, self._ties.fraction(pool.round_id))
         return choice.admits(self._asking(device_id, row, pool))
 
@@ -137,6 +141,7 @@ class _Pool:
         if limit is not None:
             expected &= rows["counted"] < limit
         which = np.flatnonzero(expected)
+        self.interval_s = history.interval_s(which, hour)
         rows = rows[which]
         turns, lost = history.turns(round_id)[which], history.lost(round_id)[which]
         self.scale = SpeedScale.of(rows["latency_s"], rows["tier"])

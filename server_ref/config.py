@@ -74,7 +74,8 @@ class SelectionConfig(_Section):
         None,
         gt=0,
         le=_LONGEST_S,
-        description="a round asks twice as many devices after so long; default: a tenth of the lease, or retry_max_s",
+        description="a round asks twice as many devices after so long; default: within which three quarters of them "
+        "come again, at most an hour, at least retry_max_s and a tenth of the lease",
     )
 
 

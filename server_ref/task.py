@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,16 @@ _IDENTITY = frozenset(
         "secure",
     }
 )
+
+
+def _settings(config: TaskConfig) -> dict[str, Any]:
+    """Those of the identity. A task of an earlier release stays the same one: what is new and off is not there."""
+    found = {name: settings for name, settings in config.model_dump(mode="json").items() if name in _IDENTITY}
+    # As leases and retries.
+    del found["selection"]["patience_s"]
+    if not config.plan.adaptive:
+        del found["plan"]["adaptive"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -196,7 +207,7 @@ def load_task(config: TaskConfig) -> Task:
     identity = {
         "manifest": manifest_sha256,
         "kind": UpdateKind.DELTA.value,
-        **{name: settings for name, settings in config.model_dump(mode="json").items() if name in _IDENTITY},
+        **_settings(config),
         # Two spellings of one compression are one task.
         "compression": None if compression is None else str(compression),
         # Where the noise is given, more rounds are another claim. (Where epsilon is, the ledger keeps it.)

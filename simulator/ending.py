@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from client_sdk.protocol.training import TrainingPlan
 from server_ref.evaluation import Evaluation
 from server_ref.selection import jain_index
 from simulator.config import SimulationConfig
+from simulator.days import days_of
 from simulator.errors import FleetCannotTrain
 from simulator.monitor import RunMonitor, participation, slow_share
+from simulator.population import examples_trained
 from simulator.prepare import Fleet
 from simulator.results import DatasetFacts, PrivacyResult, SecrecyResult, SimulationResults, versions
 from simulator.sessions import Session
@@ -33,6 +36,7 @@ class Ending:
         pipeline: Slot -> what happens to updates there.
         privacy: What is claimed, and spent; None for nothing.
         secrecy: How updates were shared; None if they were not.
+        plans: What each device trained; None where a foreign server decided.
     """
 
     finished: bool
@@ -46,6 +50,7 @@ class Ending:
     pipeline: dict[str, str]
     privacy: PrivacyClaim | None = None
     secrecy: Secrecy | None = None
+    plans: Sequence[TrainingPlan] | None = None
 
 
 def played(run: Callable[[], bool]) -> tuple[bool, str | None]:
@@ -82,6 +87,9 @@ def results_of(
     standing = monitor.standing()
     seconds = sum(r.seconds for r in rounds) + (0.0 if ending.finished else monitor.open_round_s)
     evaluation, dataset = ending.evaluation, fleet.dataset
+    examples = None
+    if ending.plans is not None:
+        examples = [examples_trained(plan, n) for plan, n in zip(ending.plans, fleet.num_samples, strict=True)]
     return SimulationResults(
         status="completed" if ending.finished else "interrupted",
         final_accuracy=None if evaluation is None else evaluation.accuracy,
@@ -93,7 +101,8 @@ def results_of(
         privacy=None if ending.privacy is None else PrivacyResult(**ending.privacy.model_dump()),
         secrecy=_secrecy(config, ending.secrecy),
         rounds=rounds,
-        tiers=monitor.tier_results(fleet.population, ending.counted),
+        tiers=monitor.tier_results(fleet.population, ending.counted, examples),
+        days=days_of(fleet.population, monitor.sessions),
         refusals=monitor.refusals(ending.counted),
         jain_index=jain_index(times),
         slow_share=slow_share(fleet.population, times),

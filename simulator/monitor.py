@@ -270,11 +270,23 @@ class RunMonitor:
         reports = [0] * self._first + [committed.reports for _, committed in sorted(self._known.items())]
         return counted_sessions(self.sessions, reports, tolerance)
 
-    def tier_results(self, population: Population, counted: Sequence[Sequence[Session]]) -> tuple[TierResult, ...]:
-        """What became of all sessions, tier by tier."""
+    def tier_results(
+        self, population: Population, counted: Sequence[Sequence[Session]], examples: Sequence[int] | None = None
+    ) -> tuple[TierResult, ...]:
+        """What became of all sessions, tier by tier.
+
+        Args:
+            population: The devices.
+            counted: The sessions that each round counted.
+            examples: Device -> examples that a session of it trains; None where nobody here knows.
+        """
         devices = Counter(population.tier(d) for d in range(population.devices))
         kinds: dict[DeviceTier, Counter[str]] = {tier: Counter() for tier in DeviceTier}
         in_a_model = {id(s) for sessions in counted for s in sessions}
+        trained = Counter[DeviceTier]()
+        if examples is not None:
+            for session in (s for sessions in counted for s in sessions):
+                trained[population.tier(session.device)] += examples[session.device]
         for session in self.sessions:
             kinds[population.tier(session.device)][_kind(session, id(session) in in_a_model)] += 1
         return tuple(
@@ -286,6 +298,7 @@ class RunMonitor:
                 dropped=kinds[tier]["dropped"],
                 refused=kinds[tier]["refused"],
                 unfinished=kinds[tier]["unfinished"],
+                examples=None if examples is None else trained[tier],
             )
             for tier in DeviceTier
         )

@@ -25,6 +25,12 @@ _NORMAL = NormalDist()
 _TICKS_PER_S: Final = 1000
 
 
+def examples_trained(plan: TrainingPlan, num_samples: int) -> int:
+    """Examples that a session of such training takes in, each as often as it is seen."""
+    examples = num_samples * plan.local_epochs
+    return examples if plan.max_steps is None else min(examples, plan.max_steps * plan.batch_size)
+
+
 @dataclass(frozen=True)
 class Workload:
     """What one session costs, apart from the device.
@@ -162,9 +168,7 @@ class Population:
         # Devices of a kind differ among themselves, each by a fixed factor.
         speed = math.exp(kind.speed_spread * self.normal("speed", device))
         slower = (self.slowdown if device in self.slow_devices else 1.0) / speed
-        examples = num_samples * work.plan.local_epochs
-        if work.plan.max_steps is not None:
-            examples = min(examples, work.plan.max_steps * work.plan.batch_size)
+        examples = examples_trained(work.plan, num_samples)
         up = 8 * work.bytes_up / (kind.upload_mbit * 1e6)
         down = 8 * work.bytes_down / (kind.download_mbit * 1e6)
         return Phases(

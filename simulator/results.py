@@ -95,6 +95,28 @@ class TierResult(_Frozen):
     dropped: Count = Field(description="sessions that never reported")
     refused: Count = Field(description="reports refused for what was in them, and trainings that failed")
     unfinished: Count = Field(description="sessions that were under way when the run ended")
+    examples: Count | None = Field(
+        description="that its counted sessions trained, in all their epochs; null: a foreign server's plan decided"
+    )
+
+
+PerHour = Annotated[tuple[Fraction, ...], Field(min_length=24, max_length=24)]
+
+
+class DaysResult(_Frozen):
+    """What the devices' days did to the run.
+
+    Shares are of looks at devices in each hour of the first day, UTC. Sessions are all that were given out, played to
+    their end also where that lies beyond the end of the run; reasons are ``PauseReason``'s and those of ``traces``.
+    """
+
+    devices: int = Field(ge=1, description="that were looked at, evenly picked")
+    may_start: PerHour = Field(description="share that may start a session")
+    kept_away: dict[str, PerHour] = Field(description="reason -> share that may not, the commonest first")
+    paused: Count = Field(description="sessions that stood still at least once")
+    resumed: Count = Field(description="those of them that were taken up again and came to their end in time")
+    pauses: dict[str, Count] = Field(description="reason -> how often a session stood still, the commonest first")
+    lost: dict[str, Count] = Field(description="reason -> sessions that never reported, the commonest first")
 
 
 class DatasetFacts(_Frozen):
@@ -113,7 +135,7 @@ class SimulationResults(_Frozen):
     ``final_accuracy`` is on the test split, which is read once, after the last round; null in an interrupted run.
     """
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     status: Literal["completed", "interrupted"]
     final_accuracy: Fraction | None
     final_loss: Loss | None
@@ -125,6 +147,7 @@ class SimulationResults(_Frozen):
     secrecy: SecrecyResult | None = Field(description="secret sharing; null: the server saw every update")
     rounds: tuple[RoundResult, ...]
     tiers: tuple[TierResult, ...]
+    days: DaysResult | None = Field(description="availability, pauses, losses; null: profiles without a day")
     refusals: dict[str, Count] = Field(description="why reports are in no model: problem type -> sessions")
     jain_index: Fraction = Field(description="fairness of how often each device counted: 1 equally often, 1/n one only")
     slow_share: NonNegative | None = Field(

@@ -213,6 +213,7 @@ class _Attempt:
             try:
                 finished, stuck = played(fleet.run)
                 ending = self._end(view, monitor, prepared.bundle.path, finished=finished, stuck=stuck)
+                ending = replace(ending, plans=prepared.plans)
             except PocketfedError:
                 # The cause, where the server is gone; else the error itself.
                 server.check()

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -36,7 +36,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What to send; ``cut`` closes the connection after so many bytes of the body.
+    """What to send; ``cut`` closes the connection after so many bytes of the body, ``pieces`` are sent one by one.
 
     ``signed`` as the server's reply to the request, if that was signed; what the headers say already comes first.
     """
@@ -45,6 +45,7 @@ class Answer:
     body: bytes = b"{}"
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
+    pieces: Iterable[bytes] = ()
     length: int | None = None
     signed: bool = True
 
@@ -96,6 +97,7 @@ class Server:
                 self.end_headers()
                 body = answer.body if answer.cut is None else answer.body[: answer.cut]
                 with contextlib.suppress(ConnectionError):
+                    self.wfile.writelines(answer.pieces)
                     for at in range(0, len(body), 1 << 16):
                         part = body[at : at + (1 << 16)]
                         self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)

@@ -20,7 +20,7 @@ NEVER: Final = -(10**6)
 """An hour, day or round before all others."""
 
 REMEMBERED_DAYS: Final = 7
-"""A device is expected at an hour of the day if it came at that hour within so many days."""
+"""A device is expected at an hour of the day if it came then within so many days and has not stayed away since."""
 
 HOURS: Final = 24
 SECONDS_PER_HOUR: Final = 3600
@@ -40,10 +40,14 @@ _FIELDS: Final = np.dtype(
         ("seen_round", np.int64),
         ("former_hour", np.int64),
         ("former_day", np.int64),
+        ("came_s", np.float64),
+        ("interval_s", np.float64),
+        ("former_interval_s", np.float64),
         ("days", np.int32, (HOURS,)),
     ]
 )
-SCALARS: Final = tuple(name for name in _FIELDS.names or () if name not in {"days", "latency_s"})
+REALS: Final = ("latency_s", "came_s", "interval_s", "former_interval_s")
+SCALARS: Final = tuple(name for name in _FIELDS.names or () if name not in {"days", *REALS})
 
 
 class DeviceHistory:
@@ -59,6 +63,9 @@ class DeviceHistory:
         tier, stratum: Codes of what it said when it first came; a device cannot move to where there is room.
         seen_hour, seen_round: The latest hour (since the epoch) in which it came, and in which round it first did then.
         former_hour, former_day: ``seen_hour``, and that hour of the day in ``days``, before that.
+        came_s: When it came first in ``seen_hour``, until it comes again; then NaN.
+        interval_s: How long it took to come again, an hour at most, measured once an hour; NaN: it never did.
+        former_interval_s: That before ``seen_hour``.
         days: For each hour of the day (UTC) the last day on which it came then.
     """
 
@@ -104,21 +111,37 @@ class DeviceHistory:
     def expected(self, round_id: int, hour: int) -> npt.NDArray[np.bool_]:
         """Who may come in this hour, by what was known before the round, or else before the hour; bool[n].
 
-        Whoever came in the last hour or in this one, or at this hour of the day within a week.
+        Whoever came in the last hour or in this one, or at this hour of the day within a week and has since come at
+        each hour at which it was expected: who was uninstalled is expected for an hour or two, not for a week.
         """
         rows = self.rows
         now = (rows["seen_hour"] == hour) & (rows["seen_round"] == round_id)
         last = np.where(now, rows["former_hour"], rows["seen_hour"])
         day = np.where(now, rows["former_day"], rows["days"][:, hour % HOURS])
-        found: npt.NDArray[np.bool_] = (last >= hour - 1) | (day >= hour // HOURS - REMEMBERED_DAYS)
+        found: npt.NDArray[np.bool_] = (last >= hour - HOURS) & (day >= hour // HOURS - REMEMBERED_DAYS)
+        for missed in range(hour - HOURS + 1, hour):
+            habit = rows["days"][:, missed % HOURS] >= missed // HOURS - REMEMBERED_DAYS
+            found &= (last >= missed) | ~habit
+        found |= last >= hour - 1
         return found
+
+    def interval_s(self, which: npt.NDArray[np.int64], hour: int) -> float:
+        """Within which time three quarters of these devices come again, by what was known before the hour; 0: unknown.
+
+        A quarter of them can neither shorten nor stretch it at will.
+        """
+        rows = self.rows[which]
+        intervals = np.where(rows["seen_hour"] == hour, rows["former_interval_s"], rows["interval_s"])
+        known = intervals[np.isfinite(intervals)]
+        return float(np.quantile(known, 0.75, method="higher")) if len(known) else 0.0
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
     def offered(
-        self, device_id: str, *, round_id: int, hour: int, joined_turns: int, tier: int, stratum: int
+        self, device_id: str, *, round_id: int, now: float, joined_turns: int, tier: int, stratum: int
     ) -> npt.NDArray[np.void]:
-        """A device offers itself. Changes its row at most once an hour; returns it."""
+        """A device offers itself. Changes its row at most twice an hour; returns it."""
+        hour = int(now // SECONDS_PER_HOUR)
         index = self._index.get(device_id)
         if index is None:
             index = self._add(device_id)
@@ -126,7 +149,12 @@ class DeviceHistory:
             row["joined_turns"], row["tier"], row["stratum"] = joined_turns, tier, stratum
             self._changed.add(index)
         row = self._rows[index]
+        came_s, interval_s = float(row["came_s"]), float(row["interval_s"])
+        if np.isfinite(came_s) and row["seen_hour"] <= hour:
+            row["interval_s"], row["came_s"] = min(max(0.0, now - came_s), SECONDS_PER_HOUR), np.nan
+            self._changed.add(index)
         if row["seen_hour"] < hour:
+            row["came_s"], row["former_interval_s"] = now, interval_s
             row["former_hour"], row["former_day"] = row["seen_hour"], row["days"][hour % HOURS]
             row["seen_hour"], row["seen_round"] = hour, round_id
             row["days"][hour % HOURS] = hour // HOURS
@@ -176,18 +204,18 @@ class DeviceHistory:
             target = history._rows[history._add(values["device_id"])]
             for name in SCALARS:
                 target[name] = values[name]
-            target["latency_s"] = np.nan if values["latency_s"] is None else values["latency_s"]
+            for name in REALS:
+                target[name] = np.nan if values[name] is None else values[name]
             target["days"] = np.frombuffer(values["days"], "<i4")
         history._saved = len(history)
         return history
 
     def _stored(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        latency = float(row["latency_s"])
         return {
             "device_id": self._ids[index],
             **{name: int(row[name]) for name in SCALARS},
-            "latency_s": None if np.isnan(latency) else latency,
+            **{name: None if np.isnan(row[name]) else float(row[name]) for name in REALS},
             "days": row["days"].astype("<i4").tobytes(),
         }
 
@@ -199,7 +227,8 @@ class DeviceHistory:
         for name in ("given_in", "counted_in", "seen_hour", "seen_round", "former_hour", "former_day"):
             row[name] = NEVER
         row["days"] = NEVER
-        row["latency_s"] = np.nan
+        for name in REALS:
+            row[name] = np.nan
         self._ids.append(device_id)
         self._index[device_id] = index
         return index

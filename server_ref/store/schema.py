@@ -118,7 +118,7 @@ journal = Table(
 )
 
 # What selection remembers of each device (``server_ref.selection.history``): one row a device, written with the
-# assignments that change it, and once an hour at most for the hours at which it comes.
+# assignments that change it, and twice an hour at most for the hours at which it comes.
 device_history = Table(
     "device_history",
     metadata,
@@ -136,5 +136,8 @@ device_history = Table(
     Column("former_hour", BigInteger, nullable=False),
     Column("former_day", BigInteger, nullable=False),
     Column("latency_s", Float),
+    Column("came_s", Float),
+    Column("interval_s", Float),
+    Column("former_interval_s", Float),
     Column("days", LargeBinary(96), nullable=False),
 )

@@ -111,6 +111,7 @@ class CohortSetting:
             halted=server.halted or stuck,
             pipeline={slot.value: stage.title for slot, stage in task.pipeline.stages.items()},
             privacy=None if claimed is None else PrivacyClaim.model_validate(claimed),
+            plans=self.plans,
         )
 
     def _device_ids(self) -> Callable[[int], str]:

@@ -70,6 +70,9 @@ FREE = {
     "--overselect": floats(1, 5),
     "--refill-at": ints(1, 10),
     "--dropout": floats(0, 1, exclude_max=True),
+    "--skew": one_of("rotation:30", "slant:12.5,blur:0.5", "brightness:0.1,contrast:1,noise:0.05"),
+    "--lease": floats(1e-3, 7 * 86400),
+    "--work-scale": floats(1e-9, 1e9),
     "--stragglers": floats(0, 1, exclude_max=True),
     "--slowdown": floats(1, 1000),
     "--epochs": ints(1, 1000),
@@ -93,7 +96,10 @@ FREE = {
     "--selection-floor": floats(1e-9, 1),
 }
 STALE = {"--max-staleness": ints(0, 100), "--staleness": weights(), "--tighten": ints(1, 100), "--stale-lr": None}
-LINKED = {"--prox-mu", "--algorithm", "--optimizer", "--server-momentum", "--attack", "--engine", "--server"}
+LINKED = {
+    *("--prox-mu", "--algorithm", "--optimizer", "--server-momentum", "--attack", "--engine", "--server"),
+    *("--profiles", "--local-work"),
+}
 # Of privacy and secrecy; each needs a clip norm beside it.
 NOISE = {
     "--delta": floats(1e-12, 1e-3),
@@ -164,6 +170,8 @@ CHOICES = [
         st.tuples(st.just("--byzantine=0.2"), word("--attack", ATTACKS)),
         st.just(["--engine=cohort"]),
         st.just(["--server=http://127.0.0.1:8470"]),
+        st.tuples(word("--profiles", one_of("steady", "phones"))),
+        st.tuples(word("--profiles", one_of("steady", "phones")), word("--local-work", one_of("planned", "adaptive"))),
         protected(),
         st.just(["--secure=3of5", "--epsilon=1", "--clip-norm=1", "--noise=devices", "--honest-devices=2"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -25,12 +26,15 @@ from client_sdk.errors import (
     CheckpointTruncated,
     CheckpointVersionError,
     IllegalTransition,
+    StateDirUnusable,
 )
+from client_sdk.files import OsFiles
 from client_sdk.memory import RESIDUAL
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.training import TrainingPlan
 from tests.checkpoints import Training, state_bits
 from tests.devices import ToyProgram
+from tests.faults import input_output_error
 
 KEY, OTHER_KEY = bytes(range(32)), bytes(32)
 PLAN = TrainingPlan(local_epochs=2, batch_size=8, learning_rate=0.25)
@@ -261,7 +265,41 @@ def test_keys_are_told_apart_from_damage(tmp_path: Path, half: Checkpoint):
         assert isinstance(problem(path, key), CheckpointKeyError)
         assert message in str(problem(path, key))
         assert CheckpointManager(path.parent, key=key).load(half.binding) is None
-        assert path.exists()
+    assert sealed.exists(), "the key may come back"
+
+
+@pytest.mark.parametrize("use", ["load", "save"])
+def test_once_a_key_is_given_nothing_stays_readable(tmp_path: Path, half: Checkpoint, use: str):
+    """Also of damaged and half-written files; what another key encrypted stays as it is."""
+    other = saved(tmp_path, half, OTHER_KEY)
+    whole = saved(tmp_path, half)
+    data = whole.read_bytes()
+    (tmp_path / "000000000007.ckpt.damaged").write_bytes(data[:300])
+    (tmp_path / ".000000000003.ckpt.tmp").write_bytes(data[:-1])
+    manager = CheckpointManager(tmp_path, key=KEY, keep=3)
+    manager.load(half.binding) if use == "load" else manager.save(half)
+    assert other.exists()
+    left = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert len(left) == (1 if use == "load" else 2)
+    assert not any(half.state.weights.tobytes() in content for content in left)
+
+
+def test_plain_files_that_could_not_be_removed_are_removed_the_next_time(tmp_path: Path, half: Checkpoint, caplog):
+    class ReadOnly(OsFiles):
+        holds = True
+
+        def unlink(self, path: Path) -> None:
+            if self.holds:
+                raise OSError(errno.EROFS, "read-only")
+            super().unlink(path)
+
+    path, files = saved(tmp_path, half), ReadOnly()
+    manager = CheckpointManager(tmp_path, key=KEY, files=files)
+    assert manager.load(half.binding) is None
+    assert "could not be removed" in caplog.text
+    files.holds = False
+    assert manager.load(half.binding) is None
+    assert not path.exists()
 
 
 def test_no_nonce_is_used_twice_and_the_key_is_not_shown(tmp_path: Path, half: Checkpoint):
@@ -344,6 +382,85 @@ def test_a_damaged_generation_is_set_aside_and_the_one_before_serves(tmp_path: P
     assert resumed.result().weights.tobytes() == training.undisturbed()[: 4 * 9]
 
 
+class BadSectors(OsFiles):
+    """Cannot read some files, and renames none while ``renames`` is False."""
+
+    def __init__(self, *names: str, renames: bool = True) -> None:
+        self.bad = names
+        self.renames = renames
+
+    def read(self, path: Path) -> bytes:
+        if path.name in self.bad:
+            raise input_output_error()
+        return super().read(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        if not self.renames:
+            raise input_output_error()
+        super().rename(source, target)
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+def test_a_generation_that_cannot_be_read_costs_time_and_nothing_else(
+    tmp_path: Path, training: Training, key: bytes | None, caplog
+):
+    run, manager = training.begin(), CheckpointManager(tmp_path, key=key)
+    for _ in range(2):
+        run.advance()
+        manager.save(training.checkpoint(run))
+    older, newest = sorted(path.name for path in tmp_path.iterdir())
+    found = CheckpointManager(tmp_path, key=key, files=BadSectors(newest)).load(training.binding)
+    assert found is not None
+    assert found.state.slices_done == 1
+    assert f"{newest} does not serve" in caplog.text
+    nothing = CheckpointManager(tmp_path, key=key, files=BadSectors(newest, older))
+    assert nothing.load(training.binding) is None
+    nothing.save(training.checkpoint(run))
+    assert nothing.load(training.binding) is not None
+
+
+def test_a_damaged_generation_that_cannot_be_set_aside_does_not_hide_the_older(
+    tmp_path: Path, training: Training, half: Checkpoint, caplog
+):
+    manager = CheckpointManager(tmp_path, files=BadSectors(renames=False))
+    saved(tmp_path, half)
+    newest = saved(tmp_path, half)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert manager.load(training.binding) is not None
+    assert "cannot be set aside" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, half: Checkpoint):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StateDirUnusable):
+        CheckpointManager(tmp_path / "file").load(half.binding)
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+def test_trainings_of_two_kinds_do_not_displace_one_another(
+    tmp_path: Path, training: Training, half: Checkpoint, key: bytes | None
+):
+    outer = CheckpointManager(tmp_path / "folder", key=key)
+    inner = outer.within("local")
+    inner.save(half)
+    assert not outer.has_checkpoint()
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (tmp_path / "folder", tmp_path / "folder" / "local")] == [
+        0o700,
+        0o700,
+    ]
+    for _ in range(3):
+        outer.save(half)
+    assert inner.load(training.binding) is not None
+    outer.clear()
+    assert (outer.has_checkpoint(), inner.has_checkpoint()) == (False, True)
+    outer.save(half)
+    inner.clear()
+    assert (outer.has_checkpoint(), inner.has_checkpoint()) == (True, False)
+    for name in ("", "..", "a/b", "/a", "000000000001.ckpt", "Local", "x.damaged"):
+        with pytest.raises(ConfigurationError, match="does not name a folder"):
+            outer.within(name)
+
+
 def test_whatever_happens_the_folder_is_bounded(tmp_path: Path, training: Training, half: Checkpoint):
     manager = CheckpointManager(tmp_path)
     for _ in range(8):
@@ -365,11 +482,17 @@ def test_a_file_under_another_generations_name_is_damaged(tmp_path: Path, half: 
 
 
 def test_a_checkpoint_beyond_the_bound_is_not_written(tmp_path: Path, half: Checkpoint):
-    small = CheckpointManager(tmp_path, max_bytes=1000)
-    with pytest.raises(CheckpointTooLarge, match=r"has 16\d\d bytes; at most 1000"):
+    def no_nonce(_: int) -> bytes:
+        raise AssertionError("it was encrypted to no end")
+
+    small = CheckpointManager(tmp_path, key=KEY, max_bytes=1000, random_bytes=no_nonce)
+    with pytest.raises(CheckpointTooLarge, match=r"has 15\d\d bytes; at most 1000"):
         small.save(half)
     assert not small.has_checkpoint()
-    saved(tmp_path, half)
+    largest = saved(tmp_path, half, KEY).stat().st_size
+    CheckpointManager(tmp_path, key=KEY, max_bytes=largest).save(half)
+    with pytest.raises(CheckpointTooLarge):
+        CheckpointManager(tmp_path, key=KEY, max_bytes=largest - 1).save(half)
     assert small.load(half.binding) is None
     assert small.has_checkpoint(), "an app with a larger bound may come back"
     with pytest.raises(ConfigurationError, match="keep"):

@@ -23,7 +23,7 @@ from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
 from simulator.cli import given_settings
 from simulator.config import SimulationConfig
 from simulator.profiles import read_profiles
-from simulator.results import PrivacyResult, RoundResult, SecrecyResult, SimulationResults, TierResult
+from simulator.results import DaysResult, PrivacyResult, RoundResult, SecrecyResult, SimulationResults, TierResult
 from tests.devices import make_assignment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +121,7 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 FLAGS = {flag for name in COMMANDS for flag in flags_of(parser_of(name))} | {"--version"}
-OTHERS = {"--index-url", "--errors", "--check"}  # pip's, and the benchmarks'
+OTHERS = {"--index-url", "--errors", "--check", "--verification"}  # pip's, the benchmarks', the fuzzer's
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -140,6 +140,7 @@ def test_every_flag_named_in_the_text_exists(path: Path):
         ("| field | holds |", SimulationResults),
         ("| field of a round | holds |", RoundResult),
         ("| field of a tier | holds |", TierResult),
+        ("| field of `days` | holds |", DaysResult),
         ("| field of `privacy` | holds |", PrivacyResult),
         ("| field of `secrecy` | holds |", SecrecyResult),
     ],

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_sdk.footprint import BASELINE_BYTES, MIB, MemoryEstimate, MemoryItem, estimate_memory
-from client_sdk.memory_budget import MemoryBudget, device_memory_mib, peak_resident_bytes, resident_bytes
+from client_sdk.memory_budget import MemoryBudget, PeakSince, device_memory_mib, peak_resident_bytes, resident_bytes
 from client_sdk.planner import MEMORY_FRACTION, LocalWork, optimal_batch_size, plan_work
 from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded, UnknownMethod
 from client_sdk.protocol.messages import SecurePlan
@@ -254,8 +254,25 @@ def test_it_measures_this_process():
     assert peak_resident_bytes() >= peak - MIB, "a peak does not fall"
     assert resident_bytes() < peak - 32 * MIB
     MemoryBudget(10**12).check()
+    MemoryBudget(peak - 16 * MIB).check()  # that the process was larger before is not the training's doing
+    budget = MemoryBudget(peak - 16 * MIB)
+    block = bytearray(peak - resident_bytes() + 32 * MIB)
+    block[::4096] = b"x" * len(block[::4096])
     with pytest.raises(MemoryBudgetExceeded):
-        MemoryBudget(peak - 8 * MIB).check()
+        budget.check()
+    del block
+    with pytest.raises(MemoryBudgetExceeded):
+        budget.check()  # a budget that was exceeded stays so
+
+
+def test_what_was_held_before_the_budget_began_does_not_count():
+    peak, resident = 300, 50
+    held = PeakSince(peak=lambda: peak, resident=lambda: resident)
+    assert held() == 50
+    resident = 250
+    assert held() == 250, "below the old peak, what is held counts"
+    peak, resident = 310, 60
+    assert held() == 310, "a new peak counts, also once it is over"
 
 
 @pytest.mark.parametrize("text", [None, "", "VmHWM:\n", "VmHWM: many kB\n", "VmHWM: 5 pages\n", "\xff\n"])

@@ -86,6 +86,15 @@ def test_sessions_are_told_apart_by_tier(monitor):
     rows = monitor.tier_results(population, monitor.counted(lambda _version: 0))
     total = {kind: sum(getattr(row, kind) for row in rows) for kind in ("counted", "late", "dropped", "refused")}
     assert total == {"counted": 3, "late": 2, "dropped": 1, "refused": 1}
+    assert {row.examples for row in rows} == {None}
+
+
+def test_the_work_of_a_tier_is_what_its_counted_sessions_trained(monitor):
+    population = Population(1, 10)
+    rows = monitor.tier_results(population, monitor.counted(lambda _version: 0), examples=[10**d for d in range(10)])
+    # Device 5 counted twice, device 6 once; what came late or never was work for nothing.
+    assert sum(row.examples for row in rows) == 2 * 10**5 + 10**6
+    assert {row.tier for row in rows if row.examples} == {population.tier(5), population.tier(6)}
 
 
 def test_slow_devices_are_the_stragglers_or_else_the_lowest_tier(monitor):

@@ -38,6 +38,11 @@ def round_result(number, **changes):
     return RoundResult(**{**values, **changes})
 
 
+def tier_result(tier, **changes):
+    values = dict.fromkeys(("devices", "counted", "late", "dropped", "refused", "unfinished", "examples"), 0)
+    return TierResult(tier=tier, **{**values, **changes})
+
+
 def results(rounds=3, **changes):
     values = {
         "status": "completed", "final_accuracy": 0.8765, "final_loss": 0.4, "model_sha256": HASH, "halted": None,
@@ -45,10 +50,11 @@ def results(rounds=3, **changes):
         "privacy": None, "secrecy": None,
         "rounds": tuple(round_result(n) for n in range(1, rounds + 1)),
         "tiers": (
-            TierResult(tier=DeviceTier.HIGH_END, devices=1, counted=4, late=0, dropped=1, refused=0, unfinished=0),
-            TierResult(tier=DeviceTier.MID_RANGE, devices=2, counted=2, late=1, dropped=0, refused=0, unfinished=0),
-            TierResult(tier=DeviceTier.LOW_END, devices=1, counted=0, late=2, dropped=0, refused=0, unfinished=1),
+            tier_result(DeviceTier.HIGH_END, devices=1, counted=4, dropped=1, examples=48),
+            tier_result(DeviceTier.MID_RANGE, devices=2, counted=2, late=1, examples=16),
+            tier_result(DeviceTier.LOW_END, devices=1, late=2, unfinished=1),
         ),
+        "days": None,
         "refusals": {"stale-report": 3}, "jain_index": 0.75, "slow_share": 0.0,
         "sessions": 9, "seconds": 0.75, "clients_per_second": 12.0, "bytes_up": 12000, "bytes_down": 15000,
         "virtual_seconds": 30.0, "config": CONFIG, "server": "embedded", "runtime": "native", "workers": 2,

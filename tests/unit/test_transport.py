@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -404,6 +404,75 @@ def test_resuming_is_bounded_and_the_next_call_goes_on(server: Server, transport
     fetch(transport, into)
     assert into == BLOB
     assert server.requests[-1].headers["range"] == "bytes=60000-"
+
+
+DRIPPED = bytes(range(256)) * 256
+
+
+class Drip:
+    """A blob that comes piece by piece, and a clock by which each takes its time.
+
+    A piece is sent when the device has looked at the clock after the one before. So both are in step, and nobody waits.
+    """
+
+    def __init__(self, size: int, seconds: Callable[[int], float]) -> None:
+        self.size, self.seconds = size, seconds
+        self.now, self.over = 0.0, False
+        self.looked: list[threading.Semaphore] = []
+
+    def monotonic(self) -> float:
+        now = self.now
+        self.looked[-1].release()
+        return now
+
+    def pieces(self, begin: int, looked: threading.Semaphore) -> Iterator[bytes]:
+        for at in range(begin, len(DRIPPED), self.size):
+            looked.acquire()
+            if self.over or looked is not self.looked[-1]:
+                return
+            self.now += self.seconds(at)
+            yield DRIPPED[at : at + self.size]
+
+    def answer(self, request: Request) -> Answer:
+        begin, size = int(request.headers.get("range", "bytes=0-")[6:-1]), len(DRIPPED)
+        self.looked.append(threading.Semaphore(0))
+        return Answer(
+            206 if begin else 200,
+            b"",
+            {"content-range": f"bytes {begin}-{size - 1}/{size}"} if begin else {},
+            pieces=self.pieces(begin, self.looked[-1]),
+            length=size - begin,
+        )
+
+    def fetch(self, server: Server, into: bytearray) -> None:
+        server.answer = self.answer
+        try:
+            with HttpTransport(server.url, IDENTITY, monotonic=self.monotonic) as transport:
+                transport.fetch(sha(DRIPPED), into, max_bytes=len(DRIPPED))
+        finally:
+            self.over = True
+            for looked in self.looked:
+                looked.release()
+
+
+@pytest.mark.parametrize("fast", [0, 32 * 1024])
+def test_a_blob_that_only_drips_is_left_and_what_arrived_is_kept(server: Server, fast: int):
+    """Each piece within the time of a read would hold a device for days; having been fast before buys no time."""
+    drip, into = Drip(256, lambda at: 50.0 * (at >= fast)), bytearray()
+    with pytest.raises(TransportUnavailable, match="drips"):
+        drip.fetch(server, into)
+    assert fast < len(into) <= fast + 6 * 2 * 256
+    assert into == DRIPPED[: len(into)]
+    assert drip.now <= 6 * 3 * 50, "asked again a few times, and left each time within minutes"
+    Drip(4096, lambda _: 1.0).fetch(server, into)
+    assert into == DRIPPED
+
+
+def test_a_slow_network_with_stalls_is_not_taken_for_one_that_drips(server: Server):
+    into = bytearray()
+    Drip(1024, lambda at: 55.0 if at == 16 * 1024 else 0.95).fetch(server, into)
+    assert into == DRIPPED
+    assert len(server.requests) == 1
 
 
 def test_no_progress_is_not_tried_again_at_once(server: Server, transport: HttpTransport):

@@ -20,7 +20,7 @@ def upgrade() -> None:
         "device_history",
         sa.Column("device_id", sa.String(32), sa.ForeignKey("devices.device_id"), primary_key=True),
         *(sa.Column(name, sa.BigInteger, nullable=False) for name in (*_COUNTS, *_SINCE_ROUNDS)),
-        sa.Column("latency_s", sa.Float),
+        *(sa.Column(name, sa.Float) for name in ("latency_s", "came_s", "interval_s", "former_interval_s")),
         sa.Column("days", sa.LargeBinary(96), nullable=False),
     )
     # A task that began before goes on with what its assignments say; the hours are learned anew.
