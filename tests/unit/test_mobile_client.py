@@ -16,7 +16,14 @@ import pytest
 from client_sdk import MobileClient, events
 from client_sdk.checkpoint import CheckpointManager
 from client_sdk.conditions import Conditions, Network
-from client_sdk.errors import BundleMismatch, IllegalTransition, Interrupted, StateDirUnusable, TransportUnavailable
+from client_sdk.errors import (
+    BundleMismatch,
+    IllegalTransition,
+    Interrupted,
+    StateDirUnusable,
+    TrainingPaused,
+    TransportUnavailable,
+)
 from client_sdk.executor import MAX_MANIFEST_BYTES
 from client_sdk.files import OS_FILES
 from client_sdk.identity import DeviceIdentity
@@ -315,7 +322,7 @@ def test_a_stop_during_a_wait_ends_the_run(world: World, monkeypatch):
 
 
 def test_conditions_hold_a_device_back(world: World):
-    reasons = iter(["battery is low", "no wifi", None, None])
+    reasons = itertools.chain(["battery is low", "no wifi"], itertools.repeat(None))
     world.client(conditions=lambda: next(reasons)).run()
     waiting = [e.reason for e in world.events if isinstance(e, events.Waiting)]
     assert waiting == ["battery is low", "no wifi"]
@@ -395,10 +402,11 @@ def test_a_metered_network_holds_back_downloads_and_uploads_but_a_low_battery_no
     reply = client.check_in()
     assert isinstance(reply, Assigned)
     weather.now = Conditions(battery_level=0.5, network=Network.METERED)
-    # Once trained, the battery is low and the network metered: the one holds back, the other does not.
-    weather.after = {}
-    client.perform(reply.assignment)
+    with pytest.raises(TrainingPaused, match="metered"):
+        client.perform(reply.assignment)
     assert [(e.step, e.reason) for e in world.events if isinstance(e, events.Paused)] == [("download", "network")]
+    weather.now = Conditions(battery_level=0.5, network=Network.UNMETERED)
+    client.perform(reply.assignment)
     world.events.clear()
     world.server.work = 2
     reply = client.check_in()
@@ -406,7 +414,8 @@ def test_a_metered_network_holds_back_downloads_and_uploads_but_a_low_battery_no
     runs = world.program.runs
     training = World()
     training.client().run()
-    weather.after = {runs + training.program.runs: Conditions(battery_level=0.15, network=Network.METERED)}
+    # Once it is trained, the battery is low: that alone holds no report back.
+    weather.after = {runs + training.program.runs: Conditions(battery_level=0.15, network=Network.UNMETERED)}
     client.perform(reply.assignment)
     assert [(e.step, e.reason) for e in world.events if isinstance(e, events.Paused)] == []
 
@@ -418,7 +427,7 @@ def test_a_slice_of_time_ends_at_its_budget_and_the_next_one_goes_on(kept: World
     elapsed = itertools.count()  # a second passes whenever the clock is looked at
     summaries = []
     for _ in range(100):
-        summaries.append(world.client(monotonic=lambda: float(next(elapsed))).run_for(12))
+        summaries.append(world.client(monotonic=lambda: float(next(elapsed))).run_for(6))
         if summaries[-1].cause != "out-of-time":
             break
     assert [s.cause for s in summaries[:-1]] == ["out-of-time"] * (len(summaries) - 1)
