@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from client_sdk.atomic import write_atomically
 from client_sdk.protocol.profile import DeviceTier
-from simulator import figures, report_aggregation, report_privacy, tally
+from simulator import figures, report_aggregation, report_days, report_privacy, tally
 from simulator.command import command_of
 from simulator.config import SimulationConfig, flat
 from simulator.folder import REPORT_FILE
@@ -96,6 +96,7 @@ def write_report(
             "high",
         )
     )
+    report_days.section(page, results)
     _tables(page, results)
     path = folder / REPORT_FILE
     write_atomically(path, page.render(f"pocketfed: {_title(results)}", get_plotlyjs()).encode(), mode=0o644)
