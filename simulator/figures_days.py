@@ -22,15 +22,15 @@ REASON_NAMES: Final = {
     "vanished": "vanished for good",
     "too-slow": "too slow for its lease",
 }
-_REASON_COLOURS: Final = ("c2", "c4", "c5", "c3", "muted")
+_REASON_COLOURS: Final = ("c2", "c4", "c5", "c1", "muted")
 _MAY_START: Final = "may start"
 
 
 def availability(days: DaysResult) -> Figure:
     """For each hour the shares of devices that may start, and that may not, by reason; stacked to all."""
-    shown = [(_MAY_START, "c1", days.may_start)]
+    shown = [(_MAY_START, "c3", days.may_start)]
     for index, (reason, shares) in enumerate(days.kept_away.items()):
-        shown.append((REASON_NAMES.get(reason, reason), _REASON_COLOURS[min(index, 4)], shares))
+        shown.append((REASON_NAMES.get(reason, reason), _REASON_COLOURS[min(index, len(_REASON_COLOURS) - 1)], shares))
     return {
         "data": [
             {

@@ -145,10 +145,11 @@ def _tier_words(results: SimulationResults) -> str:
 def _timeline_words(results: SimulationResults, every: int) -> str:
     if results.virtual_seconds is None:
         return "Each bar is the time in which a round's buffer was open, on the server's own clock."
+    unit = "minutes:seconds" if results.virtual_seconds < 3599.5 else "hours:minutes:seconds"
     words = (
         "Each bar is the time in which a round's buffer was open; each mark is a report at its arrival. Time is "
         "simulated: it follows from the seed and the devices' profiles. "
-        f"All rounds together took {human_time(results.virtual_seconds)} (minutes:seconds) of it."
+        f"All rounds together took {human_time(results.virtual_seconds)} ({unit}) of it."
     )
     return words if every == 1 else f"{words} One report in {every} is drawn."
 
