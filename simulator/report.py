@@ -174,7 +174,7 @@ def _head(page: Page, results: SimulationResults) -> None:
         ("received by devices", human_bytes(results.bytes_down), "models and programs", ""),
         ("time of the rounds", human_time(results.seconds), f"{results.clients_per_second:.0f} sessions/s", ""),
     ]
-    cards += report_privacy.cards(results)
+    cards += report_days.cards(results) + report_privacy.cards(results)
     saved = tally.saving(results)
     if saved is not None:
         note = f"{human_bytes(saved.sent)} instead of {human_bytes(saved.dense)}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from simulator import figures_days as figures
 from simulator.figures import TIER_NAMES
+from simulator.progress import human_time
 from simulator.report_page import Page
 from simulator.results import DaysResult, SimulationResults
 
@@ -27,6 +28,13 @@ def section(page: Page, results: SimulationResults) -> None:
     page.row(*shown)
 
 
+def cards(results: SimulationResults) -> list[tuple[str, str, str, str]]:
+    """The headline figure: how much of their days the run took."""
+    if results.days is None or results.virtual_seconds is None:
+        return []
+    return [("virtual time", human_time(results.virtual_seconds), "from midnight on", "")]
+
+
 def reasons(counts: Mapping[str, int]) -> str:
     """Counts by reason in words, the commonest first."""
     return ", ".join(f"{figures.REASON_NAMES.get(reason, reason)} {n}" for reason, n in counts.items())
@@ -36,8 +44,8 @@ def _hours_words(days: DaysResult) -> str:
     best, worst = (pick(range(24), key=days.may_start.__getitem__) for pick in (max, min))
     of = f"the {days.devices} devices looked at" if days.devices > 1 else "the one device"
     return (
-        f"Of {of}, most may start between {best}:00 and {best + 1}:00 ({100 * days.may_start[best]:.0f} %), fewest "
-        f"between {worst}:00 and {worst + 1}:00 ({100 * days.may_start[worst]:.0f} %). Drawn is the first day of "
+        f"Of {of}, most may start between {best}:00 and {best + 1}:00 ({_percent(days.may_start[best])}), fewest "
+        f"between {worst}:00 and {worst + 1}:00 ({_percent(days.may_start[worst])}). Drawn is the first day of "
         "virtual time, which begins at midnight; one that several reasons keep away counts under one of them."
     )
 
@@ -57,8 +65,13 @@ def _work_words(results: SimulationResults) -> str:
     examples = sum(row.examples or 0 for row in results.tiers)
     devices = results.config.devices
     told = "; ".join(
-        f"{TIER_NAMES[row.tier]}: {100 * row.devices / devices:.0f} % of the devices, "
-        f"{100 * (row.examples or 0) / max(1, examples):.0f} % of the examples trained"
+        f"{TIER_NAMES[row.tier]}: {_percent(row.devices / devices)} of the devices, "
+        f"{_percent((row.examples or 0) / max(1, examples))} of the examples trained"
         for row in results.tiers
     )
     return f"{told}. Examples are those of reports in a model, in all their epochs: {examples:,}."
+
+
+def _percent(share: float) -> str:
+    # The figure stays with its sign at the end of a line.
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"

@@ -157,6 +157,9 @@ def test_devices_that_pause_at_their_training_go_on_from_a_checkpoint_to_the_mod
     cohort = simulate(as_cohort(devices), tmp_path / "cohort")
     assert len(resumed) > len(set(resumed)) > 0, "some more than once"
     assert facts_of(cohort) == facts_of(devices)
+    assert cohort.days == devices.days
+    assert devices.days.resumed > 0
+    assert [row.examples for row in cohort.tiers] == [row.examples for row in devices.tiers]
     assert [r.loss for r in cohort.rounds] == pytest.approx([r.loss for r in devices.rounds], rel=1e-3)
 
 

@@ -108,11 +108,13 @@ def test_a_report_without_days_has_no_section_of_them(tmp_path):
     text = report(tmp_path, results())
     assert not {"availability", "disturbances", "work"} & set(drawn(text))
     assert "The devices' day" not in words_of(text)
+    assert "from midnight on" not in words_of(text)
 
 
 def test_a_day_is_drawn_and_told(tmp_path):
     text = report(tmp_path, results(days=days()))
     words = words_of(text)
+    assert "virtual time 0:30 from midnight on" in words
     assert "most may start between 0:00 and 1:00 (90 %), fewest between 6:00 and 7:00 (20 %)" in words
     assert "7 sessions stood still, 9 times in all; 4 of them were taken up again" in words
     assert "5 sessions never reported: vanished for good 3, in use 2." in words
