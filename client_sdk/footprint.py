@@ -20,11 +20,14 @@ MIB: Final = 2**20
 
 BASELINE_BYTES: Final[Mapping[str, int]] = {"native": 80 * MIB, "pybindings": 300 * MIB}
 """What a ``pocketfed device`` process takes beside what follows from the model, by runtime, rounded up (Linux x86_64):
-interpreter, libraries, network, the runtime's code. The benchmark fails where it has become larger.
+interpreter, libraries, network, the runtime's code. The benchmark fails where it has become larger. The examples, which
+an app may hold in memory, or map, come on top.
 """
 
+_PROCESS: Final = "process"
 _PROGRAM_COPIES = 3  # as downloaded, as read to be hashed, and the runtime's own
 _FLOAT = 4
+_INDEX = 8
 # A codec's working memory: magnitudes, order and the decoded update, by coordinate; and the blocks that it works in.
 _CODEC_BYTES = 24
 _CODEC_BLOCK_BYTES = 4 * MIB
@@ -32,10 +35,17 @@ _CODEC_BLOCK_BYTES = 4 * MIB
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """One use of memory."""
+    """One use of memory.
+
+    Attributes:
+        name: For messages.
+        num_bytes: How much.
+        by_batch: Whether smaller batches need less of it.
+    """
 
     name: str
     num_bytes: int
+    by_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,17 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """All items together."""
         return sum(item.num_bytes for item in self.items)
+
+    @property
+    def process_bytes(self) -> int:
+        """What is there without training."""
+        return sum(item.num_bytes for item in self.items if item.name == _PROCESS)
+
+    @property
+    def added(self) -> tuple[MemoryItem, ...]:
+        """What training adds to the process, the largest first."""
+        added = (item for item in self.items if item.name != _PROCESS)
+        return tuple(sorted(added, key=lambda item: -item.num_bytes))
 
     def __str__(self) -> str:
         """``103.4 MiB: 80.0 process, 12.1 planned memory of train_b64, ...``: the largest first, no crumbs."""
@@ -80,8 +101,9 @@ def estimate_memory(
         manifest: Of the program.
         method: The ``train`` or ``grad`` method that training will call.
         plan: Local training.
-        num_samples: The device's examples.
-        baseline_bytes: What the process takes without any of it.
+        num_samples: The device's examples. Training takes their order and a batch of them; they themselves are the
+            app's.
+        baseline_bytes: What the process takes without any of it, examples in memory included.
         compression: Of the report.
         secure: How the update is shared, where it is.
 
@@ -98,7 +120,7 @@ def estimate_memory(
         planned |= {m.name: m.planned_memory_bytes for m in manifest.methods if m.role is Role.SHARE}
     largest = max(planned, key=lambda name: planned[name])
     items = {
-        "process": baseline_bytes,
+        _PROCESS: baseline_bytes,
         "program": _PROGRAM_COPIES * manifest.program_bytes,
         f"planned memory of {largest}": planned[largest],
         f"inputs of {method.name}": example * method.batch_size,
@@ -110,10 +132,10 @@ def estimate_memory(
         "checkpoint": 3 * (1 + sliced // 2) * vector,
         "update": _FLOAT * (d + size),
         "report": _report_bytes(size, compression, secure),
-        # An epoch's order lists each example once more.
-        "training data": num_samples * (example + 8),
+        "order of the examples": _INDEX * num_samples * min(2, plan.local_epochs),  # with the one before
     }
-    return MemoryEstimate(tuple(MemoryItem(name, size) for name, size in items.items() if size))
+    by_batch = {f"planned memory of {method.name}", f"inputs of {method.name}"}
+    return MemoryEstimate(tuple(MemoryItem(name, size, name in by_batch) for name, size in items.items() if size))
 
 
 def _algorithm_vectors(plan: TrainingPlan) -> int:

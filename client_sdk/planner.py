@@ -1,12 +1,14 @@
 """What of an assignment a device trains at once: batch, slices and epochs, from the exported memory plan and its RAM.
 
-A device's budget is what its process takes anyway, plus a fraction of its memory for what training adds. The fraction
+A device's budget is what its process takes anyway, plus a fraction of its memory for what training adds. Examples that
+the app holds are part of the former, and no matter how many, they are not held against the latter. The fraction
 is small because an app in the background is the first that a phone short of memory kills: with 1/8, phones of 512 MiB,
 2 GiB and 8 GiB train the reference model in batches of 8, 32 and 64 (docs/device-resources.md has the arithmetic).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,14 +71,16 @@ def plan_work(
         plan: What the assignment asks for.
         num_samples: Examples that it will train on.
         memory_fraction: In (0, 1], see ``MEMORY_FRACTION``.
-        baseline_bytes: What the process takes before a program is opened. An app that embeds the SDK gives its own
-            (``client_sdk.memory_budget.resident_bytes``).
-        budget_bytes: What the whole process may take, instead of the baseline and the fraction.
+        baseline_bytes: What the process takes before a program is opened: ``BASELINE_BYTES`` of its runtime, or an
+            app's own (``client_sdk.memory_budget.resident_bytes``). Without ``budget_bytes`` it does not decide.
+        budget_bytes: What the whole process may take, instead of the baseline and the fraction. Then the baseline
+            should count the examples that the process holds.
         compression: Of the report.
         secure: How the update is shared, where it is.
 
     Raises:
-        MemoryBudgetExceeded: Nothing fits; says what the least that was tried takes, item by item, and what would fit.
+        MemoryBudgetExceeded: Nothing fits; says what the least that was tried takes, item by item, what most of that
+            is, and what would fit.
         UnknownMethod: The program cannot train with the planned batch size; the message lists what it can.
         ConfigurationError: No examples, a fraction out of range, or a compression that this device does not know.
     """
@@ -86,7 +90,7 @@ def plan_work(
         raise ConfigurationError("there is nothing to train on: num_samples must be at least 1")
     if budget_bytes is None:
         budget_bytes = baseline_bytes + int(memory_fraction * profile.available_memory_mb * MIB)
-    least: MemoryEstimate | None = None
+    refused = []
     for method, batch_size in _adaptive(manifest, plan) if plan.adaptive else _sliced(manifest, plan):
         mine = adapted(plan, profile.device_type, batch_size) if plan.adaptive else plan
         estimate = estimate_memory(
@@ -101,9 +105,8 @@ def plan_work(
         if estimate.total_bytes <= budget_bytes:
             slice_size = None if method.role is Role.TRAIN else method.batch_size
             return LocalWork(mine, slice_size, batch_size // method.batch_size, estimate, budget_bytes)
-        if least is None or estimate.total_bytes < least.total_bytes:
-            least = estimate
-    raise _refusal(manifest, plan, budget_bytes, least)
+        refused.append(estimate)
+    raise _refusal(manifest, plan, budget_bytes, min(refused, key=lambda estimate: estimate.total_bytes))
 
 
 def optimal_batch_size(
@@ -135,28 +138,44 @@ def _training_sizes(manifest: Manifest) -> set[int]:
     return {*manifest.batch_sizes(Role.TRAIN), *manifest.batch_sizes(Role.GRAD)}
 
 
-def _adaptive(manifest: Manifest, plan: TrainingPlan) -> list[tuple[MethodSpec, int]]:
+def _by_size(manifest: Manifest, role: Role) -> dict[int, MethodSpec]:
+    """Batch size -> method, the largest first."""
+    found = (m for m in manifest.methods if m.role is role)
+    return {m.batch_size: m for m in sorted(found, key=lambda m: m.batch_size, reverse=True)}
+
+
+def _adaptive(manifest: Manifest, plan: TrainingPlan) -> Iterator[tuple[MethodSpec, int]]:
     """``(method, batch size)``, the largest batch first; each as one call."""
-    sizes = sorted((size for size in _training_sizes(manifest) if size <= plan.batch_size), reverse=True)
-    # Without any the program says what it has.
-    return [(manifest.training_method(size), size) for size in sizes or [plan.batch_size]]
+    methods = _by_size(manifest, Role.GRAD) | _by_size(manifest, Role.TRAIN)
+    sizes = sorted((size for size in methods if size <= plan.batch_size), reverse=True)
+    if not sizes:
+        yield manifest.training_method(plan.batch_size), plan.batch_size  # says what the program has
+    for size in sizes:
+        yield methods[size], size
 
 
-def _sliced(manifest: Manifest, plan: TrainingPlan) -> list[tuple[MethodSpec, int]]:
+def _sliced(manifest: Manifest, plan: TrainingPlan) -> Iterator[tuple[MethodSpec, int]]:
     """``(method, batch size)`` for the planned batch: what is trained without a budget first, then smaller slices."""
     first = manifest.training_method(plan.batch_size)
-    smaller = [
-        manifest.method(Role.GRAD, size)
-        for size in reversed(manifest.batch_sizes(Role.GRAD))
-        if plan.batch_size % size == 0 and (first.role is Role.TRAIN or size < first.batch_size)
-    ]
-    return [(method, plan.batch_size) for method in (first, *smaller)]
+    yield first, plan.batch_size
+    for size, method in _by_size(manifest, Role.GRAD).items():
+        if plan.batch_size % size == 0 and (first.role is Role.TRAIN or size < first.batch_size):
+            yield method, plan.batch_size
 
 
-def _refusal(
-    manifest: Manifest, plan: TrainingPlan, budget_bytes: int, least: MemoryEstimate | None
-) -> MemoryBudgetExceeded:
-    takes = "" if least is None else f" The least takes {least}."
+def _refusal(manifest: Manifest, plan: TrainingPlan, budget_bytes: int, least: MemoryEstimate) -> MemoryBudgetExceeded:
+    says = (
+        f"training {manifest.model_name} in batches of {'up to ' if plan.adaptive else ''}{plan.batch_size} does not "
+        f"fit into {mib(budget_bytes)} MiB. The least takes {least}."
+    )
+    if least.process_bytes >= budget_bytes:
+        return MemoryBudgetExceeded(f"{says} The process alone takes all of it: allow that much")
+    first, added = least.added[0], sum(item.num_bytes for item in least.added)
+    if 2 * sum(item.num_bytes for item in least.added if item.by_batch) < added:
+        return MemoryBudgetExceeded(
+            f"{says} Most of what training adds is the same for all batches, first of all "
+            f"{mib(first.num_bytes)} MiB of {first.name}: allow that much"
+        )
     if plan.adaptive:
         remedy = f"export {manifest.model_name} with smaller batches"
     else:
@@ -164,7 +183,4 @@ def _refusal(
         remedy = f"export {manifest.model_name} with smaller grad slices that divide {plan.batch_size}"
         if smaller:
             remedy += f", or make the plan adaptive: its smallest batch is then {smaller[0]}"
-    return MemoryBudgetExceeded(
-        f"training {manifest.model_name} in batches of {'up to ' if plan.adaptive else ''}{plan.batch_size} does not "
-        f"fit into {mib(budget_bytes)} MiB.{takes} Allow that much, or {remedy}"
-    )
+    return MemoryBudgetExceeded(f"{says} Allow that much, or {remedy}")

@@ -15,19 +15,22 @@ MOST_DEVICES: Final = 300
 """So many are looked at: enough to tell shares within a few per cent, and over in about a second."""
 
 
-def days_of(population: Population, sessions: Iterable[Session]) -> DaysResult | None:
+def days_of(
+    population: Population, sessions: Iterable[Session], *, most_devices: int = MOST_DEVICES
+) -> DaysResult | None:
     """The result.
 
     Args:
         population: Who took part.
         sessions: All sessions of the run.
+        most_devices: To look at, where there are more.
 
     Returns:
         None where no device has a day.
     """
     if not population.profiles.traced:
         return None
-    devices = _evenly(population.devices)
+    devices = _evenly(population.devices, most_devices)
     by_hour = FleetTraces(population).reasons_by_hour(devices)
     pauses, lost = Counter[str](), Counter[str]()
     paused = resumed = 0
@@ -50,8 +53,8 @@ def days_of(population: Population, sessions: Iterable[Session]) -> DaysResult |
     )
 
 
-def _evenly(devices: int) -> Sequence[int]:
-    shown = min(devices, MOST_DEVICES)
+def _evenly(devices: int, at_most: int) -> Sequence[int]:
+    shown = min(devices, at_most)
     return [i * devices // shown for i in range(shown)]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.blobs import BlobPool
+from client_sdk.checkpoint import CheckpointManager
 from client_sdk.client import MobileClient
 from client_sdk.errors import Interrupted
 from client_sdk.events import Event, TrainingProgress
@@ -150,11 +151,16 @@ class SdkDevices:
                     transport=_Unhurried(transport) if virtual else transport,
                     store=store,
                     programs=self._programs,
+                    checkpoint_manager=self._checkpoints(device) if population.profiles.traced else None,
                     policy=policy,
                     clock=_wrong_clock(*population.clock_error(device)),
                     on_event=self._interruptions[device],
                 )
             )
+
+    def _checkpoints(self, device: int) -> CheckpointManager:
+        """Of one that pauses: in this process only, for a run that is taken up again trains anew what was under way."""
+        return CheckpointManager(Path(self._scratch.name) / f"device-{device}", keep=1)
 
     def check_in(self, device: int, timing: VirtualTiming | None) -> Reply:
         """Offer a device for work; it enrols itself before its first time."""

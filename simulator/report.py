@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from client_sdk.atomic import write_atomically
 from client_sdk.protocol.profile import DeviceTier
-from simulator import figures, report_aggregation, report_privacy, tally
+from simulator import figures, report_aggregation, report_days, report_privacy, tally
 from simulator.command import command_of
 from simulator.config import SimulationConfig, flat
 from simulator.folder import REPORT_FILE
@@ -96,6 +96,7 @@ def write_report(
             "high",
         )
     )
+    report_days.section(page, results)
     _tables(page, results)
     path = folder / REPORT_FILE
     write_atomically(path, page.render(f"pocketfed: {_title(results)}", get_plotlyjs()).encode(), mode=0o644)
@@ -144,10 +145,11 @@ def _tier_words(results: SimulationResults) -> str:
 def _timeline_words(results: SimulationResults, every: int) -> str:
     if results.virtual_seconds is None:
         return "Each bar is the time in which a round's buffer was open, on the server's own clock."
+    unit = "minutes:seconds" if results.virtual_seconds < 3599.5 else "hours:minutes:seconds"
     words = (
         "Each bar is the time in which a round's buffer was open; each mark is a report at its arrival. Time is "
         "simulated: it follows from the seed and the devices' profiles. "
-        f"All rounds together took {human_time(results.virtual_seconds)} (minutes:seconds) of it."
+        f"All rounds together took {human_time(results.virtual_seconds)} ({unit}) of it."
     )
     return words if every == 1 else f"{words} One report in {every} is drawn."
 
@@ -172,7 +174,7 @@ def _head(page: Page, results: SimulationResults) -> None:
         ("received by devices", human_bytes(results.bytes_down), "models and programs", ""),
         ("time of the rounds", human_time(results.seconds), f"{results.clients_per_second:.0f} sessions/s", ""),
     ]
-    cards += report_privacy.cards(results)
+    cards += report_days.cards(results) + report_privacy.cards(results)
     saved = tally.saving(results)
     if saved is not None:
         note = f"{human_bytes(saved.sent)} instead of {human_bytes(saved.dense)}"

@@ -87,7 +87,7 @@ class Style:
     """One device's way with pictures; ``Skew`` has the units.
 
     Attributes:
-        rotation: To the left, degrees.
+        rotation: Clockwise, degrees.
         slant: Of the upright, degrees.
         brightness: Added to each pixel.
         contrast: Factor of a pixel's distance from 1/2.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simulator import report_privacy, tally
+from simulator import report_days, report_privacy, tally
 from simulator.progress import human_bytes, human_time
 from simulator.results import SimulationResults
 
@@ -28,6 +28,7 @@ def summary_of(results: SimulationResults, folder: Path) -> list[str]:
         _line("traffic", f"{human_bytes(results.bytes_up)} up, {human_bytes(results.bytes_down)} down"),
         *_protection(results),
         *_aggregation(results),
+        *_days(results),
         _line("throughput", f"{results.clients_per_second:.0f} clients/s"),
         _line("results", str(folder / "results.json")),
         _line("report", str(folder / "report.html")),
@@ -104,6 +105,16 @@ def _aggregation(results: SimulationResults) -> list[str]:
     if still:
         lines.append(_line("zero", f"{len(still)} rounds: what became of their reports was 0 in every coordinate"))
     return lines
+
+
+def _days(results: SimulationResults) -> list[str]:
+    days = results.days
+    if days is None:
+        return []
+    lines = [_line("paused", f"{days.paused} sessions ({report_days.reasons(days.pauses)}); {days.resumed} went on")]
+    if days.lost:
+        lines.append(_line("lost", f"{sum(days.lost.values())} sessions ({report_days.reasons(days.lost)})"))
+    return lines if days.paused else lines[1:]
 
 
 def _line(name: str, words: str) -> str:

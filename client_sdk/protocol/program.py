@@ -45,6 +45,12 @@ WEIGHTS_FILE = "weights.safetensors"
 NORM_LIMB_BITS: Final = 20
 """Of the two lower limbs that a code is taken apart into, ``code = low + middle * 2**20 + high * 2**40``."""
 
+MAX_METHODS: Final = 256
+"""Of a program: a few roles, each in a few batch sizes."""
+_MAX_TENSORS: Final = 1024  # of a method: those of an update in 255 shares, with room
+_MAX_OPERATORS: Final = 4096
+_MAX_PARAMETERS: Final = 65536
+
 Float32Array = npt.NDArray[np.float32]
 
 
@@ -81,8 +87,8 @@ class MethodSpec(_Frozen):
     name: str
     role: Role
     batch_size: int = Field(ge=1)
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...] = Field(max_length=_MAX_TENSORS)
+    outputs: tuple[TensorSpec, ...] = Field(max_length=_MAX_TENSORS)
     planned_memory_bytes: int = Field(ge=0, description="what ExecuTorch's memory plan reserves for one call")
 
     def check_inputs(self, inputs: tuple[npt.NDArray[np.generic], ...]) -> None:
@@ -149,12 +155,12 @@ class Manifest(_Frozen):
     executorch_version: str
     torch_version: str
     content_key: str = Field(description="hash of everything the export depends on; the key of the export cache")
-    operators: tuple[str, ...]
-    parameters: tuple[ParameterSpec, ...]
+    operators: tuple[str, ...] = Field(max_length=_MAX_OPERATORS)
+    parameters: tuple[ParameterSpec, ...] = Field(max_length=_MAX_PARAMETERS)
     parameter_table_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     feature_shape: tuple[int, ...] = Field(description="shape of one example, without the batch axis")
     num_classes: int = Field(ge=1)
-    methods: tuple[MethodSpec, ...]
+    methods: tuple[MethodSpec, ...] = Field(max_length=MAX_METHODS)
     constants: dict[str, int | float] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -15,13 +15,15 @@ import pytest
 
 from client_sdk.cli import main
 from client_sdk.protocol.errors import TrainingDiverged
+from client_sdk.protocol.profile import DeviceTier
 from client_sdk.runtime import load_program
 from client_sdk.training import LocalTrainer
+from client_sdk.training_loop import TrainingLoop
 from simulator.cohort import run as cohort_run
 from simulator.cohort.trainer import CohortResult, CohortTrainer
 from simulator.config import SimulationConfig
 from simulator.folder import BUNDLE_FOLDER, RunFolder
-from simulator.profiles import read_profiles
+from simulator.profiles import FleetProfiles, read_profiles
 from simulator.results import SimulationResults
 from simulator.run import RunOptions, run_simulation
 
@@ -31,6 +33,14 @@ ASYNCHRONOUS = {
     "cohort": 3, "overselect": 3.0, "refill_at": 1, "dropout": 0.1, "rounds": 6,
     "staleness": {"max_staleness": 4, "weighting": "polynomial"},
 }  # fmt: skip
+# The smallest phones train a quarter of the planned batch, for that is what fits into an eighth of their memory.
+SMALL_PHONES = FleetProfiles(
+    profile=tuple(
+        p.model_copy(update={"memory_mb": 3} if p.tier is DeviceTier.LOW_END else {})
+        for p in read_profiles("steady").profile
+    )
+)
+ADAPTIVE = {"profiles": SMALL_PHONES, "local_work": "adaptive", "model": "mlp", "batch_size": 128, "epochs": 5}
 # Every kind of state that one round leaves to the next, on either side.
 RUNS = {
     "over-selection": SYNCHRONOUS,
@@ -39,6 +49,8 @@ RUNS = {
     "phones with a day": {
         "profiles": read_profiles("phones"), "work_scale": 3000.0, "overselect": 1.5, "skew": "rotation:20",
     },
+    "adaptive work": {**ADAPTIVE, "overselect": 1.5},
+    "adaptive work, fednova": {**ADAPTIVE, "algorithm": "fednova"},
     "scaffold": {"algorithm": "scaffold", "epochs": 1},
     "fednova, fast devices": {"algorithm": "fednova", "prox_mu": 0.1, "selection": {"policy": "fast"}},
     "alie against multi-krum": {"attack": "alie", "byzantine": 0.25, "aggregation": {"rule": "multi-krum"}},
@@ -78,12 +90,13 @@ class DeviceTrainer:
         updates, steps, losses, failures = [], [], [], {}
         for i, client in enumerate(clients):
             x, y = self._data.x[client.rows], self._data.y[client.rows]
+            mine = client.plan or plan
             try:
-                result = self._trainer.train(weights, x, y, plan, client.shuffle_seed, controls=client.controls)
+                result = self._trainer.train(weights, x, y, mine, client.shuffle_seed, controls=client.controls)
             except TrainingDiverged as e:
                 failures[i] = e
                 continue
-            updates.append(result.update(plan))
+            updates.append(result.update(mine))
             steps.append(result.steps)
             losses.append(result.last_epoch_loss)
         assert not failures
@@ -120,6 +133,34 @@ def test_trained_in_batches_it_is_the_same_run_up_to_rounding(by_devices, tmp_pa
     assert [r.loss for r in cohort.rounds] == pytest.approx([r.loss for r in results.rounds], rel=1e-3)
     assert (cohort.server, cohort.runtime, cohort.parameters) == ("none", "torch", results.parameters)
     assert cohort.pipeline == results.pipeline
+
+
+def test_devices_that_pause_at_their_training_go_on_from_a_checkpoint_to_the_model_of_those_that_do_not(
+    tmp_path, monkeypatch
+):
+    """Pauses cost virtual time, and no bit: the cohort engine knows of them by their time alone."""
+    resumed = []
+    former = TrainingLoop.former
+
+    def watched(loop, binding):
+        checkpoint = former(loop, binding)
+        if checkpoint is not None:
+            resumed.append(checkpoint.binding.assignment_id)
+        return checkpoint
+
+    monkeypatch.setattr(TrainingLoop, "former", watched)
+    # So much work that it lasts for hours, in which users take their phones up.
+    config = SimulationConfig.parse({
+        **SMALL, "profiles": read_profiles("phones"), "work_scale": 3e6, "overselect": 2.0, "lease": 86_400.0,
+    })  # fmt: skip
+    devices = simulate(config, tmp_path / "devices")
+    cohort = simulate(as_cohort(devices), tmp_path / "cohort")
+    assert len(resumed) > len(set(resumed)) > 0, "some more than once"
+    assert facts_of(cohort) == facts_of(devices)
+    assert cohort.days == devices.days
+    assert devices.days.resumed > 0
+    assert [row.examples for row in cohort.tiers] == [row.examples for row in devices.tiers]
+    assert [r.loss for r in cohort.rounds] == pytest.approx([r.loss for r in devices.rounds], rel=1e-3)
 
 
 @pytest.mark.parametrize("more", [SYNCHRONOUS, ASYNCHRONOUS])

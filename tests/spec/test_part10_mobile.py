@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,16 @@ from client_sdk.training_loop import TrainingLoop
 from mobile_export import build_model, export_program
 from server_ref import ServerDeviceSelector
 from server_ref.selection import spread
+from simulator.config import SimulationConfig
+from simulator.folder import RunFolder
+from simulator.prepare import Fleet, Prepared
+from simulator.profiles import read_profiles
+from simulator.run import RunOptions, run_simulation
 from tests.bundles import tiny_bundle
 from tests.checkpoints import Training, bits
 
-# The reference CNN for 128x128 images and ten classes, as exported.
-LARGE_CNN = Path(__file__).parent / "manifests" / "cnn-128x128.json"
+# The reference CNN for 148x148 images and ten classes, as exported.
+LARGE_CNN = Path(__file__).parent / "manifests" / "cnn-148x148.json"
 LARGE_CNN_BATCHES = {Role.TRAIN: (8, 32, 64), Role.GRAD: (8,)}
 
 
@@ -34,7 +40,7 @@ def test_adaptive_batch_size():
     """Test: Simulate devices with 512MB, 2GB, 8GB RAM.
 
     Expected: Batch sizes scale appropriately (8, 32, 64). From the exported memory plan: training may add an eighth of
-    a phone's memory to its process, and a batch of the reference model for 128x128 images plans 33, 124 or 246 MiB.
+    a phone's memory to its process, and a batch of the reference model for 148x148 images plans 33, 126 or 248 MiB.
     """
     manifest = Manifest.from_json(LARGE_CNN.read_text())
 
@@ -50,10 +56,10 @@ def test_adaptive_batch_size():
         ]
 
     assert batches(MEMORY_FRACTION, num_samples=100) == [8, 32, 64]
-    # Not on a knife's edge: the same with 3 % more memory or less, and with hardly any data or half as much again.
+    # Not on a knife's edge: the same with 3 % more memory or less, and with hardly any data or a lot.
     assert batches(MEMORY_FRACTION * 1.03, num_samples=100) == [8, 32, 64]
     assert batches(MEMORY_FRACTION * 0.97, num_samples=100) == [8, 32, 64]
-    assert batches(MEMORY_FRACTION, num_samples=10) == batches(MEMORY_FRACTION, num_samples=150) == [8, 32, 64]
+    assert batches(MEMORY_FRACTION, num_samples=10) == batches(MEMORY_FRACTION, num_samples=50_000) == [8, 32, 64]
 
 
 def test_training_needs_less_than_500_mb_on_every_tier():
@@ -70,7 +76,7 @@ def test_training_needs_less_than_500_mb_on_every_tier():
 def test_the_large_cnn_is_still_exported_with_the_memory_that_the_manifest_says(tmp_path: Path):
     """Where the exporter plans less, commit the new manifest, and look at the arithmetic of the test above."""
     committed = Manifest.from_json(LARGE_CNN.read_text())
-    model = build_model("cnn", (128, 128), 10, 0)
+    model = build_model("cnn", (148, 148), 10, 0)
     found = export_program(
         model, out_dir=tmp_path / "bundle", batch_sizes=LARGE_CNN_BATCHES, model_name=committed.model_name
     ).manifest
@@ -193,3 +199,51 @@ def test_fair_device_selection():
     assert min(counts.values()) >= 1
     assert spread(counts.values()) < 0.1
     assert set(counts.values()) == {2}
+
+
+TIER = """
+[[profile]]
+name = "{tier}"
+tier = "{tier}"
+share = {share}
+memory_mb = {memory_mb}
+cpu_cores = 4
+mflops = {mflops}
+download_mbit = 20
+upload_mbit = 20
+latency_s = 0.05
+startup_s = 1
+"""
+HIGH = {"tier": "high_end", "memory_mb": 8192, "mflops": 2000}
+MID = {"tier": "mid_range", "memory_mb": 2048, "mflops": 600}
+LOW = {"tier": "low_end", "memory_mb": 3, "mflops": 150}
+MIXED = [{**HIGH, "share": 0.3}, {**MID, "share": 0.5}, {**LOW, "share": 0.2}]
+
+
+def test_heterogeneous_convergence(tmp_path: Path):
+    """Test: Mix of high-end (30%), mid-range (50%), low-end (20%) devices.
+
+    Expected: Model converges despite heterogeneity, <10% accuracy loss vs. homogeneous. On the digits, with classes
+    dealt out unevenly: the tiers train 5, 3 and 1 epochs, and the smallest phones in batches of a quarter, for what
+    training adds must fit into an eighth of their 3 MiB. The homogeneous fleet has the same data, and trains all of it.
+    The five seeds below 400 that draw exactly these shares lost 0 to 3 %; this is the one that lost most.
+    """
+    accuracies = []
+    for name, tiers in (("mixed", MIXED), ("homogeneous", [{**HIGH, "share": 1.0}])):
+        file = tmp_path / f"{name}.toml"
+        file.write_text("format = 1\n" + "".join(TIER.format(**tier) for tier in tiers))
+        config = SimulationConfig.parse({
+            "profiles": read_profiles(file), "local_work": "adaptive", "epochs": 5, "batch_size": 128, "model": "mlp",
+            "partition": "dirichlet:0.5", "devices": 40, "rounds": 25, "seed": 312, "engine": "cohort",
+        })  # fmt: skip
+        with RunFolder.begin(tmp_path / name, config) as folder:
+            fleet = Fleet.of(config)
+            plans = Prepared.of(folder, fleet, lambda _: None).plans
+            results = run_simulation(folder, RunOptions(workers=1), fleet)
+        work = Counter((plan.local_epochs, plan.batch_size) for plan in plans)
+        assert work == ({(5, 128): 12, (3, 128): 20, (1, 32): 8} if name == "mixed" else {(5, 128): 40})
+        assert results.final_accuracy is not None
+        accuracies.append(results.final_accuracy)
+    mixed, homogeneous = accuracies
+    assert homogeneous > 0.9
+    assert mixed > 0.9 * homogeneous

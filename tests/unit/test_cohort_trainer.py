@@ -104,3 +104,33 @@ def test_threads_change_no_bit_and_leave_torch_as_it_was():
     assert len({result.updates.tobytes() for result in results}) == 1
     assert len({result.last_epoch_losses.tobytes() for result in results}) == 1
     assert torch.get_num_threads() == before
+
+
+OWN = (
+    TrainingPlan(local_epochs=3, batch_size=4),
+    TrainingPlan(local_epochs=1, batch_size=2),
+    TrainingPlan(max_steps=1),
+)
+
+
+def test_clients_with_plans_of_their_own_train_as_those_that_share_them():
+    """Batches, epochs and steps may differ in one call, and no client feels the plans of the others."""
+    clients = [LocalWork(np.arange(2, 9), seed, plan=OWN[seed % 3]) for seed in range(7)]
+    together = CohortTrainer(softmax(), split()).train(ZEROS, clients, PLAN)
+    assert together.steps.tolist() == [6, 4, 1, 6, 4, 1, 6]
+    for i, client in enumerate(clients):
+        assert client.plan is not None
+        alone = CohortTrainer(softmax(), split()).train(
+            ZEROS, [LocalWork(client.rows, client.shuffle_seed)], client.plan
+        )
+        np.testing.assert_allclose(together.updates[i], alone.updates[0], rtol=1e-4, atol=1e-7)
+        assert together.last_epoch_losses[i] == pytest.approx(alone.last_epoch_losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"algorithm": "fednova"}, {"learning_rate": 0.2}, {"prox_mu": 1}, {"shuffle": False}]
+)
+def test_plans_of_ones_own_share_all_but_batch_epochs_and_steps(change: dict[str, object]):
+    other = TrainingPlan.model_validate({"batch_size": 4, **change})
+    with pytest.raises(ConfigurationError, match="differ in batch size and in epochs and steps, nowhere else"):
+        CohortTrainer(softmax(), split()).train(ZEROS, [LocalWork(ROWS, 0), LocalWork(ROWS, 1, plan=other)], PLAN)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,18 @@ from hypothesis import strategies as st
 from client_sdk.footprint import BASELINE_BYTES, MIB, MemoryEstimate, MemoryItem, estimate_memory
 from client_sdk.memory_budget import MemoryBudget, PeakSince, device_memory_mib, peak_resident_bytes, resident_bytes
 from client_sdk.planner import MEMORY_FRACTION, LocalWork, optimal_batch_size, plan_work
-from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded, UnknownMethod
+from client_sdk.protocol.errors import ConfigurationError, ManifestError, MemoryBudgetExceeded, UnknownMethod
 from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
-from client_sdk.protocol.program import Manifest, MethodSpec, ParameterSpec, Role, TensorSpec, parameter_table_hash
+from client_sdk.protocol.program import (
+    MAX_METHODS,
+    Manifest,
+    MethodSpec,
+    ParameterSpec,
+    Role,
+    TensorSpec,
+    parameter_table_hash,
+)
 from client_sdk.protocol.training import TrainingPlan
 from tests.vectors.sealing import SEALING_KEYS
 
@@ -120,6 +130,72 @@ def test_a_refusal_says_what_the_least_takes_and_what_would_fit(plan: TrainingPl
     assert remedy in text
 
 
+def test_examples_that_the_app_holds_are_not_held_against_the_budget():
+    """57 GiB of them, mapped or not, on a phone of 2 GiB; only the order that they come in is training's."""
+    few = plan_work(manifest(d=10), phone(2048), PLAN, num_samples=10)
+    many = plan_work(manifest(d=10), phone(2048), PLAN, num_samples=10_000_000)
+    assert (many.plan, many.slice_size) == (few.plan, few.slice_size)
+    assert many.estimate.total_bytes - few.estimate.total_bytes == 16 * (10_000_000 - 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_samples": 10**9},
+            "the same for all batches, first of all 15258.8 MiB of order of the examples: allow that",
+        ),
+        ({"d": 20_000_000}, "the same for all batches, first of all 228.9 MiB of weights: allow that much"),
+        (
+            {"per_sample": 40 * MIB},
+            "planned memory of grad_b4, 80.0 process, 0.3 program. Allow that much, or export invented with smaller",
+        ),
+        ({"baseline_bytes": 120 * MIB}, "The process alone takes all of it"),
+    ],
+)
+def test_a_refusal_names_what_dominates(options: dict, message: str):
+    made = {name: options.pop(name) for name in ("d", "per_sample") if name in options}
+    options = {"num_samples": 10, "budget_bytes": 100 * MIB} | options
+    with pytest.raises(MemoryBudgetExceeded) as caught:
+        plan_work(manifest(**made), phone(2048), ADAPTIVE, **options)
+    assert message in str(caught.value)
+    assert ("smaller batches" in str(caught.value)) is ("Allow" in message), "no advice that does not help"
+
+
+def test_methods_of_a_manifest_are_counted_once():
+    """Choosing among n methods looks at each a few times, not n times."""
+    looked = 0
+
+    class Counted(tuple[MethodSpec, ...]):
+        __slots__ = ()
+
+        def __iter__(self) -> Iterator[MethodSpec]:
+            nonlocal looked
+            for each in super().__iter__():
+                looked += 1
+                yield each
+
+    program = manifest(train=(), grad=(1,))
+    methods = Counted(method(Role.GRAD, size, 1000 * MIB, 1000) for size in range(1, 1001))
+    program = program.model_copy(update={"methods": methods})  # more than a manifest may have
+    for plan in (ADAPTIVE.model_copy(update={"batch_size": 1000}), PLAN.model_copy(update={"batch_size": 1000})):
+        with pytest.raises(MemoryBudgetExceeded):
+            work(program, plan, 1)
+    assert looked <= 20 * len(methods)
+
+
+def test_a_manifest_without_end_is_refused():
+    program = manifest(train=(), grad=tuple(range(1, MAX_METHODS + 1)))
+    assert Manifest.from_json(program.to_json()) == program
+    for name, more in [
+        ("methods", [program.methods[0].model_dump(mode="json") | {"name": str(n)} for n in range(MAX_METHODS + 1)]),
+        ("operators", ["aten::add.out"] * 5000),
+        ("parameters", [{"name": "p", "shape": [1], "offset": n} for n in range(70_000)]),
+    ]:
+        with pytest.raises(ManifestError, match=rf"{name}\n.*at most \d+ items"):
+            Manifest.from_json(json.dumps(program.model_dump(mode="json") | {name: more}))
+
+
 @given(
     added_mib=st.floats(1, 200),
     adaptive=st.booleans(),
@@ -191,7 +267,8 @@ def bytes_of(program: Manifest, plan: TrainingPlan, **options: object) -> int:
 def test_what_costs_memory_is_counted():
     program, d = manifest(d=100_000), 100_000
     plain = bytes_of(program, PLAN)
-    assert bytes_of(program, PLAN, num_samples=1010) - plain >= 1000 * (10 * 4 + 8)
+    # Orders of two epochs; the examples themselves are the host's.
+    assert bytes_of(program, PLAN, num_samples=1010) - plain == 2 * 8 * 1000
     assert bytes_of(program, PLAN.model_copy(update={"prox_mu": 0.1})) - plain == 4 * d
     assert bytes_of(program, PLAN.model_copy(update={"algorithm": "scaffold"})) - plain >= 6 * 4 * d
     assert bytes_of(program, PLAN, compression="topk:0.1") - plain >= 4 * 4 * d

@@ -201,6 +201,15 @@ def test_a_foreign_run_says_whose_clock_it_was(tmp_path):
     assert "/<script>" not in text, "values are escaped"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(30.0, "0:30 (minutes:seconds)"), (3599.7, "1:00:00 (hours:minutes:seconds)"), (1e5, "27:46:40 (hours:")],
+)
+def test_the_length_of_a_run_names_its_units(tmp_path, seconds, told):
+    words = " ".join(Elements(report(tmp_path, results(virtual_seconds=seconds))).words)
+    assert f"All rounds together took {told}" in words
+
+
 def test_many_reports_are_thinned_out_and_the_report_says_so(tmp_path):
     sessions = [session(d % 4, 0, 1.0 + d / 1000) for d in range(figures.MAX_POINTS * 2)]
     _, every = figures.timeline(results(), sessions, [sessions, [], []], lambda _d: DeviceTier.HIGH_END)
