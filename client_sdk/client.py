@@ -14,6 +14,7 @@ from client_sdk.checkpoint import CheckpointManager
 from client_sdk.data import as_examples
 from client_sdk.errors import IllegalTransition, Interrupted
 from client_sdk.executor import ActionExecutor
+from client_sdk.footprint import BASELINE_BYTES
 from client_sdk.local_training import LocalTraining, Weights
 from client_sdk.planner import MEMORY_FRACTION
 from client_sdk.power import PowerMonitor
@@ -94,6 +95,7 @@ class MobileClient:
         power_monitor: PowerMonitor | None = None,
         checkpoint_manager: CheckpointManager | None = None,
         memory_fraction: float = MEMORY_FRACTION,
+        baseline_bytes: int = BASELINE_BYTES["native"],
         memory_limit_bytes: int | None = None,
         on_event: OnEvent = lambda _: None,
         max_blob_bytes: int = MAX_BLOB_BYTES,
@@ -121,6 +123,8 @@ class MobileClient:
                 as its duty cycle says. None leaves all that to the app.
             checkpoint_manager: Keeps training under way; by default the store's own, which a state directory has.
             memory_fraction: Part of the profile's memory that training is planned for; what does not fit is refused.
+            baseline_bytes: What this process takes besides: an app gives its own
+                (``client_sdk.memory_budget.resident_bytes``).
             memory_limit_bytes: What this process may use at most: planned for, and looked at after each call.
             on_event: Told about everything in ``client_sdk.events``, in the calling thread.
             max_blob_bytes: Largest program or model that is downloaded.
@@ -140,6 +144,7 @@ class MobileClient:
         self._monotonic = monotonic
         self._wait = wait or _wait
         self._memory_fraction = memory_fraction
+        self._baseline_bytes = baseline_bytes
         self._memory_limit_bytes = memory_limit_bytes
         self._app_event = on_event
         self._policy = policy
@@ -168,6 +173,7 @@ class MobileClient:
                     power=power_monitor,
                     checkpoints=self._checkpoints,
                     memory_fraction=memory_fraction,
+                    baseline_bytes=baseline_bytes,
                     memory_limit_bytes=memory_limit_bytes,
                     max_blob_bytes=max_blob_bytes,
                     trusted=trusted_aggregators(aggregator_keys, min_threshold),
@@ -263,6 +269,7 @@ class MobileClient:
             # Apart from those of a server's assignment, which may be under way as well.
             checkpoints=None if self._checkpoints is None else self._checkpoints.within("local"),
             memory_fraction=self._memory_fraction,
+            baseline_bytes=self._baseline_bytes,
             memory_limit_bytes=self._memory_limit_bytes,
             on_event=self._on_event,
             clock=self._clock,

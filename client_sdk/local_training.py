@@ -14,6 +14,7 @@ from client_sdk import events
 from client_sdk.checkpoint import Checkpoint, CheckpointBinding, CheckpointManager, data_fingerprint
 from client_sdk.data import Examples
 from client_sdk.errors import Interrupted, TrainingPaused
+from client_sdk.footprint import BASELINE_BYTES
 from client_sdk.memory_budget import MemoryBudget
 from client_sdk.planner import MEMORY_FRACTION, LocalWork, plan_work
 from client_sdk.power import PowerMonitor
@@ -43,6 +44,7 @@ class LocalTraining:
         power: Whether its conditions allow it; None for always.
         checkpoints: Where training under way is kept; None keeps nothing.
         memory_fraction: Part of the profile's memory that training is planned for.
+        baseline_bytes: What the process takes without the program and the examples.
         memory_limit_bytes: What the process may use at most; None for no limit.
         on_event: Told about progress, pauses and checkpoints.
         clock: Seconds since the epoch, for the result's time.
@@ -55,14 +57,15 @@ class LocalTraining:
     power: PowerMonitor | None = None
     checkpoints: CheckpointManager | None = None
     memory_fraction: float = MEMORY_FRACTION
+    baseline_bytes: int = BASELINE_BYTES["native"]
     memory_limit_bytes: int | None = None
     on_event: OnEvent = lambda _: None
     clock: Callable[[], float] = time.time
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep
 
-    def work(self, plan: TrainingPlan | None = None, num_samples: int = 1) -> LocalWork:
-        """How this device does a plan; without one what its tier and memory allow.
+    def work(self, plan: TrainingPlan | None = None, examples: Examples | None = None) -> LocalWork:
+        """How this device does a plan with these examples; without a plan what its tier and memory allow.
 
         Raises:
             MemoryBudgetExceeded: No batch size of the program fits.
@@ -75,8 +78,10 @@ class LocalTraining:
             manifest,
             self.profile,
             plan,
-            num_samples=num_samples,
+            # No examples are refused where they are trained on, by name.
+            num_samples=1 if examples is None else max(1, len(examples[0])),
             memory_fraction=self.memory_fraction,
+            baseline_bytes=self.baseline_bytes + (0 if examples is None else sum(a.nbytes for a in examples)),
             budget_bytes=self.memory_limit_bytes,
         )
 
@@ -97,7 +102,7 @@ class LocalTraining:
         """
         manifest = self.program.manifest
         start = flat(weights, manifest)
-        work = self.work(plan, max(1, len(examples[0])))  # no examples are refused below, by name
+        work = self.work(plan, examples)
         if self.power is not None:
             verdict = self.power.start_verdict()
             if not verdict.allowed:

@@ -88,6 +88,8 @@ class ReportMaker:
             assignment.plan,
             num_samples=len(around.data[0]),
             memory_fraction=around.memory_fraction,
+            # With a limit on the whole process its examples count as well, which are there already.
+            baseline_bytes=around.baseline_bytes + sum(array.nbytes for array in around.data),
             budget_bytes=around.memory_limit_bytes,
             compression=assignment.compression,
             secure=assignment.secure,

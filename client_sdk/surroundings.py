@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from client_sdk import events
 from client_sdk.checkpoint import CheckpointManager, data_fingerprint
 from client_sdk.data import Examples
+from client_sdk.footprint import BASELINE_BYTES
 from client_sdk.planner import MEMORY_FRACTION
 from client_sdk.power import PowerMonitor
 from client_sdk.privacy import LocalPrivacy
@@ -41,6 +42,7 @@ class Surroundings:
         power: Whether battery, heat, network and user allow it to work; None for always.
         checkpoints: Where training under way is kept; None keeps nothing.
         memory_fraction: Part of the profile's memory that training is planned for.
+        baseline_bytes: What the process takes without the task and its examples.
         memory_limit_bytes: What the process may use at most, measured while it trains; None for no limit.
         max_blob_bytes: Largest program or model that is downloaded.
         trusted: Those it sends shares to, and nothing to anyone else; None for whomever the server names.
@@ -60,6 +62,7 @@ class Surroundings:
     power: PowerMonitor | None = None
     checkpoints: CheckpointManager | None = None
     memory_fraction: float = MEMORY_FRACTION
+    baseline_bytes: int = BASELINE_BYTES["native"]
     memory_limit_bytes: int | None = None
     max_blob_bytes: int = MAX_BLOB_BYTES
     trusted: TrustedAggregators | None = None
