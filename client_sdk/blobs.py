@@ -7,13 +7,15 @@ import logging
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Self
 
-from client_sdk.atomic import write_atomically
+from client_sdk.atomic import is_leftover, write_atomically
 from client_sdk.files import OS_FILES, FileLayer
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_BYTES = 256 * 2**20
+_PIECE_BYTES = 2**20
 
 Buffer = bytes | bytearray | memoryview
 
@@ -61,6 +63,71 @@ class BlobFiles:
             if path.name != keep:
                 self._files.unlink(path)
                 total -= status.size
+
+
+class ArrivingBlob(bytearray):
+    """A blob while it is downloaded: what has arrived of it is kept in pieces, so that a process that dies goes on.
+
+    Only ``+=`` and ``clear`` are noticed, which is all that ``Transport.fetch`` does. Pieces are whole: what arrived
+    since the last one is fetched again. Whether all of it is the blob, its hash says; here nothing is checked. Pieces
+    that cannot be written are not kept, which costs time after a death and nothing else.
+    """
+
+    def __init__(
+        self, folder: Path, sha256: str, files: FileLayer = OS_FILES, *, piece_bytes: int = _PIECE_BYTES
+    ) -> None:
+        """Take up what an earlier process left, and forget what is left of other blobs.
+
+        Raises:
+            OSError: The folder cannot be read.
+        """
+        super().__init__()
+        self._folder = folder
+        self._sha256 = sha256
+        self._files = files
+        self._piece_bytes = piece_bytes
+        self._pieces = 0
+        found = {name for name in files.names(folder) if not is_leftover(name)}
+        mine: set[str] = set()
+        while (name := self._name(self._pieces)) in found:
+            piece = files.read(folder / name)
+            if len(piece) != piece_bytes:
+                break
+            super().__iadd__(piece)
+            mine.add(name)
+            self._pieces += 1
+        for name in found - mine:
+            files.unlink(folder / name)
+
+    def __iadd__(self, more: Buffer) -> Self:  # type: ignore[override] # fetch appends nothing else
+        """Append what has arrived."""
+        super().__iadd__(more)
+        try:
+            while len(self) >= (self._pieces + 1) * self._piece_bytes:
+                begin = self._pieces * self._piece_bytes
+                piece = bytes(memoryview(self)[begin : begin + self._piece_bytes])
+                write_atomically(self._folder / self._name(self._pieces), piece, files=self._files)
+                self._pieces += 1
+        except OSError as e:
+            _log.warning("what has arrived of blob %s is not kept: %s", self._sha256, e)
+        return self
+
+    def clear(self) -> None:
+        """Begin anew: other bytes came than the blob's."""
+        super().clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove the pieces: the blob is in the cache, or wrong. The bytes stay."""
+        try:
+            for index in range(self._pieces):
+                self._files.unlink(self._folder / self._name(index))
+        except OSError as e:
+            _log.warning("pieces of blob %s stay: %s", self._sha256, e)
+        self._pieces = 0
+
+    def _name(self, index: int) -> str:
+        return f"{self._sha256}.{index:06d}"
 
 
 class BlobPool:

@@ -234,7 +234,9 @@ class ActionExecutor:
             is_manifest = assignment is not None and sha256 == assignment.manifest_sha256
             limit = MAX_MANIFEST_BYTES if is_manifest else self._around.max_blob_bytes
             # What a cut connection leaves here is where the next attempt goes on.
-            buffer = self._partial.setdefault(sha256, bytearray())
+            buffer = self._partial.get(sha256)
+            if buffer is None:
+                buffer = self._partial[sha256] = self._around.store.arriving(sha256)
             self._around.transport.fetch(sha256, buffer, max_bytes=limit)
             data = self._partial.pop(sha256)
             size = len(data)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from client_sdk.atomic import is_leftover, set_aside, write_atomically
-from client_sdk.blobs import DEFAULT_CACHE_BYTES, BlobFiles, BlobPool, Buffer
+from client_sdk.blobs import DEFAULT_CACHE_BYTES, ArrivingBlob, BlobFiles, BlobPool, Buffer
 from client_sdk.checkpoint import CheckpointManager
 from client_sdk.errors import StateDirLocked, StateDirUnusable
 from client_sdk.files import OS_FILES, FileLayer
@@ -122,6 +122,14 @@ class DeviceStore(Protocol):
         """A cached blob, checked against its hash; None where it is not (or no longer) there."""
         ...
 
+    def arriving(self, sha256: str) -> bytearray:
+        """What has arrived of a blob so far, for ``Transport.fetch`` to go on with; one blob at a time.
+
+        Raises:
+            StateDirUnusable: The state cannot be read.
+        """
+        ...
+
     def put_blob(self, sha256: str, data: Buffer) -> None:
         """Cache a blob, at the expense of those unused for longest. A cache that cannot be written is no error."""
         ...
@@ -136,9 +144,9 @@ class FileDeviceStore:
 
     Layout: ``identity.key`` (hex, 0600), ``server.key`` (hex), ``session.json``, ``participations.json``,
     ``reports/ID.frame``, ``memory/current`` and ``memory/ID.staged``, ``checkpoints/GENERATION.ckpt``,
-    ``blobs/SHA256``, ``lock``. Every write is atomic and synced. What is damaged is set aside beside the original
-    (``*.damaged``) and logged; but damaged participations and a damaged server key stay errors, since a device must
-    not begin to count, or to trust anybody, again.
+    ``blobs/SHA256``, ``arriving/SHA256.PIECE``, ``lock``. Every write is atomic and synced. What is damaged is set
+    aside beside the original (``*.damaged``) and logged; but damaged participations and a damaged server key stay
+    errors, since a device must not begin to count, or to trust anybody, again.
     """
 
     def __init__(
@@ -170,9 +178,10 @@ class FileDeviceStore:
         self._memory = MemoryFiles(memory, files)
         self._participations = ParticipationFile(self.folder / "participations.json", files)
         self._blobs = BlobFiles(blobs, cache_bytes, files)
+        self._arriving: ArrivingBlob | None = None
         self._checkpoints = CheckpointManager(self.folder / "checkpoints", key=checkpoint_key, files=files)
         with self._usable("open"):
-            for each in (self.folder, self._reports, memory, blobs):
+            for each in (self.folder, self._reports, memory, blobs, self.folder / "arriving"):
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(self.folder / "lock")
         try:
@@ -290,9 +299,18 @@ class FileDeviceStore:
         with self._usable("read the cache in"):
             return self._blobs.get(sha256)
 
+    def arriving(self, sha256: str) -> bytearray:
+        """What has arrived of a blob so far, in this process or an earlier one."""
+        with self._usable("read the download in"):
+            self._arriving = ArrivingBlob(self.folder / "arriving", sha256, self._files)
+            return self._arriving
+
     def put_blob(self, sha256: str, data: Buffer) -> None:
         """Cache a blob."""
         self._blobs.put(sha256, data)
+        if data is self._arriving:
+            self._arriving.forget()
+            self._arriving = None
 
     def close(self) -> None:
         """Release the lock."""
@@ -433,6 +451,10 @@ class MemoryDeviceStore:
     def blob(self, sha256: str) -> Buffer | None:
         """A blob this device has seen, if the pool still has it."""
         return self._pool.get(sha256) if sha256 in self._seen else None
+
+    def arriving(self, sha256: str) -> bytearray:  # noqa: ARG002 - nothing is left of an earlier process
+        """Nothing yet."""
+        return bytearray()
 
     def put_blob(self, sha256: str, data: Buffer) -> None:
         """Share a blob and remember it as seen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -10,15 +11,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from client_sdk.atomic import write_atomically
-from client_sdk.blobs import BlobPool
+from client_sdk.blobs import ArrivingBlob, BlobPool
 from client_sdk.errors import StateDirLocked, StateDirUnusable
-from client_sdk.files import OS_FILES, OsFiles
+from client_sdk.files import OS_FILES, FileLayer, OsFiles
 from client_sdk.identity import DeviceIdentity
 from client_sdk.memory import DeviceMemory
 from client_sdk.session_state import Phase, SessionState
@@ -368,3 +370,62 @@ def test_an_identity_is_rebuilt_from_its_bytes_and_derives_the_same_ids():
     assert DeviceIdentity.generate().report_id("1" * 32) != identity.report_id("1" * 32)
     with pytest.raises(ValueError, match="32"):
         DeviceIdentity.from_private_bytes(b"short")
+
+
+BLOB = np.random.default_rng(5).bytes(10_500)
+BLOB_SHA256 = hashlib.sha256(BLOB).hexdigest()
+
+
+def arrive(folder: Path, files: FileLayer = OS_FILES, up_to: int = len(BLOB)) -> ArrivingBlob:
+    """A download that takes up what is there, in chunks of 700 bytes, up to some length."""
+    blob = ArrivingBlob(folder, BLOB_SHA256, files, piece_bytes=1000)
+    assert bytes(blob) == BLOB[: len(blob)]
+    while len(blob) < up_to:
+        blob += BLOB[len(blob) : min(len(blob) + 700, up_to)]
+    return blob
+
+
+@pytest.mark.parametrize("up_to", [0, 700, 999, 1000, 2100, 9999, 10_500])
+def test_a_download_goes_on_in_another_process_from_its_last_piece(tmp_path: Path, up_to: int):
+    assert bytes(arrive(tmp_path, up_to=up_to)) == BLOB[:up_to]
+    assert len(ArrivingBlob(tmp_path, BLOB_SHA256, piece_bytes=1000)) == up_to // 1000 * 1000
+    assert bytes(arrive(tmp_path)) == BLOB
+
+
+def test_a_download_that_dies_at_any_write_goes_on_with_right_bytes(tmp_path: Path):
+    survives = 0
+    while True:
+        folder = tmp_path / str(survives)
+        folder.mkdir()
+        try:
+            arrive(folder, FaultyFiles(OS_FILES, survives, chunk=333, flushes=False))
+            break
+        except Killed:
+            assert bytes(arrive(folder)) == BLOB
+        survives += 1
+    assert survives > 50
+
+
+def test_pieces_of_another_blob_or_of_another_length_are_forgotten(tmp_path: Path):
+    arrive(tmp_path)
+    assert len(ArrivingBlob(tmp_path, "0" * 64, piece_bytes=1000)) == 0
+    assert list(tmp_path.iterdir()) == []
+    arrive(tmp_path)
+    (tmp_path / f"{BLOB_SHA256}.000003").write_bytes(b"short")
+    assert len(ArrivingBlob(tmp_path, BLOB_SHA256, piece_bytes=1000)) == 3000
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_blob_that_was_not_the_one_named_begins_anew_and_a_cached_one_leaves_no_pieces(tmp_path: Path):
+    arrive(tmp_path).clear()
+    assert list(tmp_path.iterdir()) == []
+    with closing(FileDeviceStore(tmp_path / "state")) as store:
+        data = store.arriving(BLOB_SHA256)
+        data += BLOB * 300
+        assert len(list((tmp_path / "state" / "arriving").iterdir())) == 3
+        store.put_blob(BLOB_SHA256, data)
+        assert list((tmp_path / "state" / "arriving").iterdir()) == []
+
+
+def test_a_full_disk_keeps_no_pieces_and_the_download_goes_on(tmp_path: Path):
+    assert bytes(arrive(tmp_path, FaultyFiles(OS_FILES, 3, fault=disk_full))) == BLOB
