@@ -99,7 +99,7 @@ class ArrivingBlob(bytearray):
         for name in found - mine:
             files.unlink(folder / name)
 
-    def __iadd__(self, more: Buffer) -> Self:  # type: ignore[override] # fetch appends nothing else
+    def __iadd__(self, more: Buffer) -> Self:  # type: ignore[override, misc] # fetch appends nothing else
         """Append what has arrived."""
         super().__iadd__(more)
         try:
