@@ -24,6 +24,9 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 STORIES = [
     ("device.md", "protocol.md"),
     ("device-resources.md",),
+    ("checkpoints.md",),
+    ("local-privacy.md",),
+    ("selection.md",),
     ("export.md",),
     ("simulator.md",),
     ("attacks.md",),
