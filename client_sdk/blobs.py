@@ -87,29 +87,38 @@ class ArrivingBlob(bytearray):
         self._files = files
         self._piece_bytes = piece_bytes
         self._pieces = 0
+        self._keeps = True
         found = {name for name in files.names(folder) if not is_leftover(name)}
-        mine: set[str] = set()
-        while (name := self._name(self._pieces)) in found:
-            piece = files.read(folder / name)
-            if len(piece) != piece_bytes:
-                break
-            super().__iadd__(piece)
-            mine.add(name)
+        while self._name(self._pieces) in found and self._take_up():
+            found.remove(self._name(self._pieces))
             self._pieces += 1
-        for name in found - mine:
+        for name in found:
             files.unlink(folder / name)
+
+    def _take_up(self) -> bool:
+        """Append the next piece; False where it is damaged, which costs what came after it."""
+        try:
+            piece = self._files.read(self._folder / self._name(self._pieces))
+        except OSError as e:
+            _log.warning("a piece of blob %s cannot be read: %s", self._sha256, e)
+            return False
+        if len(piece) != self._piece_bytes:
+            return False
+        super().__iadd__(piece)
+        return True
 
     def __iadd__(self, more: Buffer) -> Self:  # type: ignore[override, misc] # fetch appends nothing else
         """Append what has arrived."""
         super().__iadd__(more)
         try:
-            while len(self) >= (self._pieces + 1) * self._piece_bytes:
+            while self._keeps and len(self) >= (self._pieces + 1) * self._piece_bytes:
                 begin = self._pieces * self._piece_bytes
                 piece = bytes(memoryview(self)[begin : begin + self._piece_bytes])
                 write_atomically(self._folder / self._name(self._pieces), piece, files=self._files)
                 self._pieces += 1
         except OSError as e:
-            _log.warning("what has arrived of blob %s is not kept: %s", self._sha256, e)
+            self._keeps = False  # said once, and not tried again with every chunk
+            _log.warning("what arrives of blob %s is not kept: %s", self._sha256, e)
         return self
 
     def clear(self) -> None:

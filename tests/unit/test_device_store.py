@@ -427,5 +427,21 @@ def test_a_blob_that_was_not_the_one_named_begins_anew_and_a_cached_one_leaves_n
         assert list((tmp_path / "state" / "arriving").iterdir()) == []
 
 
-def test_a_full_disk_keeps_no_pieces_and_the_download_goes_on(tmp_path: Path):
+def test_a_full_disk_keeps_no_pieces_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert bytes(arrive(tmp_path, FaultyFiles(OS_FILES, 3, fault=disk_full))) == BLOB
+    assert len([r for r in caplog.records if "is not kept" in r.getMessage()]) == 1
+
+
+class BadSector(OsFiles):
+    """One piece that cannot be read."""
+
+    def read(self, path: Path) -> bytes:
+        if path.name.endswith(".000004"):
+            raise input_output_error()
+        return super().read(path)
+
+
+def test_a_piece_that_cannot_be_read_costs_what_came_after_it_and_not_the_device(tmp_path: Path):
+    arrive(tmp_path)
+    assert len(ArrivingBlob(tmp_path, BLOB_SHA256, BadSector(), piece_bytes=1000)) == 4000
+    assert bytes(arrive(tmp_path)) == BLOB
