@@ -358,6 +358,10 @@ class TrainingDiverged(ProgramError):
     """Local training left the finite numbers; the message names the step."""
 
 
+class NotEnoughExamples(ProgramError):
+    """The device has too few different examples for what it is asked to learn."""
+
+
 class RuntimeUnavailable(ProgramError):
     """No ExecuTorch adapter can run here; the message says what to install."""
 

@@ -13,7 +13,26 @@ evaluate   w[d], x[B, ...], y[B], mask[B]        loss_sum[1], correct[1], count[
 infer      w[d], x[B, ...]                       logits[B, ...]
 share      update[d], clip_factor[1], scale[1],  norm_limbs[6], share_t[d], ..., share_n[d]
            share_1[d], ..., share_(t-1)[d]
+adapt      w[d], rates[P], inner_x[K, B, ...],   w[d], loss_sums[K]
+           inner_y[K, B], inner_mask[K, B]
+reptile    w[d], lr[1], inner_x, inner_y,        delta[d], loss_sums[K]
+           inner_mask
+maml,      w[d], lr[1], inner_x, inner_y,        grad_sum[d], loss_sum[1], count[1]
+fomaml     inner_mask, x[B, ...], y[B], mask[B]
+per_fedavg w[d], lr[1], meta_lr[1], inner_x[B,   w[d], loss_sum[1], count[1]
+           ...], inner_y[B], inner_mask[B], x[B,
+           ...], y[B], mask[B], hessian_x[B,
+           ...], hessian_y[B], hessian_mask[B]
 =========  ====================================  =========================================
+
+``adapt``, ``reptile``, ``maml`` and ``fomaml`` take K steps of gradient descent in one call, K being the method's
+``inner_steps``; step k is ``train`` on batch k, and one whose examples are all masked changes nothing, so that fewer
+steps are a matter of the mask. ``rates`` has a learning rate for each of the P parameters in table order: 0 freezes a
+layer. ``grad_sum``, ``loss_sum`` and ``count`` are sums over the unmasked query examples ``x`` at the adapted weights;
+``maml``'s is the gradient with respect to ``w``, ``fomaml``'s that with respect to the adapted weights. ``per_fedavg``
+is one local meta step (``meta_learning``); its loss and count are those of the query examples.
+
+``infer_int8`` takes the weights of the float layers behind a frozen int8 body: ``head[h], x[B, ...] -> logits``.
 
 ``grad`` returns *sums* over the unmasked examples, so that accumulation over slices equals one big batch;
 ``train`` is the fused step ``w - lr * grad_sum / count``. ``y`` is int64, everything else float32.
@@ -62,6 +81,16 @@ class Role(StrEnum):
     EVALUATE = "evaluate"
     INFER = "infer"
     SHARE = "share"
+    ADAPT = "adapt"
+    REPTILE = "reptile"
+    MAML = "maml"
+    FOMAML = "fomaml"
+    PER_FEDAVG = "per_fedavg"
+    INFER_INT8 = "infer_int8"
+
+
+WITH_INNER_STEPS: Final = frozenset({Role.ADAPT, Role.REPTILE, Role.MAML, Role.FOMAML})
+"""Roles whose methods take a fixed number of steps in one call."""
 
 
 class _Frozen(BaseModel):
@@ -87,6 +116,9 @@ class MethodSpec(_Frozen):
     name: str
     role: Role
     batch_size: int = Field(ge=1)
+    inner_steps: int | None = Field(
+        None, ge=1, description="K, of methods that take K steps in one call", exclude_if=lambda value: value is None
+    )
     inputs: tuple[TensorSpec, ...] = Field(max_length=_MAX_TENSORS)
     outputs: tuple[TensorSpec, ...] = Field(max_length=_MAX_TENSORS)
     planned_memory_bytes: int = Field(ge=0, description="what ExecuTorch's memory plan reserves for one call")
@@ -202,6 +234,22 @@ class Manifest(_Frozen):
                 f"it has {list(self.batch_sizes(role))}"
             )
         return max(found, key=lambda m: m.batch_size)
+
+    def adapting_method(self, role: Role, batch_size: int, inner_steps: int) -> MethodSpec:
+        """The method of a role in ``WITH_INNER_STEPS`` that takes these steps: the fewest that are enough.
+
+        Raises:
+            UnknownMethod: None of this batch size takes as many; the message lists what there is.
+        """
+        found = [m for m in self.methods if m.role is role and m.batch_size == batch_size]
+        enough = [m for m in found if m.inner_steps is not None and m.inner_steps >= inner_steps]
+        if not enough:
+            there = [f"{m.name} ({m.inner_steps} steps)" for m in self.methods if m.role is role] or "none"
+            raise UnknownMethod(
+                f"{self.model_name} has no {role.value} method for batches of {batch_size} and {inner_steps} steps; it "
+                f"has {there}: export it with --batch-sizes {role.value}={batch_size} --inner-steps {inner_steps}"
+            )
+        return min(enough, key=lambda m: m.inner_steps or 0)
 
     def training_method(self, batch_size: int) -> MethodSpec:
         """The method that trains in batches of this size: the fused step, else sums over the largest fitting slices.

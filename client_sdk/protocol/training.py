@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.meta_learning import META_ALGORITHMS, MetaPlan
 from client_sdk.protocol.profile import DeviceTier
+from client_sdk.protocol.updates import UpdateKind
 
-Algorithm = Literal["fedavg", "scaffold", "fednova"]
+Algorithm = Literal["fedavg", "scaffold", "fednova", "maml", "fomaml", "reptile", "per-fedavg"]
 
 
 class TrainingPlan(BaseModel):
@@ -28,6 +30,13 @@ class TrainingPlan(BaseModel):
     with ``fedavg``, and with ``fednova`` while ``learning_rate * prox_mu < 1``. It does not go with ``scaffold``:
     option II reads the device's mean gradient off its displacement, which the proximal pull would falsify.
 
+    ``maml``, ``fomaml``, ``reptile`` and ``per-fedavg`` learn a model that adapts well: ``meta_learning`` says what
+    each sends and what ``meta`` is, which they need and nothing else has. ``learning_rate`` is then that of adaptation;
+    their steps are counted by ``meta.inner_steps``, and ``local_epochs`` and ``max_steps`` stay at their defaults.
+
+    ``personal`` names layers that each device keeps for itself (``personal_layers.SharedLayers``): it trains them with
+    the others, and sends nothing of them. They go with fedavg and reptile, whose update is the delta of one vector.
+
     ``adaptive`` makes ``batch_size`` and ``local_epochs`` the most that is asked for: each device does what its memory
     and its tier allow (``adapted``). ``max_steps`` holds all the same. Without it every device trains as planned, or
     not at all.
@@ -43,6 +52,11 @@ class TrainingPlan(BaseModel):
     max_steps: int | None = Field(None, ge=1)
     algorithm: Algorithm = "fedavg"
     adaptive: bool = False
+    # Left out where they are off: plans of earlier releases have the same JSON, which hashes and devices go by.
+    meta: MetaPlan | None = Field(None, exclude_if=lambda value: value is None)
+    personal: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        (), max_length=256, exclude_if=lambda value: not value
+    )
 
     @model_validator(mode="after")
     def _compatible(self) -> Self:
@@ -50,11 +64,32 @@ class TrainingPlan(BaseModel):
             raise ValueError("prox_mu has no meaning with scaffold; set it to 0 or choose fedavg or fednova")
         if self.algorithm == "fednova" and self.learning_rate * self.prox_mu >= 1:
             raise ValueError("fednova needs learning_rate * prox_mu < 1: the proximal step must not overshoot")
+        if self.personal and self.algorithm not in {"fedavg", "reptile"}:
+            raise ValueError(f"personal layers go with fedavg and reptile, not with {self.algorithm}")
+        meta = self.algorithm in META_ALGORITHMS
+        if meta != (self.meta is not None):
+            needs = "needs" if meta else "has no"
+            raise ValueError(f"{self.algorithm} {needs} meta settings; they go with {', '.join(META_ALGORITHMS)}")
+        if meta and (self.prox_mu > 0 or self.adaptive or self.max_steps is not None or self.local_epochs != 1):
+            raise ValueError(
+                f"{self.algorithm} takes meta.inner_steps steps on every device: leave prox_mu, adaptive, max_steps "
+                "and local_epochs out"
+            )
         return self
+
+    @property
+    def update_kind(self) -> UpdateKind:
+        """How the server applies what devices send: gradients are subtracted, deltas added."""
+        return UpdateKind.GRADIENT if self.algorithm in {"maml", "fomaml", "per-fedavg"} else UpdateKind.DELTA
 
 
 def update_size(plan: TrainingPlan, num_parameters: int) -> int:
-    """Length of the flat update: ``2 d`` for scaffold (delta, then control delta), else ``d``."""
+    """Length of the flat update: ``2 d`` for scaffold (delta, then control delta), else ``d``.
+
+    Args:
+        plan: What devices train.
+        num_parameters: d, of the *shared* layers: ``SharedLayers.of(manifest.parameters, plan.personal).size``.
+    """
     return 2 * num_parameters if plan.algorithm == "scaffold" else num_parameters
 
 
