@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Self, get_args
 
@@ -74,9 +74,10 @@ class ExampleSplit:
         """Split by what the examples are.
 
         Guarantees: equal examples are on one side, so that none is known from the other; the split of an example with
-        its label depends on the device's examples alone, not on their order, a seed or the round, so that what judged a
-        model once never adapts one later. In each class as near to ``query_fraction`` as whole examples allow, but one
-        stays in the support; a query example more is taken where there would be none.
+        its label depends on the device's examples alone, not on their order, a seed or the round, so that while they
+        stay the same what judged a model once never adapts one later. ``query_fraction`` of the different examples are
+        query ones, at least one, and of each class about as large a part. One of each class adapts, unless no class has
+        a second one.
 
         Args:
             x: float32 ``[n, ...]``.
@@ -97,14 +98,9 @@ class ExampleSplit:
         by_class: dict[int, list[bytes]] = {}
         for key in sorted(groups):  # by hash: as good as drawn, and the same in any order of the examples
             by_class.setdefault(int(y[groups[key][0]]), []).append(key)
-        chosen: list[bytes] = []
-        for label in sorted(by_class):
-            keys = by_class[label]
-            chosen += keys[: min(round(query_fraction * len(keys)), len(keys) - 1)]
-        if not chosen and len(groups) > 1:
-            # All of the largest class' first, then whatever there is: one example judges, the others adapt.
-            largest = max(sorted(by_class), key=lambda label: len(by_class[label]))
-            chosen = [by_class[largest][0]]
+        sizes = {label: len(by_class[label]) for label in sorted(by_class)}
+        counts = _query_counts(sizes, query_fraction)
+        chosen = [key for label, count in counts.items() for key in by_class[label][:count]]
         if not chosen and require_query:
             raise NotEnoughExamples(
                 "meta-learning needs at least two different examples, one to adapt with and one to judge by"
@@ -113,6 +109,25 @@ class ExampleSplit:
         mine = np.ones(len(x), np.bool_)
         mine[query] = False
         return cls(np.flatnonzero(mine).astype(np.int64), query)
+
+
+def _query_counts(sizes: Mapping[int, int], fraction: float) -> dict[int, int]:
+    """Class -> different examples of it that judge: largest remainders, ties to the lowest label."""
+    total = max(1, round(fraction * sum(sizes.values())))
+    spare = {label: size - 1 for label, size in sizes.items()}
+    counts = {label: min(int(fraction * size), spare[label]) for label, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda label: (counts[label] - fraction * sizes[label], label))
+    while sum(counts.values()) < total:
+        label = next((label for label in by_remainder if counts[label] < spare[label]), None)
+        if label is None:
+            break
+        counts[label] += 1
+        by_remainder.remove(label)
+        by_remainder.append(label)
+    if not any(counts.values()) and len(sizes) > 1:
+        # One example of each class: one judges, the others adapt.
+        counts[min(sizes)] = 1
+    return counts
 
 
 _SUPPORT, _QUERY, _HESSIAN = range(3)  # streams of one seed
