@@ -32,7 +32,9 @@ layer. ``grad_sum``, ``loss_sum`` and ``count`` are sums over the unmasked query
 ``maml``'s is the gradient with respect to ``w``, ``fomaml``'s that with respect to the adapted weights. ``per_fedavg``
 is one local meta step (``meta_learning``); its loss and count are those of the query examples.
 
-``infer_int8`` takes the weights of the float layers behind a frozen int8 body: ``head[h], x[B, ...] -> logits``.
+``infer_int8`` takes the weights of the float layers behind a frozen int8 body: ``head[h], x[B, ...] -> logits``. Its
+manifest entry names the head's parameters, whose values ``head`` holds one after another in table order, and has the
+hash of the body that was quantised: it serves weights whose other parameters have this hash.
 
 ``grad`` returns *sums* over the unmasked examples, so that accumulation over slices equals one big batch;
 ``train`` is the fused step ``w - lr * grad_sum / count``. ``y`` is int64, everything else float32.
@@ -119,6 +121,19 @@ class MethodSpec(_Frozen):
     inner_steps: int | None = Field(
         None, ge=1, description="K, of methods that take K steps in one call", exclude_if=lambda value: value is None
     )
+    head: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=_MAX_PARAMETERS,
+        description="parameters that are not frozen in an int8 body, in table order",
+        exclude_if=lambda value: value is None,
+    )
+    body_sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="body_hash of the float32 parameters that were quantised",
+        exclude_if=lambda value: value is None,
+    )
     inputs: tuple[TensorSpec, ...] = Field(max_length=_MAX_TENSORS)
     outputs: tuple[TensorSpec, ...] = Field(max_length=_MAX_TENSORS)
     planned_memory_bytes: int = Field(ge=0, description="what ExecuTorch's memory plan reserves for one call")
@@ -176,6 +191,11 @@ def parameter_table_hash(parameters: tuple[ParameterSpec, ...]) -> str:
     return hashlib.sha256(json.dumps(table, separators=(",", ":")).encode()).hexdigest()
 
 
+def body_hash(body: Float32Array) -> str:
+    """SHA-256 (hex) of the values of a body: the parameters that are not the head's, in table order, ``[d - h]``."""
+    return hashlib.sha256(body.astype("<f4", copy=False).tobytes()).hexdigest()
+
+
 class Manifest(_Frozen):
     """Everything about a program that can be known without running it."""
 
@@ -209,7 +229,20 @@ class Manifest(_Frozen):
         names = [m.name for m in self.methods]
         if len(set(names)) != len(names):
             raise ValueError("two methods share a name")
+        for m in self.methods:
+            self._check_head(m)
         return self
+
+    def _check_head(self, method: MethodSpec) -> None:
+        if (method.role is Role.INFER_INT8) != (method.head is not None and method.body_sha256 is not None):
+            raise ValueError(f"{method.name}: head and body_sha256 are an int8 method's, and it needs both")
+        if method.head is not None:
+            found = {p.name: p.num_elements for p in self.parameters if p.name in method.head}
+            size = sum(found.values())
+            if tuple(found) != method.head or method.inputs[:1] != (
+                TensorSpec(name="head", dtype="float32", shape=(size,)),
+            ):
+                raise ValueError(f"{method.name}: its head is not {size} values of parameters in table order")
 
     @property
     def num_parameters(self) -> int:
