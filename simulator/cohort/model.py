@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from mobile_export.methods import Loss, cross_entropy
 from server_ref.evaluation import Evaluation
 
 _EVALUATION_BATCH = 1024
+_NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Batch(NamedTuple):
@@ -60,11 +62,18 @@ class BatchedModel:
         return model
 
     @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """The parameter table."""
+        return self._parameters
+
+    @property
     def num_parameters(self) -> int:
         """Length d of a weight vector."""
         return self._slices[-1].stop
 
-    def descend(self, before: Tensor, after: Tensor, batch: Batch, rates: Tensor) -> Tensor:
+    def descend(
+        self, before: Tensor, after: Tensor, batch: Batch, rates: Tensor, *, frozen: Collection[str] = ()
+    ) -> Tensor:
         """One step of gradient descent for each client: ``after = before - rate * (sum of gradients)``.
 
         A parameter at a time: the gradients of all clients are never copied into one array.
@@ -74,23 +83,47 @@ class BatchedModel:
             after: float32 [c, d], receives the new weights; may be ``before``.
             batch: The clients' examples.
             rates: float32 [c, 1].
+            frozen: Names of parameters that stay as they are.
 
         Returns:
             float32 [c]: each client's summed loss before the step.
         """
-        loss: Callable[..., Tensor]
-        inputs: tuple[Tensor, ...]
-        if batch.keep is None:
-            loss, inputs = self._summed_loss, (batch.x, batch.y)
-        else:
-            loss, inputs = self._masked_loss, (batch.x, batch.y, batch.keep)
-        shared = before.dim() == 1
-        over_clients = vmap(grad_and_value(loss), (None if shared else 0, *(0 for _ in inputs)))
-        gradients, losses = over_clients(self._split(before), *inputs)
+        loss: Callable[..., Tensor] = self._summed_loss if batch.keep is None else self._masked_loss
+        inputs = [tensor for tensor in batch if tensor is not None]
+        of_weights = None if before.dim() == 1 else 0
+        over_clients = vmap(grad_and_value(loss), (of_weights, *(0 for _ in inputs), of_weights))
+        free = self._split(before)
+        fixed = {name: free.pop(name) for name in frozen}
+        gradients, losses = over_clients(free, *inputs, fixed)
         for parameter, columns in zip(self._parameters, self._slices, strict=True):
+            if parameter.name in fixed:
+                after[:, columns] = before[..., columns]
+                continue
             gradient = gradients.pop(parameter.name).reshape(len(batch.x), -1)
             torch.addcmul(before[..., columns], gradient, rates, value=-1, out=after[:, columns])
         return cast("Tensor", losses)
+
+    @torch.no_grad()
+    def judge(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """How each client's model does on its examples.
+
+        Args:
+            weights: float32 [d], one model for all, or [c, d], each client's own.
+            batch: The clients' examples.
+
+        Returns:
+            Correct answers (first argmax equals the label), int64 [c], and the summed loss, float64 [c].
+        """
+
+        def one(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            logits = functional_call(self._model, parameters, (x,))
+            return logits.argmax(dim=-1) == y, self._loss(logits, y)
+
+        over_clients = vmap(one, (None if weights.dim() == 1 else 0, 0, 0))
+        right, losses = over_clients(self._split(weights), batch.x, batch.y)
+        if batch.keep is not None:
+            right, losses = right & batch.keep, torch.where(batch.keep, losses, 0.0)
+        return right.sum(dim=1), losses.sum(dim=1, dtype=torch.float64)
 
     def bytes_per_client(self, x: Tensor, y: Tensor) -> int:
         """Memory of one client's step, about: its weights and gradients, and what the backward pass keeps, twice.
@@ -131,8 +164,13 @@ class BatchedModel:
             for p, columns in zip(self._parameters, self._slices, strict=True)
         }
 
-    def _summed_loss(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return self._loss(functional_call(self._model, parameters, (x,)), y).sum()
+    def _summed_loss(
+        self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, fixed: Mapping[str, Tensor] = _NONE
+    ) -> Tensor:
+        return self._loss(functional_call(self._model, {**parameters, **fixed}, (x,)), y).sum()
 
-    def _masked_loss(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
-        return torch.where(keep, self._loss(functional_call(self._model, parameters, (x,)), y), 0.0).sum()
+    def _masked_loss(
+        self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, keep: Tensor, fixed: Mapping[str, Tensor] = _NONE
+    ) -> Tensor:
+        losses = self._loss(functional_call(self._model, {**parameters, **fixed}, (x,)), y)
+        return torch.where(keep, losses, 0.0).sum()

@@ -6,10 +6,9 @@ which a matrix product adds up, and so the last bits of an update (docs/simulato
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -24,11 +23,10 @@ from client_sdk.protocol.program import Float32Array
 from client_sdk.protocol.training import TrainingPlan, normaliser, update_size
 from client_sdk.training import Controls
 from simulator.cohort.batches import BatchTable, Int64Array, num_steps
-from simulator.cohort.model import Batch, BatchedModel
+from simulator.cohort.model import BatchedModel
+from simulator.cohort.stepping import MEMORY_BYTES, Gatherer, clients_at_once, one_thread_an_operation
 from simulator.datasets import Split
 
-# Beyond it, weights and gradients of a batch of clients leave the processor's caches, and every step reads memory.
-MEMORY_BYTES: Final = 32 * 2**20
 # Batches that are asked for at once. A constant, so that the number of threads changes no client's company.
 _BATCHES_AT_ONCE: Final = 4
 
@@ -118,9 +116,7 @@ class CohortTrainer:
     def _clients_in_a_batch(self, plan: TrainingPlan) -> int:
         size = plan.batch_size
         if size not in self._in_a_batch:
-            rows = np.arange(size) % len(self._data)
-            batch = torch.tensor(self._data.x[rows]), torch.tensor(self._data.y[rows])
-            self._in_a_batch[size] = max(1, self._memory_bytes // self._model.bytes_per_client(*batch))
+            self._in_a_batch[size] = clients_at_once(self._model, self._data, size, self._memory_bytes)
         return self._in_a_batch[size]
 
     def train(self, weights: Float32Array, clients: Sequence[LocalWork], plan: TrainingPlan) -> CohortResult:
@@ -154,7 +150,7 @@ class CohortTrainer:
         def train_batch(batch: slice) -> _Figures:
             return self._train_batch(weights, sorted_clients[batch], plan, updates[batch])
 
-        with _one_thread_an_operation(), ThreadPoolExecutor(min(self._threads, len(batches))) as pool:
+        with one_thread_an_operation(), ThreadPoolExecutor(min(self._threads, len(batches))) as pool:
             parts = list(pool.map(train_batch, batches))
         steps, first, last, diverged = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         result = updates.numpy()
@@ -180,7 +176,7 @@ class CohortTrainer:
         local = updates[:, :d]
         pull = _Pull.of(plan, start, clients)
         losses = torch.zeros(table.counts.shape)
-        gatherer = _Gatherer(self._data, len(clients) * table.picked.shape[2])
+        gatherer = Gatherer(self._data, len(clients) * table.picked.shape[2])
         rates = torch.tensor(np.float32(plan.learning_rate) / np.maximum(table.counts, 1).astype(np.float32))
         for step in range(table.counts.shape[1]):
             counts = table.counts[:, step]
@@ -221,37 +217,6 @@ def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
     """Stretches of equal values, as half-open ranges."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return list(zip(starts, [*starts[1:], len(values)], strict=True))
-
-
-@contextlib.contextmanager
-def _one_thread_an_operation() -> Iterator[None]:
-    """Batches run in parallel instead: operations this small mostly wait for their threads, and round accordingly."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class _Gatherer:
-    """One step's examples of all active clients, in buffers that are filled over and over."""
-
-    def __init__(self, data: Split, size: int) -> None:
-        self._data = data
-        self._x = torch.empty(size, *data.x.shape[1:])
-        self._y = torch.empty(size, dtype=torch.int64)
-
-    def gather(self, picked: Int64Array, counts: Int64Array) -> Batch:
-        """The batch, as wide as the longest of this step; the last examples of shorter ones do not count."""
-        clients, width = len(counts), int(counts.max())
-        rows = picked[:, :width].reshape(-1)
-        x, y = self._x[: len(rows)], self._y[: len(rows)]
-        # mode="clip" writes straight into the buffer; the rows are in range by construction.
-        np.take(self._data.x, rows, axis=0, out=x.numpy(), mode="clip")
-        np.take(self._data.y, rows, axis=0, out=y.numpy(), mode="clip")
-        keep = None if int(counts.min()) == width else torch.tensor(np.arange(width) < counts[:, None])
-        return Batch(x.view(clients, width, *x.shape[1:]), y.view(clients, width), keep)
 
 
 @dataclass(frozen=True)
