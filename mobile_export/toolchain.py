@@ -74,13 +74,13 @@ def _first_line(error: Exception) -> str:
 
 def lower(module: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> Any:  # noqa: ANN401 - an untyped library's program
     """Turn a traced method into core ATen operators, and these into ExecuTorch's edge dialect."""
-    exir = _exir()
+    exir = load_exir()
     table = torch.export.default_decompositions()
     for operator in _KEPT:
         table.pop(operator, None)  # type: ignore[no-untyped-call] # torch
-    with _quiet():
+    with quiet():
         program = torch.export.export(module, inputs).run_decompositions(table)
-        return exir.to_edge(program, compile_config=_edge_config(exir)).exported_program()
+        return exir.to_edge(program, compile_config=edge_config()).exported_program()
 
 
 def emit(methods: Mapping[str, Any], constants: Mapping[str, int | float]) -> bytes:
@@ -92,10 +92,10 @@ def emit(methods: Mapping[str, Any], constants: Mapping[str, int | float]) -> by
     Raises:
         MissingOperator: An operator has no out-variant and so no kernel.
     """
-    exir = _exir()
+    exir = load_exir()
     planning = importlib.import_module("executorch.exir.passes").MemoryPlanningPass(alloc_graph_input=False)
-    with _quiet():
-        manager = exir.EdgeProgramManager(dict(methods), dict(constants) or None, _edge_config(exir))
+    with quiet():
+        manager = exir.EdgeProgramManager(dict(methods), dict(constants) or None, edge_config())
         try:
             program = manager.to_executorch(exir.ExecutorchBackendConfig(memory_planning_pass=planning))
         except RuntimeError as e:
@@ -108,25 +108,27 @@ def emit(methods: Mapping[str, Any], constants: Mapping[str, int | float]) -> by
 
 def read_plans(program: bytes) -> Sequence[Any]:
     """The execution plans inside a serialised program, one for each method: schema objects of ExecuTorch."""
-    _exir()
-    with _quiet():
+    load_exir()
+    with quiet():
         reader = importlib.import_module("executorch.exir._serialize._program")
         return list(reader.deserialize_pte_binary(program).program.execution_plan)
 
 
 @functools.cache
-def _exir() -> Any:  # noqa: ANN401 - an untyped library
-    with _quiet():
+def load_exir() -> Any:  # noqa: ANN401 - an untyped library
+    """``executorch.exir``."""
+    with quiet():
         return importlib.import_module("executorch.exir")
 
 
-def _edge_config(exir: Any) -> Any:  # noqa: ANN401 - an untyped library's options
+def edge_config() -> Any:  # noqa: ANN401 - an untyped library's options
+    """Options of the edge dialect, the same for all methods of a program."""
     # The verifier knows core ATen only; what the runtime can really run is checked by opening the program.
-    return exir.EdgeCompileConfig(_check_ir_validity=False, preserve_ops=list(_KEPT))
+    return load_exir().EdgeCompileConfig(_check_ir_validity=False, preserve_ops=list(_KEPT))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what the toolchain says about itself. No code of ours or of the user's runs in here."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
