@@ -252,15 +252,18 @@ def data_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespac
     parser.description = (
         "Fetch a data set for simulations.\n\n"
         "fashion-mnist comes from Debian's package dataset-fashion-mnist (31 MB), without root; every file's SHA-256\n"
-        "is compared with a pinned one. digits needs no fetching: scikit-learn brings it."
+        "is compared with a pinned one. manpages is text in eight languages, of the manual pages that Debian's\n"
+        "packages manpages, manpages-de, ... carry (19 MB); the hash of what was made of them is kept with it.\n"
+        "digits needs no fetching: scikit-learn brings it."
     )
     parser.epilog = (
         "examples:\n"
         "  pocketfed data fashion-mnist\n"
         "  pocketfed data fashion-mnist --from ~/Downloads/fashion    (the four *-ubyte.gz files, from elsewhere)\n"
+        "  pocketfed data manpages --from ~/Downloads/debs            (the packages, or a finished corpus)\n"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("dataset", choices=("digits", "fashion-mnist"), help="which data set")
+    parser.add_argument("dataset", choices=("digits", "fashion-mnist", "manpages"), help="which data set")
     parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="take the files from this folder")
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
@@ -279,8 +282,10 @@ def _run_data(args: argparse.Namespace) -> int:
     if args.dataset == "digits":
         print("digits comes with scikit-learn; nothing to fetch")
         return 0
-    target = args.out or cache_folder("data") / FASHION_MNIST.dataset
-    if is_current(FASHION_MNIST, target):
+    target = args.out or cache_folder("data") / args.dataset
+    if args.dataset == "manpages":
+        _make_corpus(target, args.source, say)
+    elif is_current(FASHION_MNIST, target):
         say("all files are there and unharmed")
     elif args.source:
         install_from_folder(FASHION_MNIST, args.source, target, say)
@@ -288,3 +293,15 @@ def _run_data(args: argparse.Namespace) -> int:
         fetch(FASHION_MNIST, target, say)
     print(target)
     return 0
+
+
+def _make_corpus(target: Path, source: Path | None, say: Callable[[str], None]) -> None:
+    from simulator.fetch import corpus_from_folder, fetch_corpus  # noqa: PLC0415
+    from simulator.languages import is_whole  # noqa: PLC0415
+
+    if is_whole(target):
+        say("all files are there and unharmed")
+    elif source:
+        corpus_from_folder(source, target, say)
+    else:
+        fetch_corpus(target, say)

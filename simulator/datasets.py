@@ -7,10 +7,11 @@ The test split is read once, after the last round.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +21,16 @@ from client_sdk.protocol.folders import cache_folder
 from simulator.errors import DatasetUnavailable, MalformedDataset
 from simulator.fetch import FASHION_MNIST, is_current
 from simulator.idx import read_idx_gz
+from simulator.languages import DATASET as MANPAGES
+from simulator.languages import SIDES, Corpus, read_corpus
 
 # Fixes which examples are held out. Not an option: figures of different runs stay comparable.
 _SPLIT_SEED = 20_240_917
 
 _POOLED_NORM = 10 / 3
+
+CONTEXT: Final = 16
+"""Bytes that an example of text shows before the one to be told."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,14 @@ class Split:
     """Examples and their labels.
 
     Attributes:
-        x: float32[n, *feature_shape], values in [0, 1], read-only.
+        x: float32[n, *feature_shape], read-only; of pictures values in [0, 1], of texts byte values.
         y: int64[n], values in 0 .. num_classes - 1, read-only.
+        groups: int64[n], to which group each example belongs (of texts: their language); None where there are none.
     """
 
     x: npt.NDArray[np.float32]
     y: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -55,6 +63,7 @@ class Dataset:
         feature_shape: Shape of one example.
         num_classes: Number of labels.
         sha256: Hash of all splits' bytes, in order: what was trained on, to the bit.
+        group_names: What ``Split.groups`` counts; empty where there are none.
     """
 
     name: str
@@ -64,16 +73,19 @@ class Dataset:
     feature_shape: tuple[int, ...]
     num_classes: int
     sha256: str
+    group_names: tuple[str, ...] = ()
 
 
-def _dataset(name: str, splits: tuple[Split, Split, Split], num_classes: int) -> Dataset:
+def _dataset(
+    name: str, splits: tuple[Split, Split, Split], num_classes: int, group_names: tuple[str, ...] = ()
+) -> Dataset:
     digest = hashlib.sha256()
     for split in splits:
-        for array in (split.x, split.y):
+        for array in (split.x, split.y, *(() if split.groups is None else (split.groups,))):
             array.flags.writeable = False
             digest.update(array.data)
     train, validation, test = splits
-    return Dataset(name, train, validation, test, train.x.shape[1:], num_classes, digest.hexdigest())
+    return Dataset(name, train, validation, test, train.x.shape[1:], num_classes, digest.hexdigest(), group_names)
 
 
 def _take(x: npt.NDArray[np.float32], y: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Split:
@@ -154,8 +166,62 @@ def _images_and_labels(folder: Path, prefix: str) -> tuple[npt.NDArray[np.float3
     return x, labels.astype(np.int64)
 
 
+def manpages(folder: Path | None = None) -> Dataset:
+    """Manual pages in several languages: which byte of the UTF-8 text comes next, after the 16 before it.
+
+    Raises:
+        DatasetUnavailable: Not made yet; the message names the command.
+        MalformedDataset: A file is damaged.
+    """
+    return text_dataset(MANPAGES, read_corpus(folder or cache_folder("data") / MANPAGES))
+
+
+def text_dataset(name: str, corpus: Corpus) -> Dataset:
+    """A corpus as examples of the next byte: characters of every script, and none that is unknown.
+
+    Examples of a page follow one another and share no byte, so that what a device holds out says nothing of what it
+    learned from. All languages have as many of each split as the one that has fewest.
+
+    Args:
+        name: Of the data set.
+        corpus: At least one language, with an example or more on each side.
+
+    Returns:
+        Examples float32[n, 16] of byte values, labels int64[n] in 0 .. 255, and languages as groups.
+
+    Raises:
+        MalformedDataset: A side of a language has no page as long as an example.
+    """
+    splits = []
+    for side in SIDES:
+        windows = [_windows(texts[side]) for texts in corpus.texts.values()]
+        count = min((len(w) for w in windows), default=0)
+        if not count:
+            raise MalformedDataset(f"{name}: a language has no text for {side}")
+        everything = np.concatenate([w[:count] for w in windows])
+        splits.append(
+            Split(
+                np.ascontiguousarray(everything[:, :CONTEXT], np.float32),
+                np.ascontiguousarray(everything[:, CONTEXT], np.int64),
+                np.repeat(np.arange(len(windows)), count),
+            )
+        )
+    train, validation, test = splits
+    return _dataset(name, (train, validation, test), 256, corpus.languages)
+
+
+def _windows(pages: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """uint8[n, CONTEXT + 1]: pieces of the pages' UTF-8 bytes, one after another; what is left at a page's end goes."""
+    size = CONTEXT + 1
+    pieces = []
+    for page in pages:
+        text = np.frombuffer(page.encode(), np.uint8)
+        pieces.append(text[: len(text) // size * size].reshape(-1, size))
+    return np.concatenate(pieces) if pieces else np.empty((0, size), np.uint8)
+
+
 DATASETS: Mapping[str, Callable[[], Dataset]] = MappingProxyType(
-    {"digits": digits, "fashion-mnist": fashion_mnist, "fashion-mnist-14": fashion_mnist_14}
+    {"digits": digits, "fashion-mnist": fashion_mnist, "fashion-mnist-14": fashion_mnist_14, MANPAGES: manpages}
 )
 
 

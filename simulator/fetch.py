@@ -1,4 +1,4 @@
-"""Where data files come from and where they are kept: a checksummed cache, filled from a Debian package or a folder.
+"""Where data files come from and where they are kept: a checksummed cache, filled from Debian packages or a folder.
 
 Nothing here needs root: ``apt-get download`` and ``dpkg-deb -x`` work in a temporary folder.
 """
@@ -10,12 +10,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from simulator.errors import DatasetUnavailable, MalformedDataset
+from simulator.languages import DATASET, LANGUAGES, MANIFEST, Language, copy_corpus, extract
 
 Progress = Callable[[str], None]
 """Receives one line of text per step."""
@@ -116,32 +117,97 @@ def fetch(package: DataPackage, target: Path, say: Progress) -> None:
         f"take the files {', '.join(package.sha256)} from elsewhere and pass their folder: "
         f"pocketfed data {package.dataset} --from DIR"
     )
+    with tempfile.TemporaryDirectory(prefix="pocketfed-data-") as temporary:
+        folder = Path(temporary)
+        archive = _downloaded(package.debian_package, "about 31 MB", folder, say, by_hand)
+        say("unpacking")
+        install_from_folder(package, _unpacked(archive, folder) / package.folder, target, say)
+
+
+def fetch_corpus(target: Path, say: Progress, languages: Sequence[Language] = LANGUAGES) -> None:
+    """Download the manual pages of all languages, and make a corpus of their text.
+
+    Raises:
+        DatasetUnavailable: No apt-get here, no network, or a package is unknown to apt.
+        MalformedDataset: A package has too few pages.
+    """
+    names = ", ".join(language.debian_package for language in languages)
+    by_hand = (
+        f"take the packages {names} (or a finished corpus) from elsewhere and pass their folder: "
+        f"pocketfed data {DATASET} --from DIR"
+    )
+    with tempfile.TemporaryDirectory(prefix="pocketfed-data-") as temporary:
+        folder = Path(temporary)
+        for language in languages:
+            _downloaded(language.debian_package, "1 to 5 MB", folder, say, by_hand)
+        corpus_from_folder(folder, target, say, languages)
+
+
+def corpus_from_folder(source: Path, target: Path, say: Progress, languages: Sequence[Language] = LANGUAGES) -> None:
+    """Make a corpus of the Debian packages in a folder, or copy the finished one that it holds.
+
+    Raises:
+        DatasetUnavailable: No such folder, or it lacks a package, or dpkg-deb is not on this machine.
+        MalformedDataset: A package cannot be unpacked or has too few pages, or a finished corpus was changed.
+    """
+    if not source.is_dir():
+        raise DatasetUnavailable(f"{source} is not a folder")
+    if (source / MANIFEST).is_file():
+        say(f"checking the corpus in {source}")
+        copy_corpus(source, target)
+    else:
+        found = {language.debian_package: _archives(source, language.debian_package) for language in languages}
+        lacking = [name for name, archives in found.items() if not archives]
+        if lacking:
+            raise DatasetUnavailable(f"{source} holds neither {MANIFEST} nor the packages {', '.join(lacking)} (*.deb)")
+        archives = {name: archives[-1] for name, archives in found.items()}
+        if shutil.which("dpkg-deb") is None:
+            raise DatasetUnavailable("dpkg-deb is not on this machine (it comes with Debian and Ubuntu)")
+        with tempfile.TemporaryDirectory(prefix="pocketfed-data-") as temporary:
+            unpacked = {}
+            for name, archive in archives.items():
+                say(f"unpacking {archive.name}")
+                unpacked[name] = _unpacked(archive, Path(temporary))
+            say("taking the text of the pages")
+            extract(unpacked, list(archives.values()), target, languages)
+    say(f"stored in {target}")
+
+
+def _downloaded(name: str, size: str, folder: Path, say: Progress, by_hand: str) -> Path:
+    """The archive of a Debian package, downloaded into a folder."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise DatasetUnavailable(f"{tool} is not on this machine (it comes with Debian and Ubuntu); {by_hand}")
-    with tempfile.TemporaryDirectory(prefix="pocketfed-data-") as temporary:
-        folder = Path(temporary)
-        say(f"downloading the Debian package {package.debian_package} (about 31 MB)")
-        output = _download(package, folder, say)
-        archives = list(folder.glob("*.deb"))
-        if len(archives) != 1:
-            raise DatasetUnavailable(
-                f"apt-get could not download {package.debian_package}. Is the machine online? "
-                f"If it is, its package lists may be old: run `apt-get update` as root and try again. "
-                f"Without apt, {by_hand}.\napt-get said: {_last_words(output)}"
-            )
-        say("unpacking")
-        unpacked = folder / "unpacked"
-        status, output = _run(["dpkg-deb", "-x", str(archives[0]), str(unpacked)], folder, lambda _: None)
-        if status != 0:
-            raise MalformedDataset(f"dpkg-deb could not unpack {archives[0].name}: {_last_words(output)}")
-        install_from_folder(package, unpacked / package.folder, target, say)
+    say(f"downloading the Debian package {name} ({size})")
+    output = _download(name, folder, say)
+    archives = _archives(folder, name)
+    if len(archives) != 1:
+        raise DatasetUnavailable(
+            f"apt-get could not download {name}. Is the machine online? "
+            f"If it is, its package lists may be old: run `apt-get update` as root and try again. "
+            f"Without apt, {by_hand}.\napt-get said: {_last_words(output)}"
+        )
+    return archives[0]
 
 
-def _download(package: DataPackage, folder: Path, say: Progress) -> str:
+def _archives(folder: Path, name: str) -> list[Path]:
+    """Archives of a package in a folder, whatever their version, in the order of their names."""
+    return sorted(folder.glob(f"{name}_*.deb"))
+
+
+def _unpacked(archive: Path, folder: Path) -> Path:
+    """A package's files, in a folder of their own under the given one."""
+    target = folder / f"unpacked-{archive.stem}"
+    status, output = _run(["dpkg-deb", "-x", str(archive), str(target)], folder, lambda _: None)
+    if status != 0:
+        raise MalformedDataset(f"dpkg-deb could not unpack {archive.name}: {_last_words(output)}")
+    return target
+
+
+def _download(name: str, folder: Path, say: Progress) -> str:
     """Run ``apt-get download``, refreshing the package lists once where that is allowed; returns apt's output."""
     # Run by root, apt drops its privileges to fetch, and then warns that it cannot write into our private folder.
-    command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", package.debian_package]
+    command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", name]
     status, output = _run(command, folder, say)
     if status == 0 or os.geteuid() != 0:
         return output

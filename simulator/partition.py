@@ -1,7 +1,7 @@
 """How training examples are dealt out to devices.
 
 A partition is an exact cover: every example goes to one device, every device gets at least one. It follows from the
-labels, the number of devices and the seed alone.
+labels (or the groups), the number of devices and the seed alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from simulator.errors import PartitionError
 Labels = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.int64]
 
-FORMS = "iid, dirichlet:ALPHA (e.g. dirichlet:0.5), shards:K (e.g. shards:2)"
+FORMS = "iid, dirichlet:ALPHA (e.g. dirichlet:0.5), shards:K (e.g. shards:2), by-group (e.g. one language a device)"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,30 @@ class Shards:
         return [rng.permutation(np.concatenate([pieces[i] for i in mine])) for mine in dealt]
 
 
-Partition = Iid | Dirichlet | Shards
+@dataclass(frozen=True)
+class ByGroup:
+    """Every device has examples of one group, such as a language; groups have as many devices as one another."""
+
+    def __str__(self) -> str:
+        return "by-group"
+
+    def deal(self, groups: Labels, devices: int, rng: np.random.Generator) -> list[Rows]:
+        """Device i has the i-th group, counted round and round; sizes within a group differ by at most one."""
+        present = np.unique(groups)
+        if devices < len(present):
+            raise PartitionError(f"{devices} devices cannot have one each of {len(present)} groups; use more")
+        parts: list[Rows] = [np.empty(0, np.int64)] * devices
+        for at, group in enumerate(present):
+            rows = rng.permutation(np.flatnonzero(groups == group))
+            mine = range(at, devices, len(present))
+            if len(rows) < len(mine):
+                raise PartitionError(f"group {group} has {len(rows)} examples for {len(mine)} devices; use fewer")
+            for device, part in zip(mine, np.array_split(rows, len(mine)), strict=True):
+                parts[device] = part
+        return parts
+
+
+Partition = Iid | Dirichlet | Shards | ByGroup
 
 
 def _fill_empty(parts: list[Rows]) -> list[Rows]:
@@ -117,6 +140,8 @@ def parse_partition(text: str) -> Partition:
     """
     if text == "iid":
         return Iid()
+    if text == "by-group":
+        return ByGroup()
     if match := re.fullmatch(r"dirichlet:(\d+\.?\d*(?:e-?\d+)?|\.\d+)", text):
         alpha = float(match[1])
         if 1e-6 <= alpha <= 1e6:
@@ -130,7 +155,7 @@ def parse_partition(text: str) -> Partition:
     raise PartitionError(f"unknown partition {text!r}; the forms are {FORMS}")
 
 
-def deal(partition: Partition, labels: Labels, devices: int, seed: int) -> list[Rows]:
+def deal(partition: Partition, labels: Labels, devices: int, seed: int, groups: Labels | None = None) -> list[Rows]:
     """Deal the examples out.
 
     Args:
@@ -138,16 +163,21 @@ def deal(partition: Partition, labels: Labels, devices: int, seed: int) -> list[
         labels: int64[n].
         devices: Number of devices, 1 .. n.
         seed: Fixes the outcome.
+        groups: int64[n], of a data set that has them.
 
     Returns:
         One array of row numbers per device: disjoint, none empty, together all of 0 .. n - 1.
 
     Raises:
-        PartitionError: More devices (or shards) than examples.
+        PartitionError: More devices (or shards) than examples, or a partition by groups of data that has none.
     """
     if devices < 1:
         raise PartitionError("at least one device is needed")
     if devices > len(labels):
         raise PartitionError(f"{devices} devices cannot each get one of {len(labels)} training examples; use fewer")
+    if isinstance(partition, ByGroup):
+        if groups is None:
+            raise PartitionError("by-group is for data that comes in groups, such as the languages of manpages")
+        labels = groups
     rng = np.random.default_rng([seed, 0x7061_7274])
     return [np.asarray(part, dtype=np.int64) for part in partition.deal(labels, devices, rng)]

@@ -75,7 +75,9 @@ class Fleet:
         """
         config.check()
         dataset = load_dataset(config.dataset)
-        parts = deal(parse_partition(config.partition), dataset.train.y, config.devices, config.seed)
+        parts = deal(
+            parse_partition(config.partition), dataset.train.y, config.devices, config.seed, dataset.train.groups
+        )
         attack = AttackPlan.of(config, dataset.num_classes)
         population = Population(
             config.seed,

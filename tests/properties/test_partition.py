@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from simulator.errors import PartitionError
-from simulator.partition import Dirichlet, Iid, Shards, deal, parse_partition
+from simulator.partition import ByGroup, Dirichlet, Iid, Shards, deal, parse_partition
 
 labels_and_devices = hnp.arrays(np.int64, st.integers(1, 200), elements=st.integers(0, 9)).flatmap(
     lambda labels: st.tuples(st.just(labels), st.integers(1, len(labels)))
@@ -98,3 +98,33 @@ def test_more_devices_than_examples_are_refused():
 def test_no_devices_are_refused():
     with pytest.raises(PartitionError, match="at least one"):
         deal(Iid(), np.zeros(3, np.int64), 0, 0)
+
+
+@given(st.integers(1, 5), st.integers(0, 11), seeds)
+def test_by_group_is_an_exact_cover_in_which_every_device_has_one_group(count, more, seed):
+    groups = np.repeat(np.arange(count), 12)[np.random.default_rng(seed).permutation(12 * count)]
+    devices = count + more
+    parts = deal(ByGroup(), np.zeros_like(groups), devices, seed, groups)
+    assert len(parts) == devices
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(groups)))
+    assert [set(groups[part]) for part in parts] == [{device % count} for device in range(devices)]
+    again = deal(ByGroup(), np.zeros_like(groups), devices, seed, groups)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("devices", "groups", "refusal"),
+    [
+        (2, [0, 1, 2, 2], "cannot have one each of 3 groups"),
+        (4, [0, 0, 0, 1], "group 1 has 1 examples for 2 devices"),
+        (2, None, "by-group is for data that comes in groups"),
+    ],
+)
+def test_by_group_refuses_what_it_cannot_deal(devices, groups, refusal):
+    with pytest.raises(PartitionError, match=refusal):
+        deal(ByGroup(), np.zeros(4, np.int64), devices, 0, None if groups is None else np.array(groups))
+
+
+def test_by_group_has_a_form():
+    assert parse_partition("by-group") == ByGroup()
+    assert str(ByGroup()) == "by-group"
