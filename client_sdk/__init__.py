@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from client_sdk.checkpoint import CheckpointManager
     from client_sdk.client import MobileClient
+    from client_sdk.inference import PersonalInference
     from client_sdk.power import PowerMonitor
     from client_sdk.protocol.profile import DeviceProfile
     from client_sdk.protocol.program import Program
@@ -24,6 +25,7 @@ __all__ = [
     "DeviceProfile",
     "LocalTrainer",
     "MobileClient",
+    "PersonalInference",
     "PowerMonitor",
     "Program",
     "WorkerGradient",
@@ -35,6 +37,7 @@ _HOMES = {
     "DeviceProfile": "client_sdk.protocol.profile",
     "LocalTrainer": "client_sdk.training",
     "MobileClient": "client_sdk.client",
+    "PersonalInference": "client_sdk.inference",
     "PowerMonitor": "client_sdk.power",
     "Program": "client_sdk.protocol.program",
     "WorkerGradient": "client_sdk.protocol.updates",

@@ -146,6 +146,46 @@ class CheckpointMismatch(CheckpointError):
         self.fields = fields
 
 
+class Int8Refused(DeviceError):
+    """The program's int8 body cannot serve these weights; they can be served in float."""
+
+
+class StaleBody(Int8Refused):
+    """The int8 body was quantised from another model than the one that these weights come from.
+
+    After a new global model this is so until a program with its body comes; a device that goes on with the old global
+    model, or a task whose body stays as it is, is not concerned.
+    """
+
+    def __init__(self, model_name: str, *, known: bool) -> None:
+        """Say so.
+
+        Args:
+            model_name: The program's model.
+            known: Whether the global model was at hand, and is not the quantised one.
+        """
+        what = "the global model" if known else "these weights, or the global model that they were adapted from"
+        super().__init__(
+            f"the int8 body of {model_name} was not quantised from {what}: serve in float, or export the program again "
+            "from the present global model"
+        )
+
+
+class PersonalBody(Int8Refused):
+    """The int8 body is the global model's, but the weights are personal outside of the head.
+
+    Attributes:
+        parameters: Names of the parameters outside of the head that differ from the global model.
+    """
+
+    def __init__(self, parameters: tuple[str, ...], head: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{', '.join(parameters)} differ from the global model, and int8 serves a personal {', '.join(head)} only: "
+            "serve them in float, or adapt the head alone"
+        )
+        self.parameters = parameters
+
+
 class InvalidDataFile(DeviceError):
     """The file of training examples cannot be used; the message names the file and what to change."""
 
