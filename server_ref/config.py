@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy
 from server_ref.assignments import RoundPolicy
@@ -157,6 +158,18 @@ class TaskConfig(_Section):
             or (self.secure is not None and self.aggregation.rule != "mean")
         )
         return 1 if uniform else self.weight_cap
+
+    @property
+    def server_learning_rate(self) -> float:
+        """The server's, where it is not set: 1 for deltas, which are steps already; for meta-gradients the meta rate.
+
+        With it the mean of Per-FedAvg's updates leads to the mean of the devices' weights, as in the paper.
+        """
+        if self.optimizer.learning_rate is not None:
+            return self.optimizer.learning_rate
+        if self.plan.meta is not None and self.plan.update_kind is UpdateKind.GRADIENT:
+            return self.plan.meta.meta_learning_rate
+        return 1.0
 
     @property
     def capacity(self) -> int:

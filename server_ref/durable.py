@@ -125,8 +125,7 @@ class DurableState:
         with self.db.begin() as connection:
             found = database.load_task(connection)
             if found is None:
-                optimizer = self.task.pipeline.optimizer.initial(self.task.initial_weights)
-                _model, version = self._store_model(0, optimizer)
+                _model, version = self._store_model(0, self.task.initial_state())
                 self.blobs.sync()
                 database.save_model(connection, version)
                 database.save_task(connection, fresh)
@@ -284,7 +283,7 @@ class DurableState:
 
     def _store_model(self, number: int, optimizer: ServerState) -> tuple[GlobalModel, database.ModelVersion]:
         """Blobs of a model version: what devices download, and what the next step needs."""
-        model = encode_model(number, optimizer.weights, self.task.manifest)
+        model = encode_model(number, self.task.whole_weights(optimizer), self.task.manifest)
         self.blobs.put_content(model.frame)
         state = optimizer.to_bytes()
         state_sha256 = hashlib.sha256(state).hexdigest()
@@ -298,7 +297,7 @@ class DurableState:
     def _load_optimizer(self, version: database.ModelVersion) -> ServerState:
         if version.state_sha256 is None:
             # Written before optimizers had a state: it begins with this model.
-            return self.task.pipeline.optimizer.initial(self.model.weights)
+            return self.task.initial_state(self.model.weights)
         data = self.blobs.get(_state_key(version.state_sha256))
         if hashlib.sha256(data).hexdigest() != version.state_sha256:
             raise StorageUnavailable(f"the optimizer's state of model version {version.version} is damaged on disk")

@@ -8,6 +8,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.meta_learning import META_ALGORITHMS
 from server_ref.protection import SecureConfig
 
 RULES: Final = (
@@ -26,7 +27,7 @@ ASYNC_STALENESS: Final = 10
 
 
 def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, in five groups. Every default is None: what is not given stays as the configuration has it."""
+    """Add the flags, in six groups. Every default is None: what is not given stays as the configuration has it."""
     add = parser.add_argument_group("aggregation").add_argument
     add(
         "--rule",
@@ -59,7 +60,7 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
         help="a report weighs its number of examples, or 1 (default: samples; the rules weigh all alike)",
     )
     add("--optimizer", choices=OPTIMIZERS, help="what applies the aggregate to the model (default: sgd)")
-    add("--server-lr", type=float, metavar="RATE", help="learning rate of that optimizer (default: 1)")
+    add("--server-lr", type=float, metavar="RATE", help="its learning rate (default: 1; with meta-gradients --meta-lr)")
     add("--server-momentum", type=float, metavar="BETA", help="momentum of sgd (default: 0)")
     add = parser.add_argument_group("what devices send").add_argument
     add(
@@ -74,6 +75,7 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
         help="topk:0.01, randomk:0.1, threshold:1e-3, sketch:0.05 or quantize:8; more after commas: topk:0.01,bits=8 "
         "or quantize:4,rotate (default: none)",
     )
+    _add_personal_flags(parser)
     add = parser.add_argument_group("asynchronous rounds").add_argument
     add(
         "--async",
@@ -115,6 +117,34 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
         help="share of the places that fast gives by turns, and diverse to all kinds alike (default: 0.2)",
     )
     _add_privacy_flags(parser)
+
+
+def _add_personal_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("models that adapt").add_argument
+    add(
+        "--personalize",
+        choices=META_ALGORITHMS,
+        help="learn a model that a few steps on a device's own examples make a good one of; instead of --algorithm",
+    )
+    add("--inner-steps", type=int, metavar="K", help="steps of --lr that adapt it, on every device (default: 5)")
+    add(
+        "--query-fraction",
+        type=float,
+        metavar="F",
+        help="share of a device's examples that adaptation never sees, and that judge it (default: 0.2)",
+    )
+    add(
+        "--meta-lr",
+        type=float,
+        metavar="RATE",
+        help="of per-fedavg's local meta steps, and of the server with maml, fomaml and per-fedavg (default: 0.05)",
+    )
+    add(
+        "--personal-layers",
+        metavar="NAMES",
+        help="layers that each device keeps for itself and never sends, such as output or fc1.bias,output; with fedavg "
+        "and reptile (default: none)",
+    )
 
 
 def _add_privacy_flags(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +231,7 @@ def aggregation_settings(args: argparse.Namespace, *, rounds: int | None) -> dic
             weighting=args.weighting,
         ),
         optimizer=_given(name=args.optimizer, learning_rate=args.server_lr, momentum=args.server_momentum),
-        plan=_given(algorithm=args.algorithm, max_steps=args.max_steps),
+        plan=_plan(args),
         selection=_given(policy=args.selection, floor=args.selection_floor),
         staleness=_staleness(args, rounds),
         privacy=_privacy(args),
@@ -214,6 +244,19 @@ def aggregation_settings(args: argparse.Namespace, *, rounds: int | None) -> dic
 
 def _given(**values: Any) -> dict[str, Any]:  # noqa: ANN401 - flags of any type
     return {name: value for name, value in values.items() if value is not None and value != {}}
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    if args.personalize is not None and args.algorithm is not None:
+        raise ConfigurationError("--personalize and --algorithm both say what devices train: leave one of them out")
+    meta = _given(inner_steps=args.inner_steps, query_fraction=args.query_fraction, meta_learning_rate=args.meta_lr)
+    found = _given(algorithm=args.personalize or args.algorithm, max_steps=args.max_steps, meta=meta)
+    if args.personalize is not None:
+        # Also where all of it stays as it is by default: meta-learning is what has this section.
+        found["meta"] = meta
+    if args.personal_layers is not None:
+        found["personal"] = [name.strip() for name in args.personal_layers.split(",")]
+    return found
 
 
 def _privacy(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Manifest
 from client_sdk.protocol.training import TrainingPlan, normaliser, update_size
-from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.accounting import LedgerKeeper
 from server_ref.aggregation.admission import (
     ClipGlobal,
@@ -57,7 +57,7 @@ def build_pipeline(
 
     Args:
         config: Its settings.
-        manifest: Of its program: sizes, layers.
+        manifest: Of its program: sizes, layers. Those that are personal are no part of any update.
         privacy: The noise that they come to; None for none.
         keeper: The ledger that is asked before noise is drawn here.
 
@@ -65,7 +65,8 @@ def build_pipeline(
         PipelineError: Settings that do not go together; the message says what to change.
         ConfigurationError: A setting that cannot be.
     """
-    size = update_size(config.plan, manifest.num_parameters)
+    shared = SharedLayers.of(manifest.parameters, config.plan.personal)
+    size = update_size(config.plan, shared.size)
     if (privacy is not None or config.secure is not None) and config.aggregation.clip_scope != "global":
         raise ConfigurationError("private and shared updates have one bound, on the whole: set clip_scope = global")
     spec = compression_of(config)
@@ -74,7 +75,7 @@ def build_pipeline(
         return _of_shares(config, size, privacy)
     facts = Facts(
         size=size,
-        kind=UpdateKind.DELTA,
+        kind=config.plan.update_kind,
         capacity=config.capacity,
         count=config.buffer_size,
         max_weight=config.max_weight,
@@ -86,7 +87,7 @@ def build_pipeline(
         schedule,
         ValidateFacts(max_normaliser=_max_normaliser(config.plan)),
         _decode(spec),
-        _clip(config, manifest),
+        _clip(config, shared),
         reduce,
         noise,
         _apply(config),
@@ -108,7 +109,7 @@ def _of_shares(config: TaskConfig, size: int, privacy: PrivacyPlan | None) -> Pi
     schedule = _schedule(config)
     facts = Facts(
         size=size,
-        kind=UpdateKind.DELTA,
+        kind=config.plan.update_kind,
         visibility=Visibility.SUM,
         capacity=config.capacity,
         count=config.buffer_size,
@@ -217,7 +218,7 @@ def max_payload_bytes(config: TaskConfig, manifest: Manifest, sharing: SharingPl
     """Largest number of bytes of an update on the wire, without its frame."""
     if sharing is not None:
         return sharing.layout.payload_bytes
-    size = update_size(config.plan, manifest.num_parameters)
+    size = update_size(config.plan, SharedLayers.of(manifest.parameters, config.plan.personal).size)
     spec = compression_of(config)
     return 4 * size if spec is None else Codec(spec, size).max_bytes
 
@@ -243,16 +244,16 @@ def _decode(spec: CompressionSpec | None) -> Decode:
     return DecodeDense() if spec is None else DecodeCompressed(spec)
 
 
-def _clip(config: TaskConfig, manifest: Manifest) -> Clip:
+def _clip(config: TaskConfig, shared: SharedLayers) -> Clip:
     settings = config.aggregation
     if settings.clip_norm is None:
         return NoClip()
     if settings.clip_scope == "global":
         return ClipGlobal(settings.clip_norm)
-    d = manifest.num_parameters
+    d = shared.size
     # SCAFFOLD's second half has the same layers.
     starts = range(0, update_size(config.plan, d), d)
-    layers = tuple((at + p.offset, at + p.offset + p.num_elements) for at in starts for p in manifest.parameters)
+    layers = tuple((at + p.offset, at + p.offset + p.num_elements) for at in starts for p in shared.shared)
     return ClipLayers(settings.clip_norm, tuple(layer for layer in layers if layer[0] < layer[1]))
 
 
@@ -285,7 +286,7 @@ def _reduce(config: TaskConfig, size: int, max_scale: int, privacy: PrivacyPlan 
 
 
 def _apply(config: TaskConfig) -> Apply:
-    optimizer = server_optimizer(config.optimizer)
+    optimizer = server_optimizer(config.optimizer, learning_rate=config.server_learning_rate)
     if config.plan.algorithm != "scaffold":
         return optimizer
     if config.population is None:

@@ -126,6 +126,8 @@ def _check_facts(facts: ReportFacts, schema: ReportSchema, seed: int) -> None:
         raise ReportMismatch(f"the report's encoding is {facts.encoding}; this task takes {encoding}")
     if facts.algorithm != schema.plan.algorithm:
         raise ReportMismatch(f"the report is of {facts.algorithm}; this task trains by {schema.plan.algorithm}")
+    if schema.plan.meta is not None and int(facts.steps) != schema.plan.meta.inner_steps:
+        raise ReportMismatch(f"the report is of {facts.steps} steps; this task takes {schema.plan.meta.inner_steps}")
     if facts.compression != (schema.compression or UNCOMPRESSED):
         raise ReportMismatch(
             f"the report's compression is {facts.compression}; this task takes {schema.compression or UNCOMPRESSED}"

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, ProtocolError, UnknownMethod
+from client_sdk.protocol.errors import ConfigurationError, ProgramHashMismatch, ProtocolError
 from client_sdk.protocol.messages import Assignment, F32Encoding, I64SharesEncoding, SecurePlan
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Manifest
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.accounting import LedgerKeeper, PrivacyLedger
 from server_ref.aggregation.adaptive_clipping import AdaptiveClipNorm
 from server_ref.aggregation.pipeline import Pipeline
+from server_ref.aggregation.server_state import ServerState
 from server_ref.assignments import AssignmentRecord
 from server_ref.config import TaskConfig
 from server_ref.current_pipeline import CurrentPipeline
+from server_ref.methods import require_methods
 from server_ref.models import decode_model
 from server_ref.privacy_plan import PrivacyPlan
 from server_ref.recipe import build_pipeline, compression_of
@@ -55,6 +58,7 @@ def _settings(config: TaskConfig) -> dict[str, Any]:
     del found["selection"]["patience_s"]
     if not config.plan.adaptive:
         del found["plan"]["adaptive"]
+    found["optimizer"]["learning_rate"] = config.server_learning_rate
     return found
 
 
@@ -73,6 +77,7 @@ class Task:
     manifest_sha256: str
     program: bytes
     initial_weights: npt.NDArray[np.float32]
+    layers: SharedLayers
     kind: UpdateKind
     current: CurrentPipeline
     compression: str | None
@@ -97,6 +102,25 @@ class Task:
             return plan
         norm = self.clip_norm.clip_norm
         return plan.model_copy(update={"clip_norm": norm, "indicator_norm": norm})
+
+    def initial_state(self, weights: npt.NDArray[np.float32] | None = None) -> ServerState:
+        """The server's state before the first round: of the shared coordinates alone.
+
+        Args:
+            weights: The whole model, float32[d]; None: the bundle's.
+        """
+        whole = self.initial_weights if weights is None else weights
+        return self.pipeline.optimizer.initial(self.layers.gather(whole))
+
+    def whole_weights(self, state: ServerState) -> npt.NDArray[np.float32]:
+        """The model that devices get, float32[d].
+
+        Its personal layers, of which nothing is ever known here, are the bundle's bit for bit: what a device begins
+        with.
+        """
+        if not self.layers.personal:
+            return state.weights
+        return self.layers.with_shared(self.initial_weights, state.weights)
 
     def shuffle_seed(self, assignment_number: int) -> int:
         """Seed of one assignment's shuffles."""
@@ -180,11 +204,7 @@ def load_task(config: TaskConfig) -> Task:
         raise ProgramHashMismatch(f"{config.bundle / PROGRAM_FILE} is not the program its manifest describes")
     if hashlib.sha256(frame).hexdigest() != manifest.initial_weights_sha256:
         raise ProgramHashMismatch(f"{config.bundle / WEIGHTS_FILE} are not the weights its manifest describes")
-    try:
-        # Otherwise every device would find out by itself, one failed training after the other.
-        manifest.training_method(config.plan.batch_size)
-    except UnknownMethod as e:
-        raise ConfigurationError(f"task.plan.batch_size: {e}; or export the bundle with that size") from e
+    require_methods(config.plan, manifest)
     try:
         weights = decode_model(0, frame, manifest).weights
     except ProtocolError as e:
@@ -206,7 +226,7 @@ def load_task(config: TaskConfig) -> Task:
     manifest_sha256 = hashlib.sha256(manifest_json).hexdigest()
     identity = {
         "manifest": manifest_sha256,
-        "kind": UpdateKind.DELTA.value,
+        "kind": config.plan.update_kind.value,
         **_settings(config),
         # Two spellings of one compression are one task.
         "compression": None if compression is None else str(compression),
@@ -222,7 +242,8 @@ def load_task(config: TaskConfig) -> Task:
         manifest_sha256=manifest_sha256,
         program=program,
         initial_weights=weights,
-        kind=UpdateKind.DELTA,
+        layers=SharedLayers.of(manifest.parameters, config.plan.personal),
+        kind=config.plan.update_kind,
         current=current,
         compression=None if compression is None else str(compression),
         settings=config,

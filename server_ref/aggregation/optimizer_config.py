@@ -37,8 +37,11 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: OptimizerName = Field(OptimizerName.SGD, description="sgd, adagrad, adam or yogi")
-    learning_rate: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="of the server; 1 and sgd: plain averaging"
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of the server; 1 and sgd: plain averaging; default: 1, of meta-gradients the plan's meta rate",
     )
     momentum: float | None = Field(None, ge=0, lt=1, description="sgd: share of the last step in the next; default: 0")
     nesterov: bool | None = Field(None, description="sgd: look ahead along the momentum; default: no")

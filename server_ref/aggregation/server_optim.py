@@ -312,13 +312,18 @@ class Yogi(_Adaptive):
 _CLASSES: Mapping[OptimizerName, type[ServerOptimizer]] = {cls.name: cls for cls in (Sgd, Adagrad, Adam, Yogi)}
 
 
-def server_optimizer(config: OptimizerConfig) -> ServerOptimizer:
+def server_optimizer(config: OptimizerConfig, *, learning_rate: float = 1.0) -> ServerOptimizer:
     """The optimizer that settings name.
+
+    Args:
+        config: Its settings.
+        learning_rate: Where they name none.
 
     Raises:
         ConfigurationError: Settings that do not go together.
     """
-    settings = {"learning_rate": config.learning_rate, "rescale_every": config.rescale_every, **config.settings()}
+    rate = learning_rate if config.learning_rate is None else config.learning_rate
+    settings = {"learning_rate": rate, "rescale_every": config.rescale_every, **config.settings()}
     return _CLASSES[config.name](**settings)  # type: ignore[arg-type]  # the settings are those of this class
 
 

@@ -71,7 +71,7 @@ class CohortServer:
         self.task = task
         self.rounds: list[CommittedRound] = []
         self.counted: list[list[int]] = []
-        self.optimizer: ServerState = task.pipeline.optimizer.initial(task.initial_weights)
+        self.optimizer: ServerState = task.initial_state()
         self.correction = (
             None
             if settings.delay_damping is None
@@ -84,7 +84,7 @@ class CohortServer:
         self._scoring = scoring
         self._device_id = device_id
         self._tier = tier
-        self._model: GlobalModel = encode_model(0, self.optimizer.weights, task.manifest)
+        self._model: GlobalModel = encode_model(0, task.whole_weights(self.optimizer), task.manifest)
         self._broadcast = self._announce()
         self._begin_buffer()
 
@@ -229,7 +229,7 @@ class CohortServer:
             self.correction.record(outcome.step)
         self._selection.remember(closing.counted, closing.round_id)
         self._selection.record(closing.counted)
-        self._model = encode_model(engine.version, self.optimizer.weights, self.task.manifest)
+        self._model = encode_model(engine.version, self.task.whole_weights(self.optimizer), self.task.manifest)
         self._broadcast = self._announce()
         self._begin_buffer()
         self.counted.append([record.number for record in closing.counted])
@@ -257,14 +257,14 @@ class CohortServer:
     def _announce(self) -> Broadcast:
         control = self.optimizer.tensors.get(CONTROL)
         return Broadcast(
-            self._engine.version, self.optimizer.weights, None if control is None else control.astype(np.float32)
+            self._engine.version, self._model.weights, None if control is None else control.astype(np.float32)
         )
 
     def _score(self) -> Evaluation | None:
         version = self._engine.version
         if self._scoring is None or not (self._engine.finished or version % self._scoring.every == 0):
             return None
-        return self._scoring.evaluate(self.optimizer.weights)
+        return self._scoring.evaluate(self._model.weights)
 
 
 def wire_bytes(update: EncodedUpdate) -> int:

@@ -99,6 +99,7 @@ STALE = {"--max-staleness": ints(0, 100), "--staleness": weights(), "--tighten":
 LINKED = {
     *("--prox-mu", "--algorithm", "--optimizer", "--server-momentum", "--attack", "--engine", "--server"),
     *("--profiles", "--local-work"),
+    *("--personalize", "--inner-steps", "--query-fraction", "--meta-lr", "--personal-layers"),
 }
 # Of privacy and secrecy; each needs a clip norm beside it.
 NOISE = {
