@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from simulator.config import SimulationConfig
     from simulator.datasets import Dataset, Split, load_dataset
     from simulator.folder import RunFolder
+    from simulator.personalization.evaluator import PersonalizationEvaluator
     from simulator.population import Population
     from simulator.prepare import Fleet
     from simulator.results import SimulationResults
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Dataset": "datasets",
     "Fleet": "prepare",
+    "PersonalizationEvaluator": "personalization.evaluator",
     "Population": "population",
     "RunFolder": "folder",
     "RunOptions": "run",
@@ -33,6 +35,7 @@ _HOME = {
 __all__ = [
     "Dataset",
     "Fleet",
+    "PersonalizationEvaluator",
     "Population",
     "RunFolder",
     "RunOptions",

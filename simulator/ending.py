@@ -15,7 +15,14 @@ from simulator.errors import FleetCannotTrain
 from simulator.monitor import RunMonitor, participation, slow_share
 from simulator.population import examples_trained
 from simulator.prepare import Fleet
-from simulator.results import DatasetFacts, PrivacyResult, SecrecyResult, SimulationResults, versions
+from simulator.results import (
+    DatasetFacts,
+    PersonalizationResult,
+    PrivacyResult,
+    SecrecyResult,
+    SimulationResults,
+    versions,
+)
 from simulator.sessions import Session
 from simulator.view import PrivacyClaim, Secrecy
 
@@ -70,7 +77,13 @@ def _secrecy(config: SimulationConfig, told: Secrecy | None) -> SecrecyResult | 
 
 
 def results_of(
-    config: SimulationConfig, fleet: Fleet, monitor: RunMonitor, ending: Ending, *, workers: int
+    config: SimulationConfig,
+    fleet: Fleet,
+    monitor: RunMonitor,
+    ending: Ending,
+    *,
+    workers: int,
+    personalization: PersonalizationResult | None = None,
 ) -> SimulationResults:
     """What ``results.json`` says of a run.
 
@@ -80,6 +93,7 @@ def results_of(
         monitor: What it saw.
         ending: How it ended.
         workers: Training threads.
+        personalization: What adaptation gave, where that was asked for.
     """
     attack = fleet.attack
     rounds = monitor.round_results() if attack is None else monitor.round_results(ending.counted, attack.attacks)
@@ -103,6 +117,7 @@ def results_of(
         rounds=rounds,
         tiers=monitor.tier_results(fleet.population, ending.counted, examples),
         days=days_of(fleet.population, monitor.sessions),
+        personalization=personalization,
         refusals=monitor.refusals(ending.counted),
         jain_index=jain_index(times),
         slow_share=slow_share(fleet.population, times),

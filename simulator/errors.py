@@ -51,3 +51,11 @@ class ProfileError(SimulationError):
 
 class SkewError(SimulationError):
     """A skew of features that cannot be parsed, or that the data set cannot have; the message lists the forms."""
+
+
+class NothingToJudge(SimulationError):
+    """No device, or one without examples that could tell a good model from a bad one."""
+
+
+class MissingModel(SimulationError):
+    """A device that is to be judged has no model, or one that does not fit; the message names it."""

@@ -107,16 +107,24 @@ class Fleet:
     @cached_property
     def honest_data(self) -> Split:
         """All training examples as the devices have them: without skew the data set's own arrays, else one copy."""
-        train, seed = self.dataset.train, self.population.seed
+        train = self.dataset.train
         if not self.skew and not self.population.profiles.skewed:
             return train
         x = train.x.copy()
         for device, rows in enumerate(self.parts):
-            own = self.population.kind(device).skew
-            skew = self.skew if own is None else self.skew.replaced(parse_skew(own))
-            x[rows] = Style.of(skew, seed, device).apply(train.x[rows])
+            style = self.style(device)
+            if style is not None:
+                x[rows] = style.apply(train.x[rows])
         x.flags.writeable = False
         return Split(x, train.y)
+
+    def style(self, device: int) -> Style | None:
+        """The device's way with pictures; None in a fleet whose features do not differ."""
+        if not self.skew and not self.population.profiles.skewed:
+            return None
+        own = self.population.kind(device).skew
+        skew = self.skew if own is None else self.skew.replaced(parse_skew(own))
+        return Style.of(skew, self.population.seed, device)
 
     def label_counts(self) -> npt.NDArray[np.int64]:
         """int64[devices, classes]: how many examples of each class a device holds."""

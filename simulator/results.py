@@ -21,6 +21,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Frozen(BaseModel):
@@ -119,6 +120,68 @@ class DaysResult(_Frozen):
     lost: dict[str, Count] = Field(description="reason -> sessions that never reported, the commonest first")
 
 
+class WorstDecile(_Frozen):
+    """The tenth of the devices, rounded up, that each model serves worst; not the same devices before and after."""
+
+    devices: int = Field(ge=1)
+    global_accuracy: Fraction
+    personalized_accuracy: Fraction
+    personalization_gain: Finite
+
+
+class FairnessResult(_Frozen):
+    """How unequally devices are served, before and after they adapt."""
+
+    global_stddev: NonNegative = Field(description="of the accuracies, over devices")
+    personalized_stddev: NonNegative
+    global_jain: Fraction = Field(description="Jain's index of the accuracies: 1 if all are equal")
+    personalized_jain: Fraction
+    worst_decile_gain: Finite = Field(description="mean gain of the tenth that gains least; negative: they lose")
+    losing: Fraction = Field(description="share of the devices whose own model is worse than the global one")
+
+
+class AdaptationCurve(_Frozen):
+    """How well devices do after each step of adaptation, from the model of one round on."""
+
+    round: Count = Field(description="that made the model; 0: the initial one")
+    accuracy: tuple[Fraction, ...] = Field(min_length=1, description="after 0, 1, ... steps: mean over devices")
+
+
+class ForgettingResult(_Frozen):
+    """What a new global model leaves of what devices had learned for themselves.
+
+    Devices adapt from the last model but one. Then the last one comes, and each mixes it with its own.
+    """
+
+    personal_share: Fraction = Field(description="of the device's own model in the mixture")
+    gain_before: Finite = Field(description="own model's accuracy over that of the model it came from")
+    gain_after: Finite = Field(description="the mixture's over that of the new model alone")
+    kept: Finite | None = Field(description="the second as a share of the first; null where nothing was gained")
+
+
+class PersonalizationResult(_Frozen):
+    """What adaptation to each device gives.
+
+    Accuracies are shares from 0 to 1, means over devices each of which counts once. The first four figures and those
+    made of them are on examples of the test split, read once; curves and forgetting are on the validation split.
+    """
+
+    global_accuracy: Fraction = Field(description="of the last model, on what each device will see next")
+    personalized_accuracy: Fraction = Field(description="of every device's own model, adapted from it")
+    personalization_gain: Finite
+    per_device_accuracies: dict[str, tuple[Fraction, Fraction]] = Field(description="device -> (global, personal)")
+    devices: int = Field(ge=1, description="that were adapted and judged, evenly picked")
+    examples: int = Field(ge=1, description="that judge each of them")
+    steps: int = Field(ge=1, description="of adaptation")
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    batch_size: int = Field(ge=1, description="the most of a device's examples in a step")
+    personal_layers: tuple[str, ...] = Field(description="that never leave a device; empty: all are shared")
+    worst_decile: WorstDecile
+    fairness: FairnessResult
+    curves: tuple[AdaptationCurve, ...] = Field(description="of some rounds' models, the last one's at the end")
+    forgetting: ForgettingResult | None = Field(description="null where there was no model before the last one")
+
+
 class DatasetFacts(_Frozen):
     """What was trained on."""
 
@@ -135,7 +198,7 @@ class SimulationResults(_Frozen):
     ``final_accuracy`` is on the test split, which is read once, after the last round; null in an interrupted run.
     """
 
-    format: Literal[4] = 4
+    format: Literal[5] = 5
     status: Literal["completed", "interrupted"]
     final_accuracy: Fraction | None
     final_loss: Loss | None
@@ -148,6 +211,9 @@ class SimulationResults(_Frozen):
     rounds: tuple[RoundResult, ...]
     tiers: tuple[TierResult, ...]
     days: DaysResult | None = Field(description="availability, pauses, losses; null: profiles without a day")
+    personalization: PersonalizationResult | None = Field(
+        description="what adaptation to each device gives; null: not asked for, or the run was interrupted"
+    )
     refusals: dict[str, Count] = Field(description="why reports are in no model: problem type -> sessions")
     jain_index: Fraction = Field(description="fairness of how often each device counted: 1 equally often, 1/n one only")
     slow_share: NonNegative | None = Field(

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from client_sdk.protocol.errors import ConfigurationError
 
 
-def jain_index(counts: Iterable[int]) -> float:
+def jain_index(counts: Iterable[float]) -> float:
     """Jain's fairness index of how often each device was selected: 1 if equally often, 1/n if it was always the same.
 
-    1 for no devices, and where nobody was ever selected.
+    1 for no devices, and where nobody was ever selected. Any other amounts of at least 0 will do as well.
 
     Source: R. Jain, D. Chiu, W. Hawe, "A quantitative measure of fairness and discrimination" (1984).
     """

@@ -54,7 +54,7 @@ def results(rounds=3, **changes):
             tier_result(DeviceTier.MID_RANGE, devices=2, counted=2, late=1, examples=16),
             tier_result(DeviceTier.LOW_END, devices=1, late=2, unfinished=1),
         ),
-        "days": None,
+        "days": None, "personalization": None,
         "refusals": {"stale-report": 3}, "jain_index": 0.75, "slow_share": 0.0,
         "sessions": 9, "seconds": 0.75, "clients_per_second": 12.0, "bytes_up": 12000, "bytes_down": 15000,
         "virtual_seconds": 30.0, "config": CONFIG, "server": "embedded", "runtime": "native", "workers": 2,
