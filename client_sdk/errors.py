@@ -146,6 +146,17 @@ class CheckpointMismatch(CheckpointError):
         self.fields = fields
 
 
+class PersonalModelMismatch(CheckpointError):
+    """The personal model is good, and was adapted for another program: its numbers mean nothing to this one."""
+
+    def __init__(self, program_sha256: str) -> None:
+        super().__init__(f"the personal model is one of program {program_sha256}, not of the one that is here")
+
+
+class NoPersonalModel(DeviceError):
+    """There are no weights to serve: neither a personal model nor a global one has come so far."""
+
+
 class Int8Refused(DeviceError):
     """The program's int8 body cannot serve these weights; they can be served in float."""
 
