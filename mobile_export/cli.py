@@ -50,18 +50,23 @@ def export_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namesp
         "    pocketfed export my_models:make_model --feature-shape 12 --out bundles/own"
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="softmax, mlp, cnn, or MODULE:CALLABLE, which returns an nn.Module"
+        "model",
+        metavar="MODEL",
+        help="softmax, mlp, cnn, byte-mlp, byte-gru, or MODULE:CALLABLE, which returns an nn.Module",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; a bundle is replaced")
     parser.add_argument(
         "--feature-shape",
         type=_shape,
         metavar="SHAPE",
-        help="shape of one example, such as 784 or 28x28 (default: 784 for the reference models, else the model's "
-        "own feature_shape)",
+        help="shape of one example, such as 784 or 28x28 (default: 784 for the reference models, 16 for those of "
+        "text, else the model's own feature_shape)",
     )
     parser.add_argument(
-        "--classes", type=_positive, metavar="N", help="number of logits (default: 10 for the reference models)"
+        "--classes",
+        type=_positive,
+        metavar="N",
+        help="number of logits (default: 10 for the reference models, 256 for text)",
     )
     parser.add_argument(
         "--hidden", type=_sizes, metavar="N[,N...]", help="widths of the hidden layers of mlp or cnn (default: 64, 32)"
@@ -124,8 +129,9 @@ def _model(args: argparse.Namespace) -> nn.Module:
     from mobile_export.models import REFERENCE_MODELS, build_model  # noqa: PLC0415
 
     if args.model in REFERENCE_MODELS:
-        args.feature_shape = args.feature_shape or (784,)
-        args.classes = args.classes or 10
+        text = args.model.startswith("byte-")
+        args.feature_shape = args.feature_shape or ((16,) if text else (784,))
+        args.classes = args.classes or (256 if text else 10)
         return build_model(args.model, args.feature_shape, args.classes, args.seed, hidden=args.hidden)
     if ":" not in args.model:
         raise ConfigurationError(

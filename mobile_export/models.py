@@ -1,8 +1,8 @@
-"""Reference models: softmax regression, a multi-layer perceptron, a small CNN.
+"""Reference models: softmax regression, a multi-layer perceptron, a small CNN, and two that tell the next byte.
 
 Input convention: ``x`` is float32 ``[B, *feature_shape]`` and each model reshapes it itself, so one data pipeline
-feeds all three. The CNN takes grey images as ``(H, W)``, ``(1, H, W)`` or, flattened, ``(H * W,)`` with H = W.
-Outputs are logits ``[B, num_classes]``.
+feeds all. The CNN takes grey images as ``(H, W)``, ``(1, H, W)`` or, flattened, ``(H * W,)`` with H = W. The models of
+text take T ids as numbers 0 .. num_classes - 1, in a float32 ``(T,)``. Outputs are logits ``[B, num_classes]``.
 
 Initial weights depend on the seed alone: no model reads or advances torch's global generator.
 """
@@ -107,6 +107,82 @@ class CNN(nn.Module):
         return cast("Tensor", self.head(x))
 
 
+class ByteEmbedding(nn.Module):
+    """A vector for each id: ``[B, T]`` ids as float32 -> ``[B, T, width]``, by a product with their one-hot form.
+
+    ``nn.Embedding`` wants integers, and its gradient an operator that programs lack. The one-hot form is made by
+    operators that are fast in a program: ``relu(1 - |x - id|)``, exactly 1 at the id and 0 elsewhere.
+    """
+
+    def __init__(self, ids: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(ids, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors of the ids ``x [B, T]``."""
+        ids = torch.arange(len(self.weight), dtype=x.dtype)
+        one_hot = torch.relu(1 - (x.unsqueeze(-1) - ids).abs())
+        return one_hot @ self.weight
+
+
+class ByteMLP(nn.Module):
+    """The id that follows T others: their vectors side by side, one hidden layer, one output layer.
+
+    26,944 parameters for 16 bytes.
+    """
+
+    WIDTH = 8
+
+    def __init__(self, feature_shape: tuple[int, ...], num_classes: int, hidden: tuple[int, ...] = (64,)) -> None:
+        super().__init__()
+        self.feature_shape = feature_shape
+        self.embedding = ByteEmbedding(num_classes, self.WIDTH)
+        self.head = MLP((self.WIDTH * _context(feature_shape),), num_classes, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of ids ``x [B, T]``."""
+        return cast("Tensor", self.head(self.embedding(x)))
+
+
+class ByteGRU(nn.Module):
+    """The id that follows T others, by a gated recurrent unit that reads one after another [Cho et al. 2014].
+
+    As ``nn.GRU`` computes it, in plain operators: gates r and z, and the candidate, side by side in each matrix.
+    """
+
+    WIDTH = 8
+
+    def __init__(self, feature_shape: tuple[int, ...], num_classes: int, hidden: tuple[int, ...] = (48,)) -> None:
+        super().__init__()
+        if len(hidden) != 1:
+            raise ConfigurationError(f"byte-gru has one recurrent layer, not widths {hidden}")
+        self.feature_shape = feature_shape
+        self.steps, self.state = _context(feature_shape), hidden[0]
+        self.embedding = ByteEmbedding(num_classes, self.WIDTH)
+        self.reads = _linear(self.WIDTH, 3 * self.state)
+        self.recurs = _linear(self.state, 3 * self.state)
+        self.output = _linear(self.state, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of ids ``x [B, T]``."""
+        read = self.reads(self.embedding(x))
+        state = torch.zeros_like(read[:, 0, : self.state])
+        for step in range(self.steps):
+            r_in, z_in, n_in = read[:, step].split(self.state, dim=-1)
+            r_own, z_own, n_own = self.recurs(state).split(self.state, dim=-1)
+            update = torch.sigmoid(z_in + z_own)
+            candidate = torch.tanh(n_in + torch.sigmoid(r_in + r_own) * n_own)
+            state = candidate + update * (state - candidate)
+        return cast("Tensor", self.output(state))
+
+
+def _context(feature_shape: tuple[int, ...]) -> int:
+    """Number of ids in an example of text."""
+    if len(feature_shape) != 1:
+        raise ConfigurationError(f"a model of text takes ids in a row, (T,), not {feature_shape}")
+    return feature_shape[0]
+
+
 def _image_size(feature_shape: tuple[int, ...]) -> tuple[int, int]:
     """Height and width that a feature shape stands for."""
     match feature_shape:
@@ -146,6 +222,8 @@ REFERENCE_MODELS: Mapping[str, ReferenceModel] = MappingProxyType(
         ),
         "mlp": ReferenceModel(MLP, (64,), "multi-layer perceptron, one hidden layer of 64 by default"),
         "cnn": ReferenceModel(CNN, (32,), "two im2col convolutions with max-pooling, for grey images"),
+        "byte-mlp": ReferenceModel(ByteMLP, (64,), "next byte of a text: embedded bytes, one hidden layer"),
+        "byte-gru": ReferenceModel(ByteGRU, (48,), "next byte of a text: a gated recurrent unit"),
     }
 )
 
@@ -160,7 +238,8 @@ def build_model(
 ) -> nn.Module:
     """Build a reference model with seeded weights.
 
-    Weights and biases are uniform in +-1/sqrt(fan_in), as ``nn.Linear`` draws them, from a generator of their own.
+    Weights and biases are uniform in +-1/sqrt(fan_in), as ``nn.Linear`` draws them, from a generator of their own; a
+    one-hot input has a fan-in of 1.
 
     Args:
         name: A key of ``REFERENCE_MODELS``.
@@ -196,3 +275,5 @@ def _initialise(model: nn.Module, generator: torch.Generator) -> None:
             bound = 1 / math.sqrt(module.weight.shape[1])
             for tensor in (module.weight, module.bias):
                 tensor.uniform_(-bound, bound, generator=generator)
+        elif isinstance(module, ByteEmbedding):
+            module.weight.uniform_(-1, 1, generator=generator)

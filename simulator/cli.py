@@ -82,12 +82,21 @@ def simulate_command(  # noqa: PLR0915 - one statement a flag
     add = what.add_argument
     add(
         "--dataset",
-        choices=("digits", "fashion-mnist", "fashion-mnist-14"),
-        help="training data; fashion-mnist-14: pooled and of one length, for linear private models (default: digits)",
+        choices=("digits", "fashion-mnist", "fashion-mnist-14", "manpages"),
+        help="training data; fashion-mnist-14: pooled and of one length, for linear private models; manpages: text in "
+        "eight languages (default: digits)",
     )
-    add("--model", choices=("softmax", "mlp", "cnn"), help="reference model (default: mlp)")
+    add(
+        "--model",
+        choices=("softmax", "mlp", "cnn", "byte-mlp", "byte-gru"),
+        help="reference model; byte-mlp and byte-gru are for text (default: mlp, for manpages byte-mlp)",
+    )
     add("--devices", type=int, metavar="N", help="size of the fleet (default: 100)")
-    add("--partition", metavar="HOW", help="iid, dirichlet:ALPHA or shards:K (default: dirichlet:0.5)")
+    add(
+        "--partition",
+        metavar="HOW",
+        help="iid, dirichlet:ALPHA, shards:K or by-group (default: dirichlet:0.5, for manpages by-group)",
+    )
     add("--skew", metavar="HOW", help="how devices' pictures differ, e.g. rotation:30,brightness:0.2 (default: none)")
     add(
         "--profiles",

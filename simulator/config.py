@@ -35,6 +35,14 @@ RECIPES: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
         "fashion-mnist": {"epochs": 5, "batch_size": 16, "learning_rate": 0.1},
         # One step on all of a device's few images: clipping wants small updates of about one norm.
         "fashion-mnist-14": {"model": "softmax", "epochs": 1, "batch_size": 8, "learning_rate": 1.0},
+        # Each device speaks one language.
+        "manpages": {
+            "model": "byte-mlp",
+            "partition": "by-group",
+            "epochs": 1,
+            "batch_size": 16,
+            "learning_rate": 0.3,
+        },
     }
 )
 
@@ -98,7 +106,7 @@ class SimulationConfig(BaseModel):
     dataset: str = "digits"
     devices: int = Field(100, ge=1, le=1_000_000)
     rounds: int = Field(60, ge=1, le=1_000_000)
-    model: Literal["softmax", "mlp", "cnn"] = "mlp"
+    model: Literal["softmax", "mlp", "cnn", "byte-mlp", "byte-gru"] = "mlp"
     partition: str = "dirichlet:0.5"
     seed: int = Field(1, ge=0, lt=2**31)
     cohort: int | None = Field(None, ge=1)

@@ -88,7 +88,7 @@ def test_a_model_and_a_loss_of_ones_own(own, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("resnet", *SMALL), "softmax, mlp, cnn"),
+        (("resnet", *SMALL), "softmax, mlp, cnn, byte-mlp, byte-gru"),
         (("softmax", *SMALL, "--hidden", "4"), "use mlp"),
         (("cnn", *SMALL), "grey images"),
         (("own_models:missing", *SMALL), "own_models:missing"),

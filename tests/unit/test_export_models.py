@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 
 from client_sdk.protocol.errors import ConfigurationError
 from mobile_export import REFERENCE_MODELS, build_model
-from mobile_export.models import Im2colConv2d
+from mobile_export.models import ByteEmbedding, Im2colConv2d
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -24,6 +24,10 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
         ("mlp", (12,), 3, (8, 5), 167),
         ("cnn", (28, 28), 10, None, 26_698),
         ("cnn", (8, 8), 10, None, 3_658),
+        ("byte-mlp", (16,), 256, None, 26_944),
+        ("byte-mlp", (4,), 6, (5,), 249),
+        ("byte-gru", (16,), 256, None, 22_944),
+        ("byte-gru", (4,), 6, (5,), 309),
     ],
 )
 def test_a_model_gives_one_row_of_logits_per_example(name, shape, classes, hidden, num_parameters):
@@ -33,13 +37,18 @@ def test_a_model_gives_one_row_of_logits_per_example(name, shape, classes, hidde
     assert model.feature_shape == shape
 
 
+def shape_for(name: str) -> tuple[int, ...]:
+    """A feature shape that the model takes."""
+    return (8,) if name.startswith("byte-") else (8, 8)
+
+
 @pytest.mark.parametrize("name", REFERENCE_MODELS)
 def test_the_seed_alone_fixes_the_weights(name):
     torch.manual_seed(1)
-    first = weights(build_model(name, (8, 8), 3, seed=5))
+    first = weights(build_model(name, shape_for(name), 3, seed=5))
     torch.manual_seed(2)
-    again = weights(build_model(name, (8, 8), 3, seed=5))
-    other = weights(build_model(name, (8, 8), 3, seed=6))
+    again = weights(build_model(name, shape_for(name), 3, seed=5))
+    other = weights(build_model(name, shape_for(name), 3, seed=6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.isfinite(first).all()
@@ -49,7 +58,7 @@ def test_the_seed_alone_fixes_the_weights(name):
 @pytest.mark.parametrize("name", REFERENCE_MODELS)
 def test_building_leaves_the_global_generator_alone(name):
     before = torch.random.get_rng_state()
-    build_model(name, (8, 8), 3, seed=5)
+    build_model(name, shape_for(name), 3, seed=5)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -73,10 +82,30 @@ def test_im2col_is_a_3x3_convolution_with_zero_padding(height, width, channels):
     torch.testing.assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_embedding_looks_vectors_up():
+    embedding = ByteEmbedding(256, 8)
+    with torch.no_grad():
+        embedding.weight.copy_(torch.randn(256, 8, generator=torch.Generator().manual_seed(0)))
+    ids = torch.arange(256).reshape(16, 16)
+    assert torch.equal(embedding(ids.to(torch.float32)), F.embedding(ids, embedding.weight))
+
+
+def test_the_recurrent_model_computes_what_a_gru_computes():
+    model = build_model("byte-gru", (7,), 11, seed=0, hidden=(6,))
+    gru = torch.nn.GRU(model.WIDTH, 6, batch_first=True)
+    with torch.no_grad():
+        for name, layer in (("ih", model.reads), ("hh", model.recurs)):
+            getattr(gru, f"weight_{name}_l0").copy_(layer.weight)
+            getattr(gru, f"bias_{name}_l0").copy_(layer.bias)
+    ids = torch.randint(0, 11, (5, 7), generator=torch.Generator().manual_seed(1))
+    states, _ = gru(F.embedding(ids, model.embedding.weight))
+    torch.testing.assert_close(model(ids.to(torch.float32)), model.output(states[:, -1]))
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "classes", "hidden", "said"),
     [
-        ("resnet", (784,), 10, None, "cnn, mlp, softmax"),
+        ("resnet", (784,), 10, None, "byte-gru, byte-mlp, cnn, mlp, softmax"),
         ("softmax", (784,), 10, (64,), "use mlp"),
         ("mlp", (), 10, None, "at least 1"),
         ("mlp", (0,), 10, None, "at least 1"),
@@ -85,6 +114,9 @@ def test_im2col_is_a_3x3_convolution_with_zero_padding(height, width, channels):
         ("cnn", (783,), 10, None, "(H, W)"),
         ("cnn", (3, 28, 28), 10, None, "grey images"),
         ("cnn", (2, 2), 10, None, "4x4"),
+        ("byte-mlp", (4, 4), 10, None, "ids in a row"),
+        ("byte-gru", (4, 4), 10, None, "ids in a row"),
+        ("byte-gru", (4,), 10, (8, 8), "one recurrent layer"),
     ],
 )
 def test_what_cannot_be_built_is_refused(name, shape, classes, hidden, said):

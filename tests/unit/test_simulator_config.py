@@ -63,7 +63,7 @@ def test_there_is_a_recipe_for_every_data_set_and_the_defaults_are_that_of_the_d
         ({"byzantine": 1.0}, "--byzantine"),
         ({"attack": "alie"}, "--attack alie needs attackers"),
         ({"attack": "alie", "byzantine": 0.2, "server": "http://127.0.0.1:1"}, "--attack is for the simulation's own"),
-        ({"model": "transformer"}, "--model.*'softmax', 'mlp' or 'cnn'.*got 'transformer'"),
+        ({"model": "transformer"}, "--model.*'softmax', 'mlp', 'cnn', 'byte-mlp' or 'byte-gru'.*got 'transformer'"),
     ],
 )
 def test_what_cannot_be_is_refused_by_the_name_of_its_flag(values, words):
