@@ -226,24 +226,32 @@ class ActionExecutor:
 
     def _download(self, sha256: str) -> None:
         assignment = self.session.state.assignment
-        data = self._fetched.get(sha256)  # where the disk would not keep it
-        if data is None:
-            data = self._around.store.blob(sha256)
-        size = 0
-        if data is None:
-            is_manifest = assignment is not None and sha256 == assignment.manifest_sha256
-            limit = MAX_MANIFEST_BYTES if is_manifest else self._around.max_blob_bytes
-            # What a cut connection leaves here is where the next attempt goes on.
-            buffer = self._partial.get(sha256)
-            if buffer is None:
-                buffer = self._partial[sha256] = self._around.store.arriving(sha256)
-            self._around.transport.fetch(sha256, buffer, max_bytes=limit)
-            data = self._partial.pop(sha256)
-            size = len(data)
-            self._around.store.put_blob(sha256, data)
+        is_manifest = assignment is not None and sha256 == assignment.manifest_sha256
+        data, size = self.fetch(sha256, MAX_MANIFEST_BYTES if is_manifest else self._around.max_blob_bytes)
         self._fetched[sha256] = data
         self.session.on_blob(sha256)
         self._around.on_event(events.Downloaded(sha256, size))
+
+    def fetch(self, sha256: str, max_bytes: int) -> tuple[Buffer, int]:
+        """A blob, from the device's cache or from the server, and how many bytes of it had to come.
+
+        Raises:
+            ProtocolError, DeviceError: It did not come; what arrived of it is where the next attempt goes on.
+            StateDirUnusable: The state cannot be read.
+        """
+        data = self._fetched.get(sha256)  # where the disk would not keep it
+        if data is None:
+            data = self._around.store.blob(sha256)
+        if data is not None:
+            return data, 0
+        # What a cut connection leaves here is where the next attempt goes on.
+        buffer = self._partial.get(sha256)
+        if buffer is None:
+            buffer = self._partial[sha256] = self._around.store.arriving(sha256)
+        self._around.transport.fetch(sha256, buffer, max_bytes=max_bytes)
+        arrived = self._partial.pop(sha256)
+        self._around.store.put_blob(sha256, arrived)
+        return arrived, len(arrived)
 
     def _train(self, action: Train, stop: Stopper) -> None:
         try:
