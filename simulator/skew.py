@@ -21,9 +21,12 @@ Images = npt.NDArray[np.float32]
 
 FORMS: Final = (
     "KIND:AMOUNT, several after commas, of rotation (degrees, up to 180), slant (degrees, up to 60), brightness (0 .. "
-    "1), contrast (0 .. 1), blur (pixels, up to 5), noise (0 .. 1), such as rotation:30,brightness:0.2"
+    "1), contrast (0 .. 1), blur (pixels, up to 5), noise (0 .. 1), thickness (of strokes, 0 .. 1), such as "
+    "rotation:30,brightness:0.2; or writers, which stands for how differently people write, beside kinds of your own"
 )
-_MOST: Final = {"rotation": 180.0, "slant": 60.0, "brightness": 1.0, "contrast": 1.0, "blur": 5.0, "noise": 1.0}
+_MOST: Final = {
+    "rotation": 180.0, "slant": 60.0, "brightness": 1.0, "contrast": 1.0, "blur": 5.0, "noise": 1.0, "thickness": 1.0,
+}  # fmt: skip
 # Images are worked on a few at a time, so that the temporary arrays stay small.
 _CHUNK: Final = 512
 
@@ -39,6 +42,7 @@ class Skew:
         contrast: Pixels' distance from 1/2 is scaled by at most ``1 + contrast``, or divided by it.
         blur: Largest standard deviation of a Gaussian, pixels.
         noise: Largest standard deviation of what the sensor adds to each pixel, anew for every picture.
+        thickness: How far strokes are at most blended with ones that are a pixel wider, or narrower, to either side.
     """
 
     rotation: float = 0.0
@@ -47,6 +51,7 @@ class Skew:
     contrast: float = 0.0
     blur: float = 0.0
     noise: float = 0.0
+    thickness: float = 0.0
 
     def __str__(self) -> str:
         return ",".join(f"{f.name}:{getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name))
@@ -59,17 +64,25 @@ class Skew:
         return Skew(**{f.name: getattr(other, f.name) or getattr(self, f.name) for f in fields(self)})
 
 
+WRITERS: Final = Skew(rotation=30.0, slant=30.0, contrast=0.5, blur=0.4, thickness=0.7)
+"""What ``writers`` stands for: how the hand turns, leans and presses, and what the pen does. Chosen by eye."""
+
+
 def parse_skew(text: str) -> Skew:
     """Parse the command line's form.
 
     >>> parse_skew("rotation:30,blur:0.5")
-    Skew(rotation=30.0, slant=0.0, brightness=0.0, contrast=0.0, blur=0.5, noise=0.0)
+    Skew(rotation=30.0, slant=0.0, brightness=0.0, contrast=0.0, blur=0.5, noise=0.0, thickness=0.0)
+    >>> str(parse_skew("writers,rotation:10"))
+    'rotation:10,slant:30,contrast:0.5,blur:0.4,thickness:0.7'
 
     Raises:
         SkewError: Another form, a kind twice, or an amount out of range; the message names the forms.
     """
     amounts: dict[str, float] = {}
-    for item in text.split(","):
+    items = text.split(",")
+    base = WRITERS if items[0].strip() == "writers" else Skew()
+    for item in items[1:] if base else items:
         match = re.fullmatch(r"([a-z]+):(\d+\.?\d*|\.\d+)", item.strip())
         if match is None or match[1] not in _MOST:
             raise SkewError(f"unknown skew {item.strip()!r}; the form is {FORMS}")
@@ -79,7 +92,7 @@ def parse_skew(text: str) -> Skew:
         if not 0 < amount <= _MOST[kind]:
             raise SkewError(f"{kind} must lie in (0, {_MOST[kind]:g}], got {match[2]}")
         amounts[kind] = amount
-    return Skew(**amounts)
+    return base.replaced(Skew(**amounts))
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ class Style:
         blur: Standard deviation, pixels.
         noise: Standard deviation.
         noise_seed: Fixes the noise.
+        thickness: Above 0 the part of wider strokes in the blend, below 0 of narrower ones.
     """
 
     rotation: float
@@ -103,6 +117,7 @@ class Style:
     blur: float
     noise: float
     noise_seed: int
+    thickness: float = 0.0
 
     @classmethod
     def of(cls, skew: Skew, seed: int, device: int) -> Self:
@@ -126,6 +141,7 @@ class Style:
             blur=skew.blur * uniform("blur"),
             noise=skew.noise * uniform("noise"),
             noise_seed=draw("noise-seed"),
+            thickness=skew.thickness * either("thickness"),
         )
 
     def apply(self, images: Images) -> Images:
@@ -141,6 +157,8 @@ class Style:
         rng = np.random.default_rng(self.noise_seed)
         for at in range(0, len(images), _CHUNK):
             part = images[at : at + _CHUNK].astype(np.float64)
+            if self.thickness:
+                part = _thickened(part, self.thickness)
             if self.rotation or self.slant:
                 part = _turned(part, math.radians(self.rotation), math.tan(math.radians(self.slant)))
             if self.blur:
@@ -163,6 +181,18 @@ def check_images(feature_shape: tuple[int, ...], low: float, high: float, name: 
             f"--skew changes pictures with pixels in [0, 1]; {name} has features {list(feature_shape)} in "
             f"[{low:g}, {high:g}]"
         )
+
+
+def _thickened(images: npt.NDArray[np.float64], amount: float) -> npt.NDArray[np.float64]:
+    """Bright strokes wider (or narrower) by up to a pixel: a blend with the largest (smallest) of 3 x 3 neighbours."""
+    size = images.shape[-2:]
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    most = np.maximum if amount > 0 else np.minimum
+    extreme = images
+    for y in range(3):
+        for x in range(3):
+            extreme = most(extreme, padded[:, :, y : y + size[0], x : x + size[1]])
+    return images + abs(amount) * (extreme - images)
 
 
 def _turned(images: npt.NDArray[np.float64], angle: float, shear: float) -> npt.NDArray[np.float64]:

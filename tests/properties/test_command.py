@@ -70,7 +70,7 @@ FREE = {
     "--overselect": floats(1, 5),
     "--refill-at": ints(1, 10),
     "--dropout": floats(0, 1, exclude_max=True),
-    "--skew": one_of("rotation:30", "slant:12.5,blur:0.5", "brightness:0.1,contrast:1,noise:0.05"),
+    "--skew": one_of("rotation:30", "slant:12.5,blur:0.5", "brightness:0.1,contrast:1,noise:0.05", "writers"),
     "--lease": floats(1e-3, 7 * 86400),
     "--work-scale": floats(1e-9, 1e9),
     "--stragglers": floats(0, 1, exclude_max=True),

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.errors import SkewError
-from simulator.skew import Skew, Style, check_images, parse_skew
+from simulator.skew import WRITERS, Skew, Style, check_images, parse_skew
 
-ALL = Skew(rotation=30, slant=20, brightness=0.2, contrast=0.5, blur=0.7, noise=0.05)
-KINDS = ("rotation", "slant", "brightness", "contrast", "blur", "noise")
+ALL = Skew(rotation=30, slant=20, brightness=0.2, contrast=0.5, blur=0.7, noise=0.05, thickness=0.8)
+KINDS = ("rotation", "slant", "brightness", "contrast", "blur", "noise", "thickness")
 
 
 def pictures(n: int = 6) -> np.ndarray:
@@ -32,6 +32,7 @@ def test_one_kind_more_leaves_the_others_as_they_were():
     alone, beside = Style.of(Skew(rotation=30), 1, 5), Style.of(ALL, 1, 5)
     assert alone.rotation == beside.rotation
     assert (alone.slant, alone.brightness, alone.contrast, alone.blur, alone.noise) == (0, 0, 1, 0, 0)
+    assert alone.thickness == 0
 
 
 def test_pictures_repeat_stay_pixels_and_the_callers_are_left_alone():
@@ -60,6 +61,24 @@ def test_what_light_does_to_a_pixel():
     assert np.array_equal(Style(0, 0, 0, 1, 0, 0, 0).apply(pictures()), pictures())
 
 
+def test_strokes_become_wider_or_narrower_by_a_pixel():
+    stroke = np.zeros((1, 1, 7, 7), np.float32)
+    stroke[..., 2:5] = 0.8
+    wide, narrow, half = (Style(0, 0, 0, 1, 0, 0, 0, t).apply(stroke) for t in (1.0, -1.0, 0.5))
+    assert np.allclose(wide[0, 0, 3], [0, 0.8, 0.8, 0.8, 0.8, 0.8, 0])
+    assert np.allclose(narrow[0, 0, 3], [0, 0, 0, 0.8, 0, 0, 0])
+    assert np.allclose(half[0, 0, 3], [0, 0.4, 0.8, 0.8, 0.8, 0.4, 0])
+
+
+def test_writers_stands_for_a_mixture_that_other_kinds_may_change():
+    assert parse_skew("writers") == WRITERS
+    assert parse_skew("writers,rotation:10,noise:0.1") == WRITERS.replaced(Skew(rotation=10, noise=0.1))
+    assert parse_skew(str(WRITERS)) == WRITERS
+    styles = [Style.of(WRITERS, 1, device) for device in range(100)]
+    changes = [np.abs(style.apply(pictures()) - pictures()).mean() for style in styles]
+    assert min(changes) > 0.01, "nobody writes like the data set"
+
+
 @pytest.mark.parametrize("text", ["rotation:30", "slant:12.5,blur:0.5", "rotation:180,slant:60,noise:1"])
 def test_what_is_parsed_is_written_again(text: str):
     assert str(parse_skew(text)) == text
@@ -77,6 +96,9 @@ def test_what_is_parsed_is_written_again(text: str):
         ("rotation:181", r"rotation must lie in \(0, 180\], got 181"),
         ("blur:0", r"blur must lie in \(0, 5\]"),
         ("blur:1,blur:2", "blur is given twice"),
+        ("blur:1,writers", "unknown skew 'writers'"),
+        ("writers,", "unknown skew ''"),
+        ("thickness:1.5", r"thickness must lie in \(0, 1\]"),
     ],
 )
 def test_what_is_no_skew_is_refused(text: str, message: str):
