@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from client_sdk.personalization import PersonalRecord
 from client_sdk.protocol.messages import Assignment
 
 
@@ -48,7 +49,9 @@ class TrainingResumed:
 
 @dataclass(frozen=True)
 class Paused:
-    """The step in hand (``download``, ``training`` or ``upload``) may not go on now; what was done so far is kept.
+    """The step in hand may not go on now; what was done so far is kept.
+
+    ``step`` is ``download``, ``training``, ``upload`` or ``adaptation``; of the last nothing is kept, it begins anew.
 
     ``reason`` is a ``PauseReason``, for the app to act on; ``detail`` a sentence for people.
     """
@@ -61,6 +64,31 @@ class Paused:
 @dataclass(frozen=True)
 class CheckpointFailed:
     """A checkpoint could not be kept (the disk is full, ...); training goes on, and a death costs more of it."""
+
+    detail: str
+
+
+@dataclass(frozen=True)
+class Personalized:
+    """There is a new personal model; its record says how it was judged, and whether it serves or the global one."""
+
+    record: PersonalRecord
+
+
+@dataclass(frozen=True)
+class PersonalModelSetAside:
+    """The personal model serves no longer: it was adapted for another program than the newest model's.
+
+    Nothing of it is mixed into the new one. Its file stays until newer ones displace it.
+    """
+
+    model_version: int
+    program_sha256: str
+
+
+@dataclass(frozen=True)
+class NotPersonalized:
+    """The personal model is as it was; ``detail`` says what prevented a new one."""
 
     detail: str
 
@@ -112,6 +140,9 @@ Event = (
     | TrainingResumed
     | Paused
     | CheckpointFailed
+    | Personalized
+    | PersonalModelSetAside
+    | NotPersonalized
     | Uploaded
     | Waiting
     | Dropped

@@ -12,11 +12,22 @@ import numpy as np
 from client_sdk.atomic import write_atomically
 from client_sdk.errors import BundleMismatch, StateDirUnusable
 from client_sdk.protocol.frames import Frame
-from client_sdk.protocol.messages import CONTROL_TENSOR, Assignment
+from client_sdk.protocol.messages import CONTROL_TENSOR
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, Float32Array, Manifest, Program
 
 Buffer = bytes | bytearray | memoryview
 ReadBlob = Callable[[str], Buffer]
+
+
+class NamesProgram(Protocol):
+    """What says by hash which program is meant: an assignment, or what the server says of its newest model."""
+
+    @property
+    def manifest_sha256(self) -> str: ...  # noqa: D102
+    @property
+    def program_sha256(self) -> str: ...  # noqa: D102
+    @property
+    def parameter_table_sha256(self) -> str: ...  # noqa: D102
 
 
 class ProgramProvider(Protocol):
@@ -25,11 +36,11 @@ class ProgramProvider(Protocol):
     A simulator gives many devices one provider, which keeps a loaded program per worker thread.
     """
 
-    def open(self, assignment: Assignment, read: ReadBlob) -> Program:
+    def open(self, assignment: NamesProgram, read: ReadBlob) -> Program:
         """The assignment's program, for the calling thread, until its next ``open``.
 
         Args:
-            assignment: Names manifest and program by hash.
+            assignment: Names manifest and program by hash; a model that was asked for without work does so too.
             read: Blob hash -> bytes that were checked against it; only called for what is not loaded yet.
 
         Raises:
@@ -48,7 +59,7 @@ class EmbeddedProgram:
     def __init__(self, program: Program) -> None:
         self._program = program
 
-    def open(self, assignment: Assignment, read: ReadBlob) -> Program:  # noqa: ARG002 - nothing has to be read
+    def open(self, assignment: NamesProgram, read: ReadBlob) -> Program:  # noqa: ARG002 - nothing has to be read
         """The app's program; the device checks that it is the assignment's."""
         return self._program
 
@@ -65,7 +76,7 @@ class DownloadedPrograms:
         self._key: tuple[str, str] | None = None
         self._program: Program | None = None
 
-    def open(self, assignment: Assignment, read: ReadBlob) -> Program:
+    def open(self, assignment: NamesProgram, read: ReadBlob) -> Program:
         """Unpack and load the program, unless it is loaded already."""
         from client_sdk.runtime import load_program  # noqa: PLC0415 - a device with a program of its own needs none
 
@@ -95,8 +106,8 @@ class DownloadedPrograms:
             raise StateDirUnusable(f"cannot unpack the program into {bundle}: {e.strerror or e}") from e
 
 
-def check_program(manifest: Manifest, assignment: Assignment) -> None:
-    """Compare a loaded program with the assignment.
+def check_program(manifest: Manifest, assignment: NamesProgram) -> None:
+    """Compare a loaded program with the assignment, or with the newest model.
 
     Raises:
         BundleMismatch: Another program, or another order of parameters.
