@@ -31,6 +31,7 @@ from client_sdk.protocol.messages import (
     EnrolRequest,
     Finished,
     Message,
+    ModelReply,
     ReportReply,
     UploadReply,
     UploadRequest,
@@ -81,6 +82,10 @@ class Transport(Protocol):
 
     def check_in(self, request: CheckInRequest) -> Assigned | Wait | Finished:
         """Ask for work."""
+        ...
+
+    def latest_model(self) -> ModelReply:
+        """Ask which model is the newest, without asking for work; ``fetch`` brings its blobs."""
         ...
 
     def fetch(self, sha256: str, into: bytearray, *, max_bytes: int) -> None:
@@ -201,6 +206,11 @@ class HttpTransport:
     def check_in(self, request: CheckInRequest) -> Assigned | Wait | Finished:
         """Ask for work."""
         return self._post(CheckInReply, "/v1/check-ins", request).reply
+
+    def latest_model(self) -> ModelReply:
+        """Ask which model is the newest."""
+        path = "/v1/model"
+        return self._parse(ModelReply, path, self._exchange("GET", path, b"", _JSON))
 
     def fetch(self, sha256: str, into: bytearray, *, max_bytes: int) -> None:
         """Download a blob, going on where a cut connection left off, and check its hash."""

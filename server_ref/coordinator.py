@@ -35,6 +35,7 @@ from client_sdk.protocol.messages import (
     EnrolReply,
     EnrolRequest,
     Finished,
+    ModelReply,
     ReportReply,
     RetryWindow,
     Wait,
@@ -295,6 +296,19 @@ class Coordinator:
         return self._writer.submit(run)
 
     # --- what anybody may read ---------------------------------------------------------------------------
+
+    def latest_model(self) -> ModelReply:
+        """The newest model, for a device that adapts or serves it; never waits."""
+        task, model = self.task, self._state.model
+        return ModelReply(
+            task_id=task.task_id,
+            model_version=model.version,
+            model_sha256=model.sha256,
+            program_sha256=task.manifest.program_sha256,
+            manifest_sha256=task.manifest_sha256,
+            parameter_table_sha256=task.manifest.parameter_table_sha256,
+            plan=task.settings.plan,
+        )
 
     def current_model(self, sha256: str) -> bytes | None:
         """The newest model's bytes, if that is what the hash names; never waits."""

@@ -30,6 +30,7 @@ from client_sdk.protocol.messages import (
     EnrolRequest,
     Finished,
     Message,
+    ModelReply,
     Problem,
     ReportReply,
     Wait,
@@ -97,6 +98,10 @@ class LoopbackTransport:
     def check_in(self, request: CheckInRequest) -> Assigned | Wait | Finished:
         """Ask for work."""
         return CheckInReply.model_validate_json(self._post("/v1/check-ins", request)).reply
+
+    def latest_model(self) -> ModelReply:
+        """Ask which model is the newest."""
+        return ModelReply.model_validate_json(self._signed("GET", "/v1/model", b""))
 
     def fetch(self, sha256: str, into: bytearray, *, max_bytes: int) -> None:
         """Download a blob and check its hash."""

@@ -23,6 +23,7 @@ from client_sdk.protocol.messages import (
     EnrolRequest,
     F32Encoding,
     Finished,
+    ModelReply,
     ReportFacts,
     ReportReply,
     RetryWindow,
@@ -266,6 +267,13 @@ class ToyTransport:
             reply = Assigned(assignment=assignment)
         server.after("check-in")
         return reply
+
+    def latest_model(self) -> ModelReply:
+        self._begin("latest-model")
+        assignment = make_assignment(**(self.server.hashes | self.server.amend))
+        facts = assignment.model_dump(include=set(ModelReply.model_fields) - {"plan"})
+        self.server.after("latest-model")
+        return ModelReply(**facts, plan=assignment.plan)
 
     def fetch(self, sha256: str, into: bytearray, *, max_bytes: int) -> None:
         self._begin("fetch", enrolled=False)

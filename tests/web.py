@@ -146,7 +146,7 @@ def toy_coordinator(toy: ToyServer, server_key: str) -> Callable[[Request], Answ
     keys: dict[str, Ed25519PublicKey] = {}
 
     def answer(request: Request) -> Answer:
-        if request.method == "GET":
+        if request.method == "GET" and "/blobs/" in request.path:
             return Answer(body=toy.blobs[request.path.rpartition("/")[2]])
         device_id = signing_device(request.headers)
         device = toy.device(device_id)
@@ -161,6 +161,8 @@ def toy_coordinator(toy: ToyServer, server_key: str) -> Callable[[Request], Answ
         if last == "check-ins":
             reply = CheckInReply(reply=device.check_in(CheckInRequest.model_validate_json(request.body)))
             return Answer(body=reply.model_dump_json().encode())
+        if last == "model":
+            return Answer(body=device.latest_model().model_dump_json().encode())
         if last == "abandon":
             device.abandon(resource, AbandonRequest.model_validate_json(request.body))
             return Answer(204, b"")

@@ -273,6 +273,22 @@ class CheckInReply(Message):
     reply: Annotated[Assigned | Wait | Finished, Field(discriminator="status")]
 
 
+class ModelReply(Message):
+    """The task's newest model, for a device that adapts or serves it: with or without work, during the task and after.
+
+    ``plan`` is the task's: ``plan.meta`` says how the model is meant to be adapted, ``plan.personal`` which of its
+    layers are the device's own. The blobs are those that an assignment of this version would name.
+    """
+
+    task_id: Id128
+    model_version: int = Field(ge=0)
+    model_sha256: Sha256
+    program_sha256: Sha256
+    manifest_sha256: Sha256
+    parameter_table_sha256: Sha256
+    plan: TrainingPlan
+
+
 class ReportReply(Message):
     """The report is durable. The same answer comes for every repetition of the same report id."""
 

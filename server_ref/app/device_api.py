@@ -58,6 +58,7 @@ class DeviceApi:
             for method, template, handler in (
                 ("POST", "/v1/devices", self._enrol),
                 ("POST", "/v1/check-ins", self._check_in),
+                ("GET", "/v1/model", self._model),
                 ("PUT", "/v1/reports/{report_id}", self._report),
                 ("POST", "/v1/reports/{report_id}/upload", self._announce),
                 ("PUT", "/v1/reports/{report_id}/upload/{offset}", self._chunk),
@@ -112,6 +113,11 @@ class DeviceApi:
         device_id = authenticate(self._coordinator, scope, headers, body)
         reply = await _answer(self._coordinator.check_in(device_id, parse(CheckInRequest, body)))
         return _json(reply)
+
+    async def _model(self, scope: Scope, _receive: Receive) -> Response:
+        # A request without a body: one that comes all the same is not what its digest was taken of.
+        authenticate(self._coordinator, scope, headers_of(scope), b"")
+        return _json(self._coordinator.latest_model())
 
     async def _abandon(self, scope: Scope, receive: Receive, assignment_id: str) -> Response:
         headers = headers_of(scope)

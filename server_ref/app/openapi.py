@@ -19,12 +19,14 @@ from client_sdk.protocol.messages import (
     EnrolReply,
     EnrolRequest,
     F32Encoding,
+    ModelReply,
     Problem,
     ReportFacts,
     ReportReply,
     UploadReply,
     UploadRequest,
 )
+from client_sdk.protocol.meta_learning import MetaPlan
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.uploads import MAX_CHUNK_BYTES
@@ -65,6 +67,15 @@ _EXAMPLES: dict[type, dict[str, Any]] = {
     EnrolReply: {"device_id": _ID, "server_key": _HASH},
     CheckInRequest: CheckInRequest(num_samples=20).model_dump(mode="json", exclude_none=True),
     CheckInReply: CheckInReply(reply=Assigned(assignment=_ASSIGNMENT)).model_dump(mode="json"),
+    ModelReply: ModelReply(
+        task_id=_ID,
+        model_version=3,
+        model_sha256=_HASH,
+        program_sha256=_HASH,
+        manifest_sha256=_HASH,
+        parameter_table_sha256=_HASH,
+        plan=TrainingPlan(algorithm="maml", learning_rate=0.01, batch_size=8, meta=MetaPlan()),
+    ).model_dump(mode="json"),
     AbandonRequest: {"reason": "interrupted"},
     UploadRequest: {"assignment_id": _ID, "num_bytes": 12000480, "sha256": _HASH},
     UploadReply: {"offset": 1048576, "max_chunk_bytes": MAX_CHUNK_BYTES},
@@ -188,6 +199,7 @@ def _device_paths() -> dict[str, Any]:
                 "Offer to work: an assignment, a wait, or the end", request=CheckInRequest, reply=CheckInReply
             )
         },
+        "/v1/model": {"get": _operation("The newest model, without being given work", reply=ModelReply)},
         "/v1/assignments/{assignment_id}/abandon": {"post": abandon},
         "/v1/blobs/{sha256}": {"get": blob},
         "/v1/reports/{report_id}": {"put": report},

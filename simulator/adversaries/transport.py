@@ -25,6 +25,7 @@ from client_sdk.protocol.messages import (
     EnrolRequest,
     F32Encoding,
     Finished,
+    ModelReply,
     ReportReply,
     Wait,
 )
@@ -86,6 +87,10 @@ class AdversarialTransport:
         if isinstance(reply, Assigned):
             self.expect(reply.assignment)
         return reply
+
+    def latest_model(self) -> ModelReply:
+        """Ask which model is the newest."""
+        return self._inner.latest_model()
 
     def fetch(self, sha256: str, into: bytearray, *, max_bytes: int) -> None:
         """Download a blob."""

@@ -98,6 +98,7 @@ SAYS = {
     "enrol": ("POST", "/devices"),
     "check-in": ("POST", "/check-ins"),
     "fetch": ("GET", "/blobs/"),
+    "latest-model": ("GET", "/model"),
     "upload": ("PUT", "/reports/"),
     "abandon": ("POST", "/abandon"),
 }
@@ -295,6 +296,35 @@ def test_a_lost_check_in_costs_nothing(device: Device, what: Loses):
     device.rig.lose(None, what)
     first, again = device.check_in(), device.check_in()
     assert first.assignment_id == again.assignment_id
+
+
+def test_the_newest_model_is_told_without_work_and_its_blobs_are_there(device: Device):
+    latest = device.transport.latest_model()
+    assert device.transport.latest_model() == latest
+    for sha256 in (latest.manifest_sha256, latest.program_sha256, latest.model_sha256):
+        into = bytearray()
+        device.transport.fetch(sha256, into, max_bytes=10**7)
+        assert sha(into) == sha256
+    assignment = device.check_in()
+    facts = ("task_id", "model_version", "model_sha256", "program_sha256", "manifest_sha256", "parameter_table_sha256")
+    assert [getattr(latest, name) for name in facts] == [getattr(assignment, name) for name in facts]
+    assert latest.plan == assignment.plan
+    assert device.transport.upload(*device.report(assignment)).assignment_id == assignment.assignment_id
+
+
+def test_a_device_that_is_not_enrolled_is_not_told_the_newest_model(rig: Rig):
+    with pytest.raises(UnknownDevice):
+        Device(rig).transport.latest_model()
+
+
+@pytest.mark.parametrize("what", ["request", "reply"])
+def test_a_lost_question_for_the_newest_model_is_transient(device: Device, what: Loses):
+    device.rig.lose("latest-model", what)
+    with pytest.raises(TransportUnavailable) as caught:
+        device.transport.latest_model()
+    assert caught.value.retryable
+    device.rig.lose(None, what)
+    assert device.transport.latest_model().task_id
 
 
 def test_an_assignment_that_was_given_back_is_over(device: Device):

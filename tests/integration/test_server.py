@@ -14,7 +14,7 @@ import pytest
 
 from client_sdk.protocol.errors import PROBLEM_PREFIX
 from client_sdk.protocol.frames import encode_frame
-from client_sdk.protocol.messages import REPORT_TENSOR, Finished, VirtualTiming, Wait
+from client_sdk.protocol.messages import REPORT_TENSOR, Finished, ModelReply, VirtualTiming, Wait
 from client_sdk.protocol.program import Manifest
 from tests.servers import RawDevice, get_json, report_facts, running_server, start_server, write_config
 
@@ -258,6 +258,22 @@ def test_check_ins_that_do_not_fit_are_refused(server, body, expected):
     assert problem(RawDevice(server.url).enrol().send("POST", "/v1/check-ins", body)) == expected
 
 
+def test_the_newest_model_is_told_to_whoever_is_enrolled_and_signs(server, size):
+    device = RawDevice(server.url)
+    assert problem(device.send("GET", "/v1/model", b"")) == "unknown-device"
+    assert problem(httpx.get(f"{server.url}/v1/model", trust_env=False)) == "authentication-failed"
+    device.enrol()
+    assert problem(device.send("GET", "/v1/model", b"{}")) == "body-altered"
+    first = ModelReply.model_validate_json(device.send("GET", "/v1/model", b"").content)
+    assert first.model_version == 0
+    fill_round(server, size)
+    second = ModelReply.model_validate_json(device.send("GET", "/v1/model", b"").content)
+    assert second.model_version == 1
+    assert second.model_sha256 != first.model_sha256
+    rounds = get_json(server.url, "/v1/rounds")
+    assert second.model_sha256 == rounds[-1]["model_sha256"]
+
+
 def test_an_abandoned_assignment_is_replaced_and_its_report_refused(server, size):
     device = RawDevice(server.url).enrol()
     assignment = device.assigned()
@@ -353,7 +369,8 @@ def test_metrics_labels_stay_bounded_whatever_a_client_asks_for(server):
 
 def test_the_api_describes_itself(server):
     document = get_json(server.url, "/openapi.json")
-    assert {"/v1/devices", "/v1/check-ins", "/v1/reports/{report_id}", "/v1/blobs/{sha256}"} <= set(document["paths"])
+    routes = {"/v1/devices", "/v1/check-ins", "/v1/model", "/v1/reports/{report_id}", "/v1/blobs/{sha256}"}
+    assert routes <= set(document["paths"])
     references = {value for value in _strings(document) if value.startswith("#/components/schemas/")}
     assert {r.rsplit("/", 1)[-1] for r in references} <= set(document["components"]["schemas"])
     assert document["paths"]["/v1/check-ins"]["post"]["requestBody"]["content"]["application/json"]["example"]

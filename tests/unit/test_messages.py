@@ -22,6 +22,7 @@ from tests.vectors.generate import PLAN
 
 ID, HASH = "0123456789abcdef" * 2, "0123456789abcdef" * 4
 ASSIGNMENT = make_assignment(1).model_dump(mode="json")
+MODEL = {name: ASSIGNMENT[name] for name in m.ModelReply.model_fields}
 FACTS = {
     "report_id": ID,
     "assignment_id": ID,
@@ -43,6 +44,7 @@ GOOD: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (m.CheckInReply, {"reply": {"status": "assigned", "assignment": ASSIGNMENT}}),
     (m.CheckInReply, {"reply": WAIT.model_dump(mode="json")}),
     (m.CheckInReply, {"reply": {"status": "finished", "model_version": 0}}),
+    (m.ModelReply, MODEL),
     (m.ReportReply, {"report_id": ID, "assignment_id": ID}),
     (m.ReportFacts, FACTS),
     (m.ReportFacts, FACTS | {"encoding": "i64-shares", "train_loss": "withheld"}),
@@ -141,6 +143,7 @@ BAD: list[tuple[type[BaseModel], object]] = [
     (m.Assignment, changed("encoding.name", "f16")),
     (m.Assignment, changed("encoding.max_abs", 0)),
     (m.AbandonRequest, {"reason": "bored"}),
+    *((m.ModelReply, {k: v for k, v in MODEL.items() if k != missing}) for missing in MODEL),
     (m.ReportFacts, FACTS | {"model_version": "-1"}),
     (m.ReportFacts, FACTS | {"model_version": "1" * 19}),
     (m.ReportFacts, FACTS | {"model_version": 3}),

@@ -31,6 +31,7 @@ from client_sdk.protocol.messages import (
     EnrolReply,
     EnrolRequest,
     Finished,
+    ModelReply,
     ReportReply,
 )
 from client_sdk.protocol.signing import device_id_of, signing_device, verify_request
@@ -42,6 +43,7 @@ from tests.web import Answer, Request, Server, problem
 
 IDENTITY = DeviceIdentity.generate()
 REPORT, ASSIGNMENT = "1" * 32, "2" * 32
+LATEST = ModelReply.model_validate(make_assignment().model_dump(include=set(ModelReply.model_fields)), strict=False)
 ACCEPTED = ReportReply(report_id=REPORT, assignment_id=ASSIGNMENT).model_dump_json().encode()
 
 
@@ -67,12 +69,14 @@ def test_requests_are_signed_by_the_device(server: Server, transport: HttpTransp
     answers = {
         "/v1/devices": enrolled(server).decode(),
         "/v1/check-ins": json.dumps({"reply": Assigned(assignment=make_assignment()).model_dump(mode="json")}),
+        "/v1/model": LATEST.model_dump_json(),
         f"/v1/reports/{REPORT}": ACCEPTED.decode(),
         f"/v1/assignments/{ASSIGNMENT}/abandon": "",
     }
     server.answer = lambda r: Answer(200 if answers[r.path] else 204, answers[r.path].encode())
     assert transport.enrol(EnrolRequest(public_key=IDENTITY.public_key.hex())).device_id == IDENTITY.device_id
     assert transport.check_in(CheckInRequest(num_samples=3)) == Assigned(assignment=make_assignment())
+    assert transport.latest_model() == LATEST
     assert transport.upload(REPORT, b"frame") == ReportReply(report_id=REPORT, assignment_id=ASSIGNMENT)
     transport.abandon(ASSIGNMENT, AbandonRequest(reason="no-memory"))
     key = Ed25519PublicKey.from_public_bytes(IDENTITY.public_key)
@@ -80,8 +84,8 @@ def test_requests_are_signed_by_the_device(server: Server, transport: HttpTransp
     for request in server.requests:
         assert signing_device(request.headers) == device_id_of(IDENTITY.public_key)
         verify_request(key, request.headers, request.method, request.path, request.body)
-    assert server.requests[2].method == "PUT"
-    assert server.requests[2].body == b"frame"
+    assert [r.method for r in server.requests] == ["POST", "POST", "GET", "PUT", "POST"]
+    assert [r.body for r in server.requests[2:4]] == [b"", b"frame"]
     assert server.connections == 1, "one connection serves them all"
 
 
@@ -172,6 +176,37 @@ def test_what_does_not_speak_the_protocol_is_told_apart(server: Server, transpor
     with pytest.raises(InvalidReply):
         transport.check_in(CheckInRequest(num_samples=1))
     assert len(server.requests) == 1, "redirects are not followed, garbage is not asked for twice"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (Answer(200, LATEST.model_dump_json().encode(), signed=False), UntrustedReply),
+        (Answer(200, b"{}"), InvalidReply),
+        (Answer(200, LATEST.model_dump_json().replace("a" * 64, "../" + "a" * 61).encode()), InvalidReply),
+        (Answer(200, LATEST.model_copy(update={"model_version": -1}).model_dump_json().encode()), InvalidReply),
+        (Answer(200, LATEST.model_dump_json().replace('"fedavg"', '"maml"').encode()), InvalidReply),
+        (Answer(200, b"[" * 60_000), InvalidReply),
+        (Answer(200, b"x" * (MAX_JSON_BYTES + 1)), InvalidReply),
+        (Answer(304, b"", signed=False), UntrustedReply),
+    ],
+    ids=lambda v: getattr(v, "__name__", None) or f"{v.status}-{len(v.body)}",
+)
+def test_whoever_says_which_model_is_the_newest_is_not_believed_blindly(
+    server: Server, transport: HttpTransport, answer: Answer, error: type[Exception]
+):
+    server.answer = lambda _: answer
+    with pytest.raises(error):
+        transport.latest_model()
+    assert len(server.requests) == 1
+
+
+def test_another_servers_newest_model_is_not_taken(server: Server, transport: HttpTransport):
+    server.answer = lambda _: Answer(body=LATEST.model_dump_json().encode())
+    assert transport.latest_model() == LATEST
+    server.identity = ServerIdentity.generate()
+    with pytest.raises(ServerKeyChanged):
+        transport.latest_model()
 
 
 def test_an_endless_reply_is_cut_off(server: Server, transport: HttpTransport):

@@ -32,6 +32,7 @@ from client_sdk.protocol.messages import (
     Finished,
     I64SharesEncoding,
     Message,
+    ModelReply,
     Problem,
     ReportFacts,
     ReportReply,
@@ -40,6 +41,7 @@ from client_sdk.protocol.messages import (
     VirtualTiming,
     Wait,
 )
+from client_sdk.protocol.meta_learning import MetaPlan
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.protocol.sealing import SealingSuite
 from client_sdk.protocol.signing import device_id_of, sign_reply, sign_request
@@ -347,6 +349,17 @@ def _replies(requests: dict[str, str]) -> dict[str, Any]:
     }
 
 
+LATEST = ModelReply(
+    task_id=ID,
+    model_version=3,
+    model_sha256=HASH,
+    program_sha256=HASH,
+    manifest_sha256=HASH,
+    parameter_table_sha256=HASH,
+    plan=TrainingPlan(algorithm="maml", batch_size=8, learning_rate=0.5, meta=MetaPlan(query_fraction=0.25)),
+)
+
+
 def messages() -> dict[str, Any]:
     """Control messages: their JSON as this implementation writes it."""
     good: list[Message] = [
@@ -362,6 +375,7 @@ def messages() -> dict[str, Any]:
         CheckInReply(reply=Assigned(assignment=DEVICE_NOISE)),
         CheckInReply(reply=Wait(reason="round-full", retry=RetryWindow(min_s=1.0, max_s=5.0))),
         CheckInReply(reply=Finished(model_version=40)),
+        LATEST,
         ReportReply(report_id=ID, assignment_id=OTHER_ID),
         FACTS,
         COMPRESSED_FACTS,
@@ -443,6 +457,12 @@ def messages() -> dict[str, Any]:
         ("ReportFacts", _changed(FACTS, algorithm="fedprox"), "that is fedavg with a proximal term"),
         ("ReportFacts", _changed(FACTS, compression=""), "no compression is called none"),
         ("AbandonRequest", {"reason": "bored"}, "unknown reason"),
+        ("ModelReply", _changed(LATEST, model_sha256="../../model"), "a blob's name is a hash"),
+        ("ModelReply", _changed(LATEST, model_version=-1), "the first version is 0"),
+        ("ModelReply", _changed(LATEST, plan=_changed(LATEST.plan, algorithm="fedavg")), "meta settings of fedavg"),
+        ("ModelReply", _changed(LATEST, plan=_changed(LATEST.plan, meta=None)), "maml without its settings"),
+        ("ModelReply", _changed(LATEST, plan=_changed(LATEST.plan, personal=["out"])), "maml keeps no layer back"),
+        ("ModelReply", _changed(LATEST, url="http://127.0.0.1"), "unknown field"),
     ]
     return {
         "description": "Control messages (client_sdk.protocol.messages). A good one is accepted and written back with "
