@@ -175,12 +175,13 @@ class PersonalInference:
             raise ConfigurationError(f"at least one call has to be timed, not {calls}")
         method = self._method(min(self._sizes) if batch_size is None else batch_size)
         batch = np.zeros((method.batch_size, *self._program.manifest.feature_shape), np.float32)
+        for _ in range(_WARM_UP_CALLS):
+            self._run(method, batch)
         durations = []
-        for call in range(_WARM_UP_CALLS + calls):
+        for _ in range(calls):
             begun = self._monotonic()
             self._run(method, batch)
-            if call >= _WARM_UP_CALLS:
-                durations.append(self._monotonic() - begun)
+            durations.append(self._monotonic() - begun)
         durations.sort()
         return Latency(calls, method.batch_size, statistics.median(durations), durations[-(-9 * calls // 10) - 1])
 

@@ -47,6 +47,10 @@ def prepare(module: fx.GraphModule, quantised: Callable[[fx.Node], bool]) -> fx.
         scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=False)
         chosen = quantizer.XNNPACKQuantizer().set_global(scheme)
         chosen.set_filter_function(quantised)
+        # Batch normalisation is refused before, and slow to look for. A layer and its ReLU go first, because the layer
+        # alone would have its negative values rounded finely too.
+        patterns = [pattern for pattern in chosen.SUPPORTED_PATTERNS if "bn" not in pattern.name]
+        chosen.SUPPORTED_PATTERNS = sorted(patterns, key=lambda pattern: not pattern.name.endswith("_relu"))
         prepared: fx.GraphModule = importlib.import_module(_PT2E).prepare_pt2e(module, chosen)
         return prepared
 
