@@ -8,7 +8,6 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from client_sdk.protocol.errors import ConfigurationError
-from client_sdk.protocol.meta_learning import META_ALGORITHMS
 from server_ref.protection import SecureConfig
 
 RULES: Final = (
@@ -21,6 +20,7 @@ RULES: Final = (
     "centered-clipping",
     "bulyan",
 )
+META_ALGORITHMS: Final = ("maml", "fomaml", "reptile", "per-fedavg")  # the protocol's, whose module loads numpy
 OPTIMIZERS: Final = ("sgd", "adagrad", "adam", "yogi")
 ASYNC_STALENESS: Final = 10
 """Staleness that ``--async`` accepts unless told."""

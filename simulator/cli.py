@@ -46,6 +46,10 @@ examples:
     pocketfed simulate --model softmax --devices 50 --cohort 40 --rounds 10 --clip-norm 1 --epsilon 8 \\
         --secure 3of5 --aggregators processes --out runs/shared
 
+  a model that five steps on a phone's own pictures make its own, where everybody writes a little aslant:
+    pocketfed simulate --personalize fomaml --skew rotation:45 --partition shards:2 --rounds 100 --out runs/fomaml
+    pocketfed simulate --adapt-steps 5 --skew rotation:45 --partition shards:2 --rounds 100 --out runs/fine-tuned
+
   go on after Ctrl-C (or after the machine went down):
     pocketfed simulate --resume --out runs/fashion
 
@@ -142,6 +146,15 @@ def simulate_command(  # noqa: PLR0915 - one statement a flag
     )
     add("--work-scale", type=float, metavar="X", help="let an example cost X times what it costs (default: 1)")
     add("--prox-mu", type=float, metavar="MU", help="FedProx's coefficient (default: 0, FedAvg)")
+    add = parser.add_argument_group("what adaptation gives").add_argument
+    add(
+        "--adapt-steps",
+        type=int,
+        metavar="K",
+        help="every device takes K steps on its own examples from the finished model, and both are judged by what it "
+        "will see next (default: --inner-steps with --personalize; 5 with --personal-layers; else 0, not at all)",
+    )
+    add("--adapt-lr", dest="adapt_learning_rate", type=float, metavar="X", help="their rate (default: --lr)")
     add = parser.add_argument_group("attackers").add_argument
     add(
         "--attack",
@@ -173,7 +186,7 @@ def simulate_command(  # noqa: PLR0915 - one statement a flag
 _CONFIG_FLAGS = (
     "dataset", "model", "devices", "partition", "seed", "rounds", "cohort", "overselect", "refill_at", "dropout",
     "stragglers", "slowdown", "epochs", "batch_size", "learning_rate", "prox_mu", "attack", "byzantine", "engine",
-    "aggregators", "server", "skew", "local_work", "lease", "work_scale",
+    "aggregators", "server", "skew", "local_work", "lease", "work_scale", "adapt_steps", "adapt_learning_rate",
 )  # fmt: skip
 
 
@@ -210,6 +223,8 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
             f"--{idle[0]} is about what an epsilon means, and nobody adds noise: add --epsilon, or leave it out"
         )
     settings |= settings.pop("plan", {})
+    if args.personalize is not None and args.epochs is not None:
+        raise ConfigurationError(f"--personalize {args.personalize} takes --inner-steps steps: leave --epochs out")
     if args.asynchronous and args.overselect is None:
         # So that devices train while a buffer fills, which is the point.
         settings["overselect"] = 2.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from typing import Any, Final
 
+from client_sdk.protocol.meta_learning import META_ALGORITHMS, MetaPlan
 from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
 from server_ref.protection import SecureConfig
-from simulator.config import RECIPES, SimulationConfig, flag_of, flat
+from simulator.config import SimulationConfig, flag_of, flat, recipe_of
 
 # Shown even where they are the default: what a run is about.
 _ALWAYS: Final = frozenset({"dataset", "devices", "rounds", "model", "partition", "seed"})
@@ -20,14 +21,16 @@ def command_of(config: SimulationConfig) -> str:
     the library): those are left out.
     """
     defaults, values = (flat(c.model_dump(mode="json", exclude={"profiles"})) for c in (SimulationConfig(), config))
+    defaults |= flat({"meta": MetaPlan().model_dump()})
     # What is written nowhere is the data set's recipe, and not the default.
-    recipe = RECIPES.get(config.dataset, {})
+    recipe = flat(recipe_of(config.dataset, config.algorithm))
+    adapts = config.algorithm in META_ALGORITHMS
     words = []
     for path, value in values.items():
-        if path[0] == "secure":
+        if path[0] == "secure" or (adapts and path == ("epochs",)):
             continue
-        flag = flag_of(path)
-        shown = path[0] in _ALWAYS or value != defaults[path] or value != recipe.get(path[0], value)
+        flag = "--personalize" if adapts and path == ("algorithm",) else flag_of(path)
+        shown = path[0] in _ALWAYS or value != defaults[path] or value != recipe.get(path, value)
         if value is None or not shown or not flag.startswith("--") or path[0] in {"format", "staleness"}:
             continue
         words.append(_word(flag, value))
@@ -42,6 +45,8 @@ def command_of(config: SimulationConfig) -> str:
 def _word(flag: str, value: Any) -> str:  # noqa: ANN401 - a setting of any type
     if value is True:
         return flag
+    if isinstance(value, list):
+        value = ",".join(value)
     return f"{flag} {shlex.quote(_number(value) if isinstance(value, float) else str(value))}"
 
 

@@ -16,14 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from client_sdk.protocol.compression import CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError
+from client_sdk.protocol.meta_learning import META_ALGORITHMS, MetaPlan
 from client_sdk.protocol.training import Algorithm, TrainingPlan
 from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy
 from server_ref.config import AggregationConfig, DivergenceConfig, SelectionConfig
+from server_ref.flags import merged
 from server_ref.protection import PrivacyConfig, SecureConfig
 from simulator.adversaries.registry import parse_attack
 from simulator.errors import ResumeMismatch
 from simulator.partition import parse_partition
+from simulator.personalization.settings import DEFAULT_STEPS, META_RECIPES, Adaptation
 from simulator.profiles import FleetProfiles, read_profiles
 from simulator.skew import parse_skew
 
@@ -47,6 +50,11 @@ RECIPES: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
 )
 
 
+def recipe_of(dataset: str, algorithm: str) -> dict[str, Any]:
+    """What is not given, nested like the configuration; the rest are its defaults."""
+    return merged(dict(RECIPES.get(dataset, {})), dict(META_RECIPES.get(dataset, {}).get(algorithm, {})))
+
+
 def default_cohort(devices: int) -> int:
     """Reports per round unless told: a fifth of the fleet, at least ten, at most all."""
     return min(devices, max(10, devices // 5))
@@ -66,11 +74,16 @@ class SimulationConfig(BaseModel):
         cohort: Reports per model update; None takes ``default_cohort``.
         overselect: Devices invited per report needed: ``concurrency = ceil(cohort * overselect)``.
         refill_at: Free slots before new devices are invited; None (all of them) makes rounds synchronous.
-        epochs: Local passes over a device's examples.
+        epochs: Local passes over a device's examples; of meta-learning, whose steps are counted, without effect.
         batch_size: Examples per local step.
         learning_rate: Of the local steps.
         prox_mu: FedProx's coefficient; 0 is FedAvg.
         algorithm: What devices train and send.
+        meta: Of meta-learning; None takes its defaults.
+        personal: Layers that each device keeps for itself.
+        adapt_steps: Steps by which devices adapt what comes of it, for the figures on personalisation; None: those of
+            meta-learning, or 5 with personal layers, and else none. 0: none.
+        adapt_learning_rate: Of these steps; None takes that of the local steps.
         max_steps: Local steps after which training ends.
         compression: Of the updates, canonical.
         aggregation: How a buffer's updates become one.
@@ -117,6 +130,10 @@ class SimulationConfig(BaseModel):
     learning_rate: float = Field(0.5, gt=0, le=1e3, allow_inf_nan=False)
     prox_mu: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
     algorithm: Algorithm = "fedavg"
+    meta: MetaPlan | None = None
+    personal: tuple[str, ...] = ()
+    adapt_steps: int | None = Field(None, ge=0, le=100)
+    adapt_learning_rate: float | None = Field(None, gt=0, le=1e3, allow_inf_nan=False)
     max_steps: int | None = Field(None, ge=1)
     compression: str | None = None
     aggregation: AggregationConfig = AggregationConfig()
@@ -188,15 +205,27 @@ class SimulationConfig(BaseModel):
     @property
     def plan(self) -> TrainingPlan:
         """The devices' local training."""
+        adapts = self.algorithm in META_ALGORITHMS
         return TrainingPlan(
-            local_epochs=self.epochs,
+            local_epochs=1 if adapts else self.epochs,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             prox_mu=self.prox_mu,
             algorithm=self.algorithm,
             max_steps=self.max_steps,
             adaptive=self.local_work == "adaptive",
+            meta=MetaPlan() if adapts and self.meta is None else self.meta,
+            personal=self.personal,
         )
+
+    @property
+    def adaptation(self) -> Adaptation | None:
+        """How devices adapt the run's models, to see what that gives; None: they do not."""
+        steps, meta = self.adapt_steps, self.plan.meta
+        if steps is None:
+            steps = DEFAULT_STEPS if self.personal and meta is None else 0 if meta is None else meta.inner_steps
+        rate = self.learning_rate if self.adapt_learning_rate is None else self.adapt_learning_rate
+        return Adaptation(steps, rate, self.batch_size, self.personal) if steps else None
 
     @property
     def fleet_profiles(self) -> FleetProfiles:
@@ -240,8 +269,21 @@ class SimulationConfig(BaseModel):
             _ = self.plan
         except ValidationError as e:
             raise ConfigurationError(told(e)) from e
+        self._check_adaptation()
         self._check_attack()
         self._check_participations()
+
+    def _check_adaptation(self) -> None:
+        if self.adaptation is None:
+            if self.adapt_learning_rate is not None:
+                raise ConfigurationError(
+                    "--adapt-lr is the rate of a device's own steps: say how many, --adapt-steps 5"
+                )
+        elif self.server is not None:
+            raise ConfigurationError(
+                "what devices train and adapt is the other server's plan: leave --personalize, --personal-layers and "
+                "--adapt-steps out with --server"
+            )
 
     def _check_protection(self) -> None:
         """Of a server of our own: what its settings would refuse too, told by flags."""
@@ -303,7 +345,8 @@ class SimulationConfig(BaseModel):
         """
         try:
             given = {k: v for k, v in values.items() if v is not None}
-            config = cls.model_validate({**RECIPES.get(str(given.get("dataset")), {}), **given})
+            recipe = recipe_of(str(given.get("dataset", "digits")), str(given.get("algorithm", "fedavg")))
+            config = cls.model_validate(merged(recipe, given))
         except ValidationError as e:
             raise ConfigurationError(told(e)) from e
         config.check()
@@ -326,7 +369,7 @@ class SimulationConfig(BaseModel):
     def differences(self, other: SimulationConfig) -> list[str]:
         """``flag: mine, other's`` of every field in which the two differ."""
         mine, theirs = (flat(c.model_dump(mode="json", exclude={"profiles"})) for c in (self, other))
-        told = [f"{flag_of(k)} {mine[k]} (the run has {theirs[k]})" for k in mine if mine[k] != theirs[k]]
+        told = [f"{flag_of(k)} {mine[k]} (the run has {theirs.get(k)})" for k in mine if mine[k] != theirs.get(k)]
         if self.profiles != other.profiles:
             told.append("--profiles are others than the run has")
         return told
@@ -350,6 +393,11 @@ def flat(values: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
 
 _FLAGS = {
     "learning_rate": "--lr",
+    "meta.inner_steps": "--inner-steps",
+    "meta.query_fraction": "--query-fraction",
+    "meta.meta_learning_rate": "--meta-lr",
+    "personal": "--personal-layers",
+    "adapt_learning_rate": "--adapt-lr",
     "aggregation.rule": "--rule",
     "aggregation.num_byzantine": "--num-byzantine",
     "aggregation.degraded": "--degraded",

@@ -30,7 +30,7 @@ def days_of(
     """
     if not population.profiles.traced:
         return None
-    devices = _evenly(population.devices, most_devices)
+    devices = evenly(population.devices, most_devices)
     by_hour = FleetTraces(population).reasons_by_hour(devices)
     pauses, lost = Counter[str](), Counter[str]()
     paused = resumed = 0
@@ -53,7 +53,8 @@ def days_of(
     )
 
 
-def _evenly(devices: int, at_most: int) -> Sequence[int]:
+def evenly(devices: int, at_most: int) -> Sequence[int]:
+    """At most so many of 0 .. devices - 1, as far apart from one another as possible."""
     shown = min(devices, at_most)
     return [i * devices // shown for i in range(shown)]
 

@@ -15,6 +15,7 @@ from statistics import NormalDist
 from typing import Final
 
 from client_sdk.identity import DeviceIdentity
+from client_sdk.protocol.meta_learning import MetaPlan
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.protocol.training import TrainingPlan
 from simulator.profiles import FleetProfiles, Profile, read_profiles
@@ -27,8 +28,27 @@ _TICKS_PER_S: Final = 1000
 
 def examples_trained(plan: TrainingPlan, num_samples: int) -> int:
     """Examples that a session of such training takes in, each as often as it is seen."""
+    if plan.meta is not None:
+        return _examples_of_meta(plan, plan.meta, num_samples)
     examples = num_samples * plan.local_epochs
     return examples if plan.max_steps is None else min(examples, plan.max_steps * plan.batch_size)
+
+
+def _examples_of_meta(plan: TrainingPlan, meta: MetaPlan, num_samples: int) -> int:
+    """Of examples that are all different; of others the judging part may be a little smaller or larger."""
+
+    def stream(examples: int, batches: int) -> int:
+        """Epoch after epoch, the last batch of each being the rest."""
+        epochs, more = divmod(batches, math.ceil(examples / plan.batch_size))
+        return epochs * examples + min(more * plan.batch_size, examples)
+
+    if plan.algorithm == "reptile":
+        return stream(num_samples, meta.inner_steps)
+    query = max(1, min(round(meta.query_fraction * num_samples), num_samples - 1))
+    support = max(1, num_samples - query)
+    if plan.algorithm == "per-fedavg":
+        return 2 * stream(support, meta.inner_steps) + stream(query, meta.inner_steps)
+    return stream(support, meta.inner_steps) + min(query, meta.query_batches * plan.batch_size)
 
 
 @dataclass(frozen=True)
@@ -40,12 +60,20 @@ class Workload:
         bytes_down: Model and, the first time, program; bytes.
         bytes_up: The report, bytes.
         plan: The local training.
+        flops_per_session: Of a whole session, where its steps are counted and not its examples.
     """
 
     flops_per_example: float
     bytes_down: int
     bytes_up: int
     plan: TrainingPlan
+    flops_per_session: float | None = None
+
+    def flops(self, num_samples: int) -> float:
+        """Floating-point operations of a session on so many examples."""
+        if self.flops_per_session is not None:
+            return self.flops_per_session
+        return examples_trained(self.plan, num_samples) * self.flops_per_example
 
 
 @dataclass(frozen=True)
@@ -168,13 +196,12 @@ class Population:
         # Devices of a kind differ among themselves, each by a fixed factor.
         speed = math.exp(kind.speed_spread * self.normal("speed", device))
         slower = (self.slowdown if device in self.slow_devices else 1.0) / speed
-        examples = examples_trained(work.plan, num_samples)
         up = 8 * work.bytes_up / (kind.upload_mbit * 1e6)
         down = 8 * work.bytes_down / (kind.download_mbit * 1e6)
         return Phases(
             startup_s=slower * kind.startup_s,
             download_s=slower * (down + 2 * kind.latency_s),
-            training_s=slower * (examples * work.flops_per_example / (kind.mflops * 1e6)),
+            training_s=slower * (work.flops(num_samples) / (kind.mflops * 1e6)),
             upload_s=slower * (up + kind.latency_s),
         )
 

@@ -150,12 +150,13 @@ class AdaptationCurve(_Frozen):
 class ForgettingResult(_Frozen):
     """What a new global model leaves of what devices had learned for themselves.
 
-    Devices adapt from the last model but one. Then the last one comes, and each mixes it with its own.
+    Devices adapt from the last model but one. Then the last one comes, and each lays what it had learned over it, in
+    part or whole: ``new global + share * (own - old global)``, without another step.
     """
 
-    personal_share: Fraction = Field(description="of the device's own model in the mixture")
-    gain_before: Finite = Field(description="own model's accuracy over that of the model it came from")
-    gain_after: Finite = Field(description="the mixture's over that of the new model alone")
+    personal_share: Fraction
+    gain_before: Finite = Field(description="own model's accuracy over that of the global one that it came from")
+    gain_after: Finite = Field(description="the merged model's over that of the new global one")
     kept: Finite | None = Field(description="the second as a share of the first; null where nothing was gained")
 
 
@@ -179,7 +180,7 @@ class PersonalizationResult(_Frozen):
     worst_decile: WorstDecile
     fairness: FairnessResult
     curves: tuple[AdaptationCurve, ...] = Field(description="of some rounds' models, the last one's at the end")
-    forgetting: ForgettingResult | None = Field(description="null where there was no model before the last one")
+    forgetting: tuple[ForgettingResult, ...] = Field(description="empty where no model was trained before the last one")
 
 
 class DatasetFacts(_Frozen):

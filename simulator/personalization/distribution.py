@@ -58,7 +58,7 @@ def fairness(of_all: Float64Array, own: Float64Array) -> FairnessResult:
 
 
 def forgetting(
-    before: Float64Array, adapted: Float64Array, renewed: Float64Array, kept: Float64Array, *, share: float
+    before: Float64Array, adapted: Float64Array, renewed: Float64Array, merged: Float64Array, *, share: float
 ) -> ForgettingResult:
     """What is left of a local gain after a new global model came.
 
@@ -66,10 +66,10 @@ def forgetting(
         before: float64[n], accuracy of the old global model on each device.
         adapted: Of the device's own, adapted from that.
         renewed: Of the new global model.
-        kept: Of the device's own after the new one was mixed in.
-        share: Of the device's own model in that mixture.
+        merged: Of that with the given share of what the device had learned.
+        share: See ``ForgettingResult``.
     """
-    gain, left = float((adapted - before).mean()), float((kept - renewed).mean())
+    gain, left = float((adapted - before).mean()), float((merged - renewed).mean())
     return ForgettingResult(
         personal_share=share, gain_before=gain, gain_after=left, kept=left / gain if gain > 0 else None
     )

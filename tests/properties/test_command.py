@@ -58,6 +58,12 @@ SPECS = st.one_of(
 )
 ATTACKS = one_of("sign-flip", "scaling:1000", "alie", "alie:1.5", "backdoor:target=7,scale=5", "min-max:sign")
 ALGORITHMS = one_of("fedavg", "scaffold", "fednova")
+META = {
+    "--inner-steps": ints(1, 100),
+    "--query-fraction": floats(0, 1, exclude_min=True, exclude_max=True),
+    "--meta-lr": floats(1e-9, 1e3),
+    "--adapt-steps": ints(0, 100),
+}
 # Every flag that decides something, with values that do not contradict one another (the others: ``CHOICES``).
 FREE = {
     "--dataset": one_of("digits", "fashion-mnist"),
@@ -99,7 +105,8 @@ STALE = {"--max-staleness": ints(0, 100), "--staleness": weights(), "--tighten":
 LINKED = {
     *("--prox-mu", "--algorithm", "--optimizer", "--server-momentum", "--attack", "--engine", "--server"),
     *("--profiles", "--local-work"),
-    *("--personalize", "--inner-steps", "--query-fraction", "--meta-lr", "--personal-layers"),
+    *("--personalize", "--personal-layers", "--adapt-lr"),
+    *META,
 }
 # Of privacy and secrecy; each needs a clip norm beside it.
 NOISE = {
@@ -158,6 +165,23 @@ def protected(draw):
     return words
 
 
+LAYERS = word("--personal-layers", one_of("output", "fc1.bias,output"))
+RATE = st.one_of(st.just([]), st.tuples(word("--adapt-lr", floats(1e-9, 1e3))))
+
+
+@st.composite
+def personal(draw):
+    """Meta-learning, layers that stay, or an evaluation alone."""
+    words = draw(st.one_of(st.just([]), st.tuples(LAYERS), st.tuples(word("--adapt-steps", ints(1, 100)))))
+    if not words or draw(st.booleans()):
+        layered = any(w.startswith("--personal") for w in words)
+        algorithms = ("reptile",) if layered else ("maml", "fomaml", "reptile", "per-fedavg")
+        some = draw(st.lists(st.sampled_from(sorted(META)), unique=True))
+        said = [draw(word(flag, META[flag])) for flag in some if not any(w.startswith(flag) for w in words)]
+        return [draw(word("--personalize", one_of(*algorithms))), *words, *said]
+    return [*words, *draw(RATE)]
+
+
 # Flags that do not go with each other: one choice of each row.
 CHOICES = [
     [st.just([]), st.tuples(word("--prox-mu", floats(0, 1e6))), st.tuples(word("--algorithm", ALGORITHMS))],
@@ -186,8 +210,14 @@ def flags(draw):
     if draw(st.booleans()):
         # What staleness costs is refused where none is accepted.
         said |= {"--max-staleness": None, **draw(st.dictionaries(st.sampled_from(sorted(STALE)), st.none()))}
-    words = [draw(word(flag, {**FREE, **STALE}[flag])) for flag in sorted(said)]
-    for row in CHOICES:
+    if draw(st.booleans()):
+        # Devices that adapt train by the plan, here, and by nothing else.
+        adapting, others = draw(personal()), CHOICES[1:-1]
+        said = {flag: None for flag in said if flag not in {"--epochs", "--max-steps"}}
+    else:
+        adapting, others = [], CHOICES
+    words = [*adapting, *(draw(word(flag, {**FREE, **STALE}[flag])) for flag in sorted(said))]
+    for row in others:
         words += draw(st.one_of(row))
     return ["--out=DIR", *words]
 

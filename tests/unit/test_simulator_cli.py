@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from client_sdk.cli import main
+from client_sdk.protocol.meta_learning import META_ALGORITHMS
+from server_ref import flags
 from simulator import fetch
 
 
@@ -26,6 +28,12 @@ def fails(capsys, *arguments):
         (["--workers", "0"], "--workers"),
         (["--model", "transformer"], "--model"),
         (["--dataset", "imagenet"], "--dataset"),
+        (["--personalize", "maml", "--epochs", "3"], "--inner-steps steps: leave --epochs out"),
+        (["--personalize", "maml", "--max-steps", "3"], "leave prox_mu, adaptive, max_steps"),
+        (["--personalize", "maml", "--algorithm", "scaffold"], "leave one of them out"),
+        (["--inner-steps", "3"], "fedavg has no meta settings"),
+        (["--adapt-lr", "0.1"], "--adapt-steps 5"),
+        (["--adapt-steps", "many"], "--adapt-steps"),
         (["--resume"], "no run to resume"),
         (["--resume", "--overwrite"], "leave one of them out"),
         (["--server", "127.0.0.1:80"], "write it like http://127.0.0.1:8470"),
@@ -91,3 +99,8 @@ def test_data_that_is_there_already_is_not_fetched_again(tmp_path, capsys, monke
     printed = capsys.readouterr()
     assert printed.out.strip() == str(tmp_path)
     assert "unharmed" in printed.err
+
+
+def test_the_flag_knows_every_algorithm_of_meta_learning():
+    # It has its own list, because that of the protocol comes with numpy.
+    assert flags.META_ALGORITHMS == META_ALGORITHMS

@@ -8,6 +8,7 @@ from client_sdk.protocol.errors import ConfigurationError
 from simulator.config import RECIPES, SimulationConfig, default_cohort
 from simulator.datasets import DATASETS
 from simulator.errors import PartitionError
+from simulator.personalization.settings import META_RECIPES, Adaptation
 
 
 def test_nothing_given_is_a_run_that_works():
@@ -54,6 +55,14 @@ def test_there_is_a_recipe_for_every_data_set_and_the_defaults_are_that_of_the_d
         ({"algorithm": "scaffold", "prox_mu": 0.1}, "^prox_mu has no meaning with scaffold; set it to 0"),
         ({"algorithm": "fednova", "prox_mu": 10.0, "learning_rate": 0.1}, "learning_rate . prox_mu < 1"),
         ({"algorithm": "fedprox"}, "--algorithm.*'fedavg'"),
+        ({"algorithm": "maml", "prox_mu": 0.1}, "^maml takes meta.inner_steps steps.*leave prox_mu"),
+        ({"algorithm": "maml", "meta": {"inner_steps": 0}}, "--inner-steps"),
+        ({"meta": {"inner_steps": 3}}, "^fedavg has no meta settings"),
+        ({"algorithm": "maml", "personal": ["output"]}, "^personal layers go with fedavg and reptile, not with maml"),
+        ({"adapt_steps": -1}, "--adapt-steps"),
+        ({"adapt_learning_rate": 0.1}, "--adapt-lr.*--adapt-steps 5"),
+        ({"adapt_steps": 5, "server": "http://127.0.0.1:1"}, "--adapt-steps out with --server"),
+        ({"algorithm": "reptile", "server": "http://127.0.0.1:1"}, "--personalize.* out with --server"),
         ({"aggregation": {"rule": "krumm"}}, "--rule.*'multi-krum'"),
         ({"aggregation": {"clip_norm": 0}}, "--clip-norm"),
         ({"aggregation": {"bucket_size": 0}}, "aggregation.bucket_size: "),
@@ -96,10 +105,47 @@ def test_differences_of_nested_settings_are_named_as_flags_where_there_is_one():
     assert ours.differences(SimulationConfig()) == [
         "--rule krum (the run has mean)",
         "aggregation.bucket_size 3 (the run has 2)",
-        "--server-lr 2.0 (the run has 1.0)",
+        "--server-lr 2.0 (the run has None)",
     ]
 
 
 def test_differences_are_named_as_flags():
     ours, theirs = SimulationConfig(seed=1, learning_rate=0.1), SimulationConfig(seed=2, learning_rate=0.1)
     assert ours.differences(theirs) == ["--seed 1 (the run has 2)"]
+
+
+# --- personalisation -----------------------------------------------------------------------------------------
+
+
+def test_meta_learning_counts_its_steps_whatever_the_data_set_says_of_epochs():
+    plan = SimulationConfig.parse({"algorithm": "maml"}).plan
+    assert plan.local_epochs == 1
+    assert plan.meta.inner_steps == 5
+    assert SimulationConfig.parse({"algorithm": "reptile", "meta": {"inner_steps": 3}}).plan.meta.inner_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        ({"adapt_steps": 3}, Adaptation(3, 0.5, 8)),
+        ({"adapt_steps": 3, "adapt_learning_rate": 0.1, "batch_size": 4}, Adaptation(3, 0.1, 4)),
+        ({"personal": ["output"]}, Adaptation(5, 0.5, 8, ("output",))),
+        ({"algorithm": "maml", "meta": {"inner_steps": 2}, "learning_rate": 0.3}, Adaptation(2, 0.3, 8)),
+        ({"algorithm": "maml", "adapt_steps": 0}, None),
+        ({"algorithm": "reptile", "adapt_steps": 9, "learning_rate": 0.3}, Adaptation(9, 0.3, 8)),
+    ],
+)
+def test_devices_adapt_as_they_were_trained_to_unless_told(given, expected):
+    assert SimulationConfig.parse(given).adaptation == expected
+
+
+@pytest.mark.parametrize("dataset", META_RECIPES)
+def test_rates_of_meta_learning_follow_the_data_set_unless_given(dataset):
+    for algorithm, recipe in META_RECIPES[dataset].items():
+        config = SimulationConfig.parse({"dataset": dataset, "algorithm": algorithm})
+        assert config.learning_rate == recipe["learning_rate"]
+        assert SimulationConfig.parse({"algorithm": algorithm, "learning_rate": 0.123}).learning_rate == 0.123
+        kept = SimulationConfig.parse({"algorithm": algorithm, "meta": {"inner_steps": 2}}).plan.meta
+        assert kept.inner_steps == 2
+        assert kept.meta_learning_rate == recipe.get("meta", {}).get("meta_learning_rate", 0.05)
