@@ -18,16 +18,15 @@ from client_sdk.client import MobileClient
 from client_sdk.errors import Interrupted
 from client_sdk.events import Event, TrainingProgress
 from client_sdk.identity import DeviceIdentity
-from client_sdk.programs import DownloadedPrograms, ReadBlob
+from client_sdk.programs import DownloadedPrograms, NamesProgram, ReadBlob
 from client_sdk.protocol.errors import (
     DuplicateReport,
     InvalidUpdate,
     MalformedFrame,
     MemoryBudgetExceeded,
+    NotEnoughExamples,
     OversizedBody,
-    PocketfedError,
     ProgramExecutionError,
-    ProtocolError,
     ReportMismatch,
     StaleReport,
     TrainingDiverged,
@@ -46,7 +45,7 @@ from simulator.datasets import Split
 from simulator.journal import Reply
 from simulator.memory import FleetMemory
 from simulator.population import Population
-from simulator.sessions import Outcome, SessionEnd
+from simulator.sessions import Outcome, SessionEnd, failure_reason
 
 # The server had no use for the assignment any more; nothing is wrong with the report.
 _OVER: Final = (StaleReport, DuplicateReport, UnknownAssignment)
@@ -57,6 +56,7 @@ _OWN_FAULT: Final = (
     MalformedFrame,
     OversizedBody,
     TrainingDiverged,
+    NotEnoughExamples,
     ProgramExecutionError,
     MemoryBudgetExceeded,
 )
@@ -72,7 +72,7 @@ class ThreadPrograms:
         self._local = threading.local()
         self._all: list[DownloadedPrograms] = []
 
-    def open(self, assignment: Assignment, read: ReadBlob) -> Program:
+    def open(self, assignment: NamesProgram, read: ReadBlob) -> Program:
         """The assignment's program, for the calling thread."""
         programs: DownloadedPrograms | None = getattr(self._local, "programs", None)
         if programs is None:
@@ -179,7 +179,7 @@ class SdkDevices:
         except _OVER as e:
             outcome, reason = Outcome.REFUSED, e.slug
         except _OWN_FAULT as e:
-            outcome, reason = Outcome.FAILED, _reason(e)
+            outcome, reason = Outcome.FAILED, failure_reason(e)
         return SessionEnd(outcome, counters.bytes_up - up, counters.bytes_down - down, reason)
 
     def _train(self, device: int, assignment: Assignment, pauses: Sequence[float]) -> None:
@@ -256,15 +256,10 @@ class _Unhurried:
         self.counters = inner.counters
         self.enrol = inner.enrol
         self.check_in = inner.check_in
+        self.latest_model = inner.latest_model
         self.fetch = inner.fetch
         self.upload = inner.upload
         self.close = inner.close
 
     def abandon(self, assignment_id: str, request: AbandonRequest) -> None:
         """Nothing yet."""
-
-
-def _reason(error: PocketfedError) -> str:
-    if isinstance(error, ProtocolError):
-        return error.slug
-    return "training-diverged" if isinstance(error, TrainingDiverged) else "training-failed"

@@ -20,6 +20,7 @@ from simulator.results import SimulationResults
 # What a device's own failure is called in place of a problem's type.
 _FAILURES: Final = {
     "training-diverged": "Local training left the finite numbers; nothing was sent.",
+    "too-few-examples": "The device had no two different examples to learn from and to judge by; nothing was sent.",
     "training-failed": "Local training failed; nothing was sent.",
 }
 _SPARSE: Final = frozenset({CompressionMethod.TOPK, CompressionMethod.THRESHOLD, CompressionMethod.RANDOMK})

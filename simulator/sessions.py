@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
+from client_sdk.protocol.errors import NotEnoughExamples, PocketfedError, ProtocolError, TrainingDiverged
 from client_sdk.protocol.messages import Assignment
 
 
@@ -37,6 +38,19 @@ class SessionEnd:
     bytes_up: int = 0
     bytes_down: int = 0
     reason: str | None = None
+
+
+def failure_reason(error: PocketfedError) -> str:
+    """What a session that failed says of why, by either engine."""
+    match error:
+        case ProtocolError():
+            return error.slug
+        case TrainingDiverged():
+            return "training-diverged"
+        case NotEnoughExamples():
+            return "too-few-examples"
+        case _:
+            return "training-failed"
 
 
 @dataclass(slots=True)

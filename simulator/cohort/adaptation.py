@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from client_sdk.protocol.errors import ConfigurationError, ProgramInputError
-from client_sdk.protocol.meta_learning import ExampleSplit, MetaBatches, MetaPlan
+from client_sdk.protocol.meta_learning import MetaPlan
 from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Float32Array
-from simulator.cohort.batches import Int64Array
+from simulator.cohort.batches import Int64Array, Steps, adaptation_batches
 from simulator.cohort.model import BatchedModel
-from simulator.cohort.stepping import MEMORY_BYTES, Gatherer, Steps, clients_at_once, one_thread_an_operation
+from simulator.cohort.stepping import MEMORY_BYTES, Gatherer, clients_at_once, one_thread_an_operation
 from simulator.datasets import Split
 
 Float64Array = npt.NDArray[np.float64]
@@ -30,7 +30,6 @@ _EXAMPLES_JUDGED: Final = 64
 # Into as many batches devices are dealt at least, so that there is work for several threads. A constant, so that their
 # number changes no device's company.
 _BATCHES: Final = 4
-_NOTHING: Final = np.zeros(0, np.int64)
 
 
 class Adapted(NamedTuple):
@@ -304,7 +303,8 @@ class _Adaptation:
         yield Adapted(devices, 0, np.broadcast_to(now.numpy(), (len(rows), now.shape[-1])).copy())
         if self.meta is None:
             return
-        table = Steps.stacked([self._batches_of(r, self.meta) for r in rows], self.meta.inner_steps, self.batch_size)
+        batches = [adaptation_batches(r, self.meta, self.batch_size, self.seed, shuffle=self.shuffle) for r in rows]
+        table = Steps.stacked(batches, self.meta.inner_steps, self.batch_size)
         gatherer = Gatherer(self.data, len(rows) * self.batch_size)
         rates = table.rates(self.learning_rate)
         for step in range(self.meta.inner_steps):
@@ -316,12 +316,3 @@ class _Adaptation:
                 after[:] = now
             now = after
             yield Adapted(devices, step + 1, now.numpy())
-
-    def _batches_of(self, rows: Int64Array, meta: MetaPlan) -> list[Int64Array]:
-        if not len(rows):
-            return []
-        everything = ExampleSplit(np.arange(len(rows)), _NOTHING)
-        drawn = MetaBatches.of(
-            "reptile", meta, everything, batch_size=self.batch_size, seed=self.seed, shuffle=self.shuffle
-        )
-        return [rows[batch] for batch in drawn.support]

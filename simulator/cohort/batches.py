@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from client_sdk.protocol.meta_learning import ExampleSplit, MetaBatches, MetaPlan
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.training import epoch_order
 
@@ -37,35 +40,72 @@ class Shuffled(Protocol):
 
 
 def num_steps(num_samples: int, plan: TrainingPlan) -> int:
-    """Optimizer steps of a client with this many examples."""
+    """Optimizer steps of a client with this many examples; of one that adapts, its steps of adaptation."""
+    if plan.meta is not None:
+        return plan.meta.inner_steps
     steps = plan.local_epochs * math.ceil(num_samples / plan.batch_size)
     return steps if plan.max_steps is None else min(steps, plan.max_steps)
 
 
 @dataclass(frozen=True)
-class BatchTable:
-    """Batches of c clients over s steps, s the largest number of steps of any of them.
+class Steps:
+    """Batches of c clients over s steps.
 
     Attributes:
-        picked: int64[c, s, batch_size], rows of the data set; a short batch is filled up with its own last row.
-        counts: int64[c, s], examples in each batch; 0 after a client's last step.
-        in_first_epoch: bool[c, s], which steps belong to the client's first epoch.
-        in_last_epoch: bool[c, s], which belong to its last one, or to as much of it as ``max_steps`` lets happen.
+        picked: int64[c, s, B], rows of the data set; a short batch is filled up with its own last row, and where a
+            client has no more batches, with any row.
+        counts: int64[c, s], examples in each batch; 0 where there is none.
     """
 
     picked: Int64Array
     counts: Int64Array
+
+    @classmethod
+    def stacked(cls, clients: Sequence[Sequence[Int64Array]], steps: int, batch_size: int) -> Self:
+        """Put clients' batches side by side.
+
+        Args:
+            clients: Of each at most ``steps`` batches of rows of the data set, of 1 to ``batch_size`` rows.
+            steps: s.
+            batch_size: B.
+        """
+        picked = np.zeros((len(clients), steps, batch_size), np.int64)
+        counts = np.zeros((len(clients), steps), np.int64)
+        for i, batches in enumerate(clients):
+            for k, rows in enumerate(batches):
+                picked[i, k, : len(rows)] = rows
+                picked[i, k, len(rows) :] = rows[-1]
+                counts[i, k] = len(rows)
+        return cls(picked, counts)
+
+    def rates(self, learning_rate: float) -> Tensor:
+        """float32[c, s]: what the sum of a batch's gradients is multiplied by, as the program's ``train`` has it."""
+        return torch.tensor(np.float32(learning_rate) / np.maximum(self.counts, 1).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class BatchTable(Steps):
+    """Batches of c clients that descend, s the largest number of steps of any of them; 0 counts come last.
+
+    Attributes:
+        in_first_epoch: bool[c, s], which steps belong to the client's first epoch.
+        in_last_epoch: bool[c, s], which belong to its last one, or to as much of it as ``max_steps`` lets happen.
+            Adaptation has no epochs: all of its steps are of the first and the last one.
+    """
+
     in_first_epoch: BoolArray
     in_last_epoch: BoolArray
 
     @classmethod
     def of(cls, clients: Sequence[Shuffled], plan: TrainingPlan) -> BatchTable:
-        """Shuffle every client's examples, epoch by epoch.
+        """Shuffle every client's examples, epoch by epoch; with reptile as ``MetaBatches`` does.
 
         Args:
             clients: All of one batch size.
             plan: Of those that have none of their own.
         """
+        if plan.meta is not None:
+            return cls._adapting(clients, plan, plan.meta)
         plans = [client.plan or plan for client in clients]
         size = plans[0].batch_size
         taken = np.array([num_steps(len(c.rows), p) for c, p in zip(clients, plans, strict=True)], np.int64)
@@ -83,6 +123,34 @@ class BatchTable:
             in_first_epoch=step < np.minimum(an_epoch, taken)[:, None],
             in_last_epoch=(step >= last[:, None]) & (step < taken[:, None]),
         )
+
+    @classmethod
+    def _adapting(cls, clients: Sequence[Shuffled], plan: TrainingPlan, meta: MetaPlan) -> BatchTable:
+        size = plan.batch_size
+        batches = [adaptation_batches(c.rows, meta, size, c.shuffle_seed, shuffle=plan.shuffle) for c in clients]
+        steps = Steps.stacked(batches, meta.inner_steps, size)
+        all_of_them = np.ones(steps.counts.shape, np.bool_)
+        return cls(steps.picked, steps.counts, all_of_them, all_of_them)
+
+
+def adaptation_batches(
+    rows: Int64Array, meta: MetaPlan, batch_size: int, seed: int, *, shuffle: bool
+) -> list[Int64Array]:
+    """The batches of K steps over all of a client's examples, those of ``MetaBatches`` for reptile.
+
+    Args:
+        rows: Its examples; none gives no batches.
+        meta: K.
+        batch_size: The most of a step.
+        seed: Of its shuffles.
+        shuffle: Whether there are any.
+    """
+    if not len(rows):
+        return []
+    # Reptile judges nothing, so that it does not matter what it could be judged by.
+    everything = ExampleSplit(np.arange(len(rows)), np.zeros(0, np.int64))
+    drawn = MetaBatches.of("reptile", meta, everything, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    return [rows[batch] for batch in drawn.support]
 
 
 def _fill(picked: Int64Array, counts: Int64Array, client: Shuffled, plan: TrainingPlan, an_epoch: int) -> None:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from client_sdk.protocol.errors import ProtocolError, StaleReport, TrainingDiverged
+from client_sdk.protocol.errors import ProgramError, ProtocolError, StaleReport
 from client_sdk.protocol.messages import RetryWindow
 from server_ref.assignments import Waiting
 from simulator.agenda import Agenda, EventKind
@@ -16,7 +16,7 @@ from simulator.cohort.server import CohortServer, wire_bytes
 from simulator.cohort.trainer import CohortTrainer
 from simulator.fleet import FleetObserver, Patience
 from simulator.population import Population, Workload
-from simulator.sessions import Outcome, Session, SessionEnd
+from simulator.sessions import Outcome, Session, SessionEnd, failure_reason
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Failure:
     """
 
     session: Session
-    error: TrainingDiverged | ProtocolError
+    error: ProgramError | ProtocolError
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CohortEngine:
         stop: Ends the run at the next event when set.
 
     Attributes:
-        failures: Sessions whose training diverged, or whose update nobody would take.
+        failures: Sessions whose training failed, or whose update nobody would take.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class CohortEngine:
                 trained = self._queue.take(running.job, running.broadcast, at_most=at_most)
                 update, memory = self._clients.report(running.job, running.broadcast, trained, version)
                 server.report(running.job.record, update, trained.train_loss, now)
-            except (TrainingDiverged, ProtocolError) as e:
+            except (ProgramError, ProtocolError) as e:
                 self._fail(running, e)
             else:
                 self._clients.accepted(running.job.device, memory)
@@ -166,12 +166,11 @@ class CohortEngine:
             self._queue.drop_before(server.oldest_version)
             self._observer.advanced(server.version)
 
-    def _fail(self, running: _Running, error: TrainingDiverged | ProtocolError) -> None:
+    def _fail(self, running: _Running, error: ProgramError | ProtocolError) -> None:
         self._server.give_up(running.job.record)
         running.session.arrives_s = None
         self.failures.append(Failure(running.session, error))
-        reason = error.slug if isinstance(error, ProtocolError) else "training-diverged"
-        self._end(running.session, SessionEnd(Outcome.FAILED, 0, running.bytes_down, reason))
+        self._end(running.session, SessionEnd(Outcome.FAILED, 0, running.bytes_down, failure_reason(error)))
 
     def _end(self, session: Session, end: SessionEnd) -> None:
         session.end = end

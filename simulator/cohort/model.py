@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, cast
 
@@ -35,6 +35,61 @@ class Batch(NamedTuple):
     x: Tensor
     y: Tensor
     keep: Tensor | None
+
+
+class Slope(NamedTuple):
+    """The gradients of c clients' summed losses.
+
+    Attributes:
+        losses: float32 [c], the summed losses.
+        columns: Where each parameter is in a flat vector.
+        leaves: Each parameter, [c, *shape].
+        gradients: Each parameter's gradients, [c, *shape].
+    """
+
+    losses: Tensor
+    columns: tuple[slice, ...]
+    leaves: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+    def descend(self, before: Tensor, rates: Tensor, after: Tensor) -> None:
+        """A step: ``after = before - rate * gradient``.
+
+        Args:
+            before: float32 [d] or [c, d].
+            rates: float32 [c, 1].
+            after: float32 [c, d], receives the new weights.
+        """
+        _add(before, zip(self.columns, self.gradients, strict=True), rates, after, -1)
+
+    def add_to(self, total: Tensor, factors: Tensor) -> None:
+        """``total += factor * gradient``, float32 [c, d] and [c, 1]."""
+        _add(total, zip(self.columns, self.gradients, strict=True), factors, total, 1)
+
+    def step_back(self, rates: Tensor, directions: Tensor) -> None:
+        """``directions -= rate * (Hessian @ directions)``, in place: a gradient taken back through a step of descent.
+
+        For a differentiable slope, and once: what it holds is freed.
+
+        Args:
+            rates: float32 [c, 1], of the step.
+            directions: float32 [c, d].
+        """
+        curved = [i for i, gradient in enumerate(self.gradients) if gradient.requires_grad]
+        products = torch.autograd.grad(
+            [self.gradients[i] for i in curved],
+            self.leaves,
+            [directions[:, self.columns[i]].reshape(self.leaves[i].shape) for i in curved],
+            materialize_grads=True,
+        )
+        _add(directions, zip(self.columns, products, strict=True), rates, directions, -1)
+
+
+def _add(before: Tensor, gradients: Iterable[tuple[slice, Tensor]], factors: Tensor, after: Tensor, sign: int) -> None:
+    """A parameter at a time: the gradients of all clients are never copied into one array."""
+    for where, gradient in gradients:
+        flat = gradient.detach().reshape(len(after), -1)
+        torch.addcmul(before[..., where], flat, factors, value=sign, out=after[:, where])
 
 
 class BatchedModel:
@@ -95,13 +150,29 @@ class BatchedModel:
         free = self._split(before)
         fixed = {name: free.pop(name) for name in frozen}
         gradients, losses = over_clients(free, *inputs, fixed)
-        for parameter, columns in zip(self._parameters, self._slices, strict=True):
-            if parameter.name in fixed:
-                after[:, columns] = before[..., columns]
-                continue
-            gradient = gradients.pop(parameter.name).reshape(len(batch.x), -1)
-            torch.addcmul(before[..., columns], gradient, rates, value=-1, out=after[:, columns])
+        where = {p.name: columns for p, columns in zip(self._parameters, self._slices, strict=True)}
+        for name in fixed:
+            after[:, where[name]] = before[..., where[name]]
+        _add(before, ((where[name], gradient) for name, gradient in gradients.items()), rates, after, -1)
         return cast("Tensor", losses)
+
+    def slope(self, weights: Tensor, batch: Batch, *, differentiable: bool = False) -> Slope:
+        """The gradients of each client's summed loss, by autograd over the batched model.
+
+        Args:
+            weights: float32 [d] or [c, d]; may not change while a differentiable slope is in use, nor may the batch.
+            batch: The clients' examples.
+            differentiable: Whether ``Slope.hessian_product`` is wanted, which keeps what the backward pass computed.
+        """
+        here = self._split(weights.detach().expand(len(batch.x), -1))
+        leaves = {name: parameter.requires_grad_() for name, parameter in here.items()}
+        loss: Callable[..., Tensor] = self._summed_loss if batch.keep is None else self._masked_loss
+        inputs = [tensor for tensor in batch if tensor is not None]
+        losses = vmap(loss)(leaves, *inputs)
+        gradients = torch.autograd.grad(
+            losses.sum(), list(leaves.values()), create_graph=differentiable, materialize_grads=True
+        )
+        return Slope(losses.detach(), tuple(self._slices), tuple(leaves.values()), gradients)
 
     @torch.no_grad()
     def judge(self, weights: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -125,12 +196,14 @@ class BatchedModel:
             right, losses = right & batch.keep, torch.where(batch.keep, losses, 0.0)
         return right.sum(dim=1), losses.sum(dim=1, dtype=torch.float64)
 
-    def bytes_per_client(self, x: Tensor, y: Tensor) -> int:
+    def bytes_per_client(self, x: Tensor, y: Tensor, *, differentiated_steps: int = 0) -> int:
         """Memory of one client's step, about: its weights and gradients, and what the backward pass keeps, twice.
 
         Args:
             x: One batch, float32 [B, *feature_shape].
             y: Its labels, int64 [B].
+            differentiated_steps: Steps whose differentiable slopes are kept at once, if any: of each its weights and
+                all that its backward pass is made of.
         """
         kept: dict[int, int] = {}
 
@@ -141,7 +214,13 @@ class BatchedModel:
         weights = {p.name: torch.zeros(p.shape, requires_grad=True) for p in self._parameters}
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             self._summed_loss(weights, x, y)
-        return 3 * 4 * self.num_parameters + 2 * (sum(kept.values()) + x.nbytes)
+        a_step = 3 * 4 * self.num_parameters + 2 * (sum(kept.values()) + x.nbytes)
+        if not differentiated_steps:
+            return a_step
+        kept.clear()
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.slope(torch.zeros(self.num_parameters), Batch(x[None], y[None], None), differentiable=True)
+        return a_step + differentiated_steps * (4 * self.num_parameters + sum(kept.values()) + x.nbytes)
 
     @torch.no_grad()
     def evaluate(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from client_sdk.protocol.errors import TrainingDiverged
+from client_sdk.protocol.errors import ProgramError
 from client_sdk.protocol.program import Float32Array
 from client_sdk.protocol.training import TrainingPlan
 from server_ref.assignments import AssignmentRecord
@@ -52,12 +52,14 @@ class Trained:
     Attributes:
         update: float32[update_size], what the device sends before compression.
         steps: Optimizer steps taken.
-        train_loss: Mean loss over the last local epoch.
+        train_loss: Mean loss over the last local epoch; of meta-learning see ``CohortResult``.
+        personal: float32[p], what the device keeps of its personal layers; None without any.
     """
 
     update: Float32Array
     steps: int
     train_loss: float
+    personal: Float32Array | None = None
 
 
 class TrainingQueue:
@@ -79,7 +81,7 @@ class TrainingQueue:
         self._plan = plan
         self._work_of = work_of
         self._waiting: dict[int, list[Job]] = {}
-        self._done: dict[int, dict[int, Trained | TrainingDiverged]] = {}
+        self._done: dict[int, dict[int, Trained | ProgramError]] = {}
 
     def assign(self, job: Job, broadcast: Broadcast) -> None:
         """Take an assignment in."""
@@ -95,12 +97,13 @@ class TrainingQueue:
 
         Raises:
             TrainingDiverged: Its training did.
+            NotEnoughExamples: It has too few for what it is asked.
         """
         done = self._done.setdefault(broadcast.version, {})
         if job.number not in done:
             self._train(broadcast, at_most)
         trained = done.pop(job.number)
-        if isinstance(trained, TrainingDiverged):
+        if isinstance(trained, ProgramError):
             raise trained
         return trained
 
@@ -121,5 +124,8 @@ class TrainingQueue:
         for i, job in enumerate(jobs):
             failure = result.failures.get(i)
             done[job.number] = failure or Trained(
-                result.updates[i], int(result.steps[i]), float(result.last_epoch_losses[i])
+                result.updates[i],
+                int(result.steps[i]),
+                float(result.last_epoch_losses[i]),
+                None if result.personal is None else result.personal[i],
             )

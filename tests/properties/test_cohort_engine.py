@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from client_sdk.protocol.errors import TrainingDiverged
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.updates import UpdateKind
 from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
@@ -96,6 +97,7 @@ def task_of(policy, **changes):
         manifest_sha256="0" * 64,
         program=b"",
         initial_weights=START,
+        layers=SharedLayers.of(manifest.parameters, ()),
         kind=UpdateKind.DELTA,
         current=CurrentPipeline(lambda _clip_norm: build_pipeline(settings, manifest)),
         compression=settings.compression,
