@@ -154,33 +154,33 @@ class MobileClient:
         self._checkpoints = checkpoint_manager or self._store.checkpoints
         self.training_paused = False
         self._not_before: float | None = None
+        self._data = None if data is None else as_examples(data)
+        self._conditions = conditions
         self._executor: ActionExecutor | None = None
         if transport is not None:
-            if programs is None or data is None:
+            if programs is None or self._data is None:
                 raise ConfigurationError("a device that talks to a server needs data, and a program or a provider")
-            self._executor = ActionExecutor(
-                Surroundings(
-                    transport=transport,
-                    store=self._store,
-                    programs=programs,
-                    data=as_examples(data),
-                    profile=device_profile,
-                    clock=clock,
-                    monotonic=monotonic,
-                    wait=self._wait,
-                    on_event=self._on_event,
-                    conditions=conditions,
-                    power=power_monitor,
-                    checkpoints=self._checkpoints,
-                    memory_fraction=memory_fraction,
-                    baseline_bytes=baseline_bytes,
-                    memory_limit_bytes=memory_limit_bytes,
-                    max_blob_bytes=max_blob_bytes,
-                    trusted=trusted_aggregators(aggregator_keys, min_threshold),
-                    local_privacy=local_privacy,
-                ),
-                self._open_session(None),
+            around = Surroundings(
+                transport=transport,
+                store=self._store,
+                programs=programs,
+                data=self._data,
+                profile=device_profile,
+                clock=clock,
+                monotonic=monotonic,
+                wait=self._wait,
+                on_event=self._on_event,
+                conditions=conditions,
+                power=power_monitor,
+                checkpoints=self._checkpoints,
+                memory_fraction=memory_fraction,
+                baseline_bytes=baseline_bytes,
+                memory_limit_bytes=memory_limit_bytes,
+                max_blob_bytes=max_blob_bytes,
+                trusted=trusted_aggregators(aggregator_keys, min_threshold),
+                local_privacy=local_privacy,
             )
+            self._executor = ActionExecutor(around, self._open_session(None))
 
     @property
     def power_monitor(self) -> PowerMonitor | None:
@@ -232,7 +232,7 @@ class MobileClient:
         start = weights if weights is not None else self._weights
         if start is None:
             raise ConfigurationError("local training needs a program and weights; pass both to MobileClient")
-        update = self._local().train(
+        update = self._local(self._embedded()).train(
             start,
             as_examples(local_data),
             model_version=server_model_version,
@@ -246,24 +246,27 @@ class MobileClient:
     @property
     def batch_size(self) -> int:
         """Examples of one step that the device's memory allows, as planned from the program's manifest."""
-        return self._local().work().plan.batch_size
+        return self._local(self._embedded()).work().plan.batch_size
 
     @property
     def num_local_epochs(self) -> int:
         """Passes over the data that suit the device's tier."""
-        return self._local().work().plan.local_epochs
+        return self._local(self._embedded()).work().plan.local_epochs
 
     @property
     def gradient_accumulation_steps(self) -> int:
         """Calls of the program that one step of ``batch_size`` takes."""
-        return self._local().work().accumulation_steps
+        return self._local(self._embedded()).work().accumulation_steps
 
-    def _local(self) -> LocalTraining:
+    def _embedded(self) -> Program:
         if self._program is None:
             raise ConfigurationError("local training needs a program and weights; pass both to MobileClient")
+        return self._program
+
+    def _local(self, program: Program) -> LocalTraining:
         never = threading.Event()
         return LocalTraining(
-            self._program,
+            program,
             self._profile,
             power=self._power,
             # Apart from those of a server's assignment, which may be under way as well.

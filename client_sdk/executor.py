@@ -76,13 +76,14 @@ class ActionExecutor:
     """Executes a session's actions one by one and saves its state after each.
 
     Attributes:
+        around: What the actions meet.
         session: The machine; replaceable between two actions.
         cause: The last error, which explains why an assignment was dropped.
         held_back: Why the last action was not done: the device's conditions, or the app's. None where it was.
     """
 
     def __init__(self, around: Surroundings, session: DeviceSession) -> None:
-        self._around = around
+        self.around = around
         self.session = session
         self.cause: PocketfedError | None = None
         self.held_back: TrainingPaused | None = None
@@ -124,7 +125,7 @@ class ActionExecutor:
 
     def save(self) -> None:
         """Make the session's state durable."""
-        self._around.store.save_session(self.session.state)
+        self.around.store.save_session(self.session.state)
 
     def _try_remotely(
         self, action: Enrol | CheckIn | Download | Upload | Abandon, virtual: VirtualTiming | None
@@ -140,7 +141,7 @@ class ActionExecutor:
                 case Upload(report_id=report_id):
                     self._upload(report_id)
                 case Abandon(assignment_id=assignment_id, reason=reason):
-                    self._around.transport.abandon(assignment_id, AbandonRequest(reason=reason))
+                    self.around.transport.abandon(assignment_id, AbandonRequest(reason=reason))
                     self.session.on_abandoned()
         except StateDirUnusable:
             raise
@@ -152,11 +153,11 @@ class ActionExecutor:
 
     def _is_paused(self, action: Download | Train | Upload) -> bool:
         """Pause a step that the app or the device's conditions do not allow now."""
-        own = self._around.conditions()
+        own = self.around.conditions()
         if own is not None:
             self._pause(action, TrainingPaused(own, reason=APP_REASON))
             return True
-        power = self._around.power
+        power = self.around.power
         if power is None:
             return False
         # Training is the dear step, and begins anew after a pause: it needs what a start needs.
@@ -170,7 +171,7 @@ class ActionExecutor:
     def _pause(self, action: Download | Train | Upload, why: TrainingPaused) -> None:
         step = {Download: "download", Train: "training", Upload: "upload"}[type(action)]
         self.held_back = why
-        self._around.on_event(events.Paused(step, why.reason, str(why)))
+        self.around.on_event(events.Paused(step, why.reason, str(why)))
         self.session.on_paused(str(why), _LOOK_AGAIN_S)
 
     def _do_locally(self, action: CheckConditions | Train | Discard | Sleep | Stop, stop: Stopper) -> None:
@@ -187,17 +188,17 @@ class ActionExecutor:
                 raise IllegalTransition("Stop is for whoever drives the session")
 
     def _lease_is_over(self) -> bool:
-        return self.session.state.is_lease_over(self._around.clock())
+        return self.session.state.is_lease_over(self.around.clock())
 
     def _check_lease(self) -> None:
         if self._lease_is_over():
             raise LeaseExpired("the lease ended before the report was ready")
 
     def _check_conditions(self) -> None:
-        own = self._around.conditions()
+        own = self.around.conditions()
         why = None if own is None else TrainingPaused(own, reason=APP_REASON)
-        if why is None and self._around.power is not None:
-            verdict = self._around.power.start_verdict()
+        if why is None and self.around.power is not None:
+            verdict = self.around.power.start_verdict()
             why = None if verdict.allowed else TrainingPaused(verdict.detail, reason=str(verdict.reason))
         if why is None:
             self.session.on_eligible()
@@ -206,31 +207,31 @@ class ActionExecutor:
             self.session.on_ineligible(str(why), _LOOK_AGAIN_S)
 
     def _enrol(self) -> None:
-        identity = self._around.store.identity
-        tier = self._around.profile.device_type
-        self._around.transport.enrol(EnrolRequest(public_key=identity.public_key.hex(), tier=tier))
+        identity = self.around.store.identity
+        tier = self.around.profile.device_type
+        self.around.transport.enrol(EnrolRequest(public_key=identity.public_key.hex(), tier=tier))
         self.session.on_enrolled()
-        self._around.on_event(events.Enrolled(identity.device_id))
+        self.around.on_event(events.Enrolled(identity.device_id))
 
     def _check_in(self, virtual: VirtualTiming | None) -> Assigned | Wait | Finished:
-        samples = len(self._around.data[0])
-        if self._around.local_privacy is not None:
-            samples = self._around.local_privacy.told_samples(samples)
+        samples = len(self.around.data[0])
+        if self.around.local_privacy is not None:
+            samples = self.around.local_privacy.told_samples(samples)
         request = CheckInRequest(num_samples=samples, virtual=virtual)
-        reply = self._around.transport.check_in(request)
+        reply = self.around.transport.check_in(request)
         if isinstance(reply, Assigned):
-            self._around.on_event(events.CheckedIn(reply.assignment))
+            self.around.on_event(events.CheckedIn(reply.assignment))
         # A virtual lease says nothing about this machine's clock.
-        self.session.on_check_in(reply, now=self._around.clock() if virtual is None else None)
+        self.session.on_check_in(reply, now=self.around.clock() if virtual is None else None)
         return reply
 
     def _download(self, sha256: str) -> None:
         assignment = self.session.state.assignment
         is_manifest = assignment is not None and sha256 == assignment.manifest_sha256
-        data, size = self.fetch(sha256, MAX_MANIFEST_BYTES if is_manifest else self._around.max_blob_bytes)
+        data, size = self.fetch(sha256, MAX_MANIFEST_BYTES if is_manifest else self.around.max_blob_bytes)
         self._fetched[sha256] = data
         self.session.on_blob(sha256)
-        self._around.on_event(events.Downloaded(sha256, size))
+        self.around.on_event(events.Downloaded(sha256, size))
 
     def fetch(self, sha256: str, max_bytes: int) -> tuple[Buffer, int]:
         """A blob, from the device's cache or from the server, and how many bytes of it had to come.
@@ -241,16 +242,16 @@ class ActionExecutor:
         """
         data = self._fetched.get(sha256)  # where the disk would not keep it
         if data is None:
-            data = self._around.store.blob(sha256)
+            data = self.around.store.blob(sha256)
         if data is not None:
             return data, 0
         # What a cut connection leaves here is where the next attempt goes on.
         buffer = self._partial.get(sha256)
         if buffer is None:
-            buffer = self._partial[sha256] = self._around.store.arriving(sha256)
-        self._around.transport.fetch(sha256, buffer, max_bytes=max_bytes)
+            buffer = self._partial[sha256] = self.around.store.arriving(sha256)
+        self.around.transport.fetch(sha256, buffer, max_bytes=max_bytes)
         arrived = self._partial.pop(sha256)
-        self._around.store.put_blob(sha256, arrived)
+        self.around.store.put_blob(sha256, arrived)
         return arrived, len(arrived)
 
     def _train(self, action: Train, stop: Stopper) -> None:
@@ -310,10 +311,10 @@ class ActionExecutor:
     def _seal(self, assignment: Assignment, report_id: str, report: Report, memory: DeviceMemory | None) -> None:
         # In this order: a sealed report may be sent, so it is counted, and what it leaves is there.
         if assignment.secure is not None:
-            self._around.store.count_participation(assignment.task_id, assignment.assignment_id)
+            self.around.store.count_participation(assignment.task_id, assignment.assignment_id)
         if memory is not None:
-            self._around.store.stage_memory(memory)
-        self._around.store.seal(report_id, report.frame)
+            self.around.store.stage_memory(memory)
+        self.around.store.seal(report_id, report.frame)
         report_sha256 = hashlib.sha256(report.frame).hexdigest()
         # This process need not read and hash again what it has just written.
         self._sealed = (report_sha256, report)
@@ -322,13 +323,13 @@ class ActionExecutor:
 
     def _usable_report(self, assignment: Assignment, report_id: str) -> Buffer | None:
         """A sealed report that may be sent: whole, ours, to those we trust, and with the memory that it leaves."""
-        store = self._around.store
+        store = self.around.store
         frame = store.sealed(report_id)
         if frame is None or not is_report_of(frame, assignment, report_id):
             return None
-        if not is_trusted(assignment, self._around.trusted):
+        if not is_trusted(assignment, self.around.trusted):
             return None
-        private = self._around.local_privacy
+        private = self.around.local_privacy
         if private is not None and not private.covers(frame):
             return None
         return frame if not keeps_memory(assignment) or store.has_staged_memory(report_id) else None
@@ -336,7 +337,7 @@ class ActionExecutor:
     def _blob(self, sha256: str) -> Buffer:
         data = self._fetched.get(sha256)
         if data is None:
-            data = self._around.store.blob(sha256)
+            data = self.around.store.blob(sha256)
         assignment = self.session.state.assignment
         if assignment is not None and sha256 == assignment.program_sha256:
             self._fetched.pop(sha256, None)  # about to be loaded: the runtime has its own copy
@@ -348,15 +349,15 @@ class ActionExecutor:
         state = self.session.state
         report = None if state.assignment is None else self._sealed_report(state.assignment, report_id)
         if report is None:
-            self._around.store.discard(report_id)
+            self.around.store.discard(report_id)
             self.session.on_report_lost()
             return
         self.session.on_upload_started()
         self.save()
-        self.session.on_uploaded(self._around.transport.upload(report_id, report.frame))
+        self.session.on_uploaded(self.around.transport.upload(report_id, report.frame))
         if self.session.state.accepted and state.assignment is not None:
             size = len(report.frame)
-            self._around.on_event(events.Uploaded(report_id, state.assignment, size, report.dense_bytes))
+            self.around.on_event(events.Uploaded(report_id, state.assignment, size, report.dense_bytes))
 
     def _sealed_report(self, assignment: Assignment, report_id: str) -> Report | None:
         """The report that the session has sealed, if it may be sent."""
@@ -366,17 +367,17 @@ class ActionExecutor:
         frame = self._usable_report(assignment, report_id)
         if frame is None or hashlib.sha256(frame).hexdigest() != report_sha256:
             return None
-        return Report(frame, dense_bytes(frame, assignment, self._around.store.blob(assignment.manifest_sha256)))
+        return Report(frame, dense_bytes(frame, assignment, self.around.store.blob(assignment.manifest_sha256)))
 
     def _sleep(self, action: Sleep, stop: Stopper) -> None:
-        now = self._around.clock()
+        now = self.around.clock()
         left_s = action.left_s(now)
         self.session.on_sleep_begun(now + left_s)
         self.save()
-        self._around.on_event(events.Waiting(left_s, action.reason))
+        self.around.on_event(events.Waiting(left_s, action.reason))
         if left_s > stop.remaining_s():
             raise Interrupted("the wait is longer than the time that is left")
-        self._around.wait(left_s, stop.event)
+        self.around.wait(left_s, stop.event)
         if stop.is_set():
             raise Interrupted("interrupted while waiting")
         self.session.on_slept()
@@ -384,8 +385,8 @@ class ActionExecutor:
     def _discard(self, action: Discard) -> None:
         assignment = self.session.state.assignment
         counts = action.accepted and assignment is not None and keeps_memory(assignment)
-        self._around.store.settle_memory(action.report_id, accepted=counts)
-        self._around.store.discard(action.report_id)
+        self.around.store.settle_memory(action.report_id, accepted=counts)
+        self.around.store.discard(action.report_id)
         self._clear_checkpoints()
         self._made = None
         self._partial.clear()
@@ -393,12 +394,12 @@ class ActionExecutor:
         self._sealed = None
         self.session.on_discarded()
         if not action.accepted and assignment is not None:
-            self._around.on_event(events.Dropped(assignment, action.detail))
+            self.around.on_event(events.Dropped(assignment, action.detail))
 
     def _clear_checkpoints(self) -> None:
         try:
-            if self._around.checkpoints is not None:
-                self._around.checkpoints.clear()
+            if self.around.checkpoints is not None:
+                self.around.checkpoints.clear()
         except DeviceError as e:  # of no use to anybody, and displaced by those of the next training
             _log.warning("the checkpoints of the assignment stay: %s", e)
 
