@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PrivacyConfig,
         SecurityConfig,
     )
+    from server_ref.aggregation.personalized import PersonalizedFederatedAggregator
     from server_ref.aggregation.pipeline import Pipeline
     from server_ref.aggregation.plan import AccumulatorPlan
     from server_ref.aggregation.presets import ByzantineRobustAggregator, GradientAggregator
@@ -55,6 +56,7 @@ __all__ = [
     "Int64Accumulator",
     "IntegratedAttackDetector",
     "IntegratedFederatedAggregator",
+    "PersonalizedFederatedAggregator",
     "Pipeline",
     "PrivacyBudgetExhausted",
     "PrivacyConfig",

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         SecurityConfig,
     )
     from server_ref.aggregation.noise import CentralNoise
+    from server_ref.aggregation.personalized import PersonalizedFederatedAggregator
     from server_ref.aggregation.pipeline import Pipeline
     from server_ref.aggregation.plan import AccumulatorPlan
     from server_ref.aggregation.presets import ByzantineRobustAggregator, GradientAggregator
@@ -110,6 +111,7 @@ __all__ = [
     "NoClip",
     "NoNoise",
     "NoiseSchedule",
+    "PersonalizedFederatedAggregator",
     "Pipeline",
     "PrivacyBudget",
     "PrivacyBudgetExhausted",
@@ -176,6 +178,7 @@ _MODULES = {
     "integrated": ("IntegratedFederatedAggregator",),
     "integrated_config": ("AsyncConfig", "CompressionConfig", "FederatedConfig", "PrivacyConfig", "SecurityConfig"),
     "noise": ("CentralNoise",),
+    "personalized": ("PersonalizedFederatedAggregator",),
     "pipeline": ("Pipeline",),
     "plan": ("AccumulatorPlan",),
     "presets": ("ByzantineRobustAggregator", "GradientAggregator"),

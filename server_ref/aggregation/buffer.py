@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from client_sdk.protocol.errors import DuplicateReport, ReportMismatch, StaleReport
+from client_sdk.protocol.errors import ConfigurationError, DuplicateReport, ReportMismatch, StaleReport
 from server_ref.aggregation.batch import Aggregate, Update
 from server_ref.aggregation.delay import DelayCorrection
 from server_ref.aggregation.pipeline import Pipeline
@@ -36,6 +36,7 @@ class _Member:
 
     staleness: int
     factor: int
+    report_id: Hashable | None
 
 
 class UpdateBuffer:
@@ -64,6 +65,22 @@ class UpdateBuffer:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def resize(self, size: int, schedule: Schedule) -> None:
+        """Let a buffer that is empty be full with another number of updates; what it remembers stays.
+
+        Raises:
+            ConfigurationError: There are updates in it.
+        """
+        if self._members:
+            raise ConfigurationError("a buffer that has updates keeps its size")
+        self.size, self._schedule = size, schedule
+
+    def clear(self) -> None:
+        """Forget the updates in it, as if they had never come."""
+        for member in self._members.values():
+            self._reports.pop(member.report_id, None)
+        self._fold, self._members = None, {}
 
     def check(self, submission: Submission) -> None:
         """Everything that can be refused without a look at the values; age first.
@@ -105,7 +122,7 @@ class UpdateBuffer:
         update = pipeline.age(opened, staleness, self.round_id)
         fold = self._fold or pipeline.start()
         fold.add([update])
-        self._members[submission.worker_id] = _Member(staleness, update.weight * update.scale)
+        self._members[submission.worker_id] = _Member(staleness, update.weight * update.scale, submission.report_id)
         self._fold = fold
         released = None
         if len(self._members) == self.size:

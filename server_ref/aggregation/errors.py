@@ -65,6 +65,10 @@ class MixedKinds(ConfigurationError):
     """Workers of one round send deltas and gradients, and nobody declared which of them count."""
 
 
+class BufferNotFull(PocketfedError):
+    """A private aggregate is of a declared number of updates, and fewer were accepted: they wait for more."""
+
+
 class PrivacyError(PocketfedError):
     """Something about the account of what releases have cost. Nothing was released, and nothing was charged."""
 

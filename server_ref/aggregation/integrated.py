@@ -38,6 +38,7 @@ from server_ref.aggregation.batch import (
     Facts,
     Int64Array,
     PrivateAggregate,
+    Update,
 )
 from server_ref.aggregation.buffer import Submission, UpdateBuffer
 from server_ref.aggregation.detectors import IntegratedAttackDetector
@@ -57,11 +58,20 @@ _REJECTIONS_KEPT: Final = 1000
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """What one buffer's updates have in common."""
 
     wire: Wire
     pipeline: Pipeline
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An update that nothing speaks against."""
+
+    submission: Submission
+    task: Task
+    opened: Update
 
 
 class IntegratedFederatedAggregator:
@@ -110,7 +120,7 @@ class IntegratedFederatedAggregator:
         self._lock = threading.RLock()
         self._support: Support | None = None
         self._previous: Aggregate | None = None
-        self._task: _Task | None = None
+        self._task: Task | None = None
         self._submissions = 0
         self._rejections: deque[RefusedUpdate] = deque(maxlen=_REJECTIONS_KEPT)
         self._alarms: Counter[str] = Counter()
@@ -253,6 +263,11 @@ class IntegratedFederatedAggregator:
     # --- under the lock ----------------------------------------------------------------------------------
 
     def _process(self, worker: WorkerGradient, model_version: int, number: int) -> AggregatedUpdate | None:
+        examined = self._examined(worker, model_version, number)
+        return None if examined is None else self._count(examined)
+
+    def _examined(self, worker: WorkerGradient, model_version: int, number: int) -> Examined | None:
+        """An update that may count; None if it was found suspicious, which is in ``rejections`` then."""
         metadata = worker.metadata or {}
         report_id = metadata.get("report_id")
         report = None if report_id is None else (worker.worker_id, str(report_id))
@@ -267,19 +282,24 @@ class IntegratedFederatedAggregator:
             self._reject(RefusedUpdate(number, worker.worker_id, InvalidUpdate))
             return None
         opened = task.pipeline.open(EncodedUpdate(number, payload, seed=task.wire.seed(model_version)))
+        return Examined(submission, task, opened)
+
+    def _count(self, examined: Examined) -> AggregatedUpdate | None:
+        """Take an update into the buffer; the aggregate, if it filled it."""
+        submission, task = examined.submission, examined.task
         spending = self._spending
         if spending is not None and len(self._buffer) + 1 == self._buffer.size:
             spending.keeper.open_round(spending.next_release())
-        released = self._buffer.accept(submission, opened, task.pipeline, lambda a: self._named(a, task))
+        released = self._buffer.accept(submission, examined.opened, task.pipeline, lambda a: self._named(a, task))
         if spending is not None:
-            spending.counted[worker.worker_id] += 1
+            spending.counted[submission.worker_id] += 1
         # With a centre, the next buffer has another one.
         moved = released is not None and spending is not None and self.config.security.rule == CENTRED
         self._task = None if moved else task
         self._layout = task.wire.layout
         return released
 
-    def _named(self, aggregate: Aggregate, task: _Task) -> AggregatedUpdate:
+    def _named(self, aggregate: Aggregate, task: Task) -> AggregatedUpdate:
         """As tensors, and right in expectation: whatever is done here comes after the release."""
         self._previous = aggregate
         decode = cast("Decode", task.pipeline.stages[Slot.DECODE])
@@ -307,7 +327,7 @@ class IntegratedFederatedAggregator:
 
     # --- layouts and pipelines ----------------------------------------------------------------------------
 
-    def _task_for(self, worker: WorkerGradient) -> _Task:
+    def _task_for(self, worker: WorkerGradient) -> Task:
         """The open buffer's, or what this update decides if it is the first to be accepted."""
         try:
             kind = UpdateKind(worker.kind)
@@ -322,8 +342,11 @@ class IntegratedFederatedAggregator:
             layout = layout or TensorLayout.of(worker.gradients)
         except ConfigurationError as e:
             raise ShapeMismatch(str(e)) from e
+        return self._new_task(layout, kind)
+
+    def _new_task(self, layout: TensorLayout, kind: UpdateKind) -> Task:
         wire = self._wire(layout)
-        return _Task(wire, self._pipeline(wire.size, kind))
+        return Task(wire, self._pipeline(wire.size, kind))
 
     def _wire(self, layout: TensorLayout) -> Wire:
         return Wire(self.config.compression, layout, self._support)

@@ -19,6 +19,7 @@ SPECIFIED = {
     "DivergenceDetected",
     "ExactAccumulator",
     "GradientAggregator",
+    "PersonalizedFederatedAggregator",
     "SecureAggregator",
     "ServerDeviceSelector",
     "WorkerGradient",
