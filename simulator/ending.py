@@ -13,6 +13,7 @@ from simulator.config import SimulationConfig
 from simulator.days import days_of
 from simulator.errors import FleetCannotTrain
 from simulator.monitor import RunMonitor, participation, slow_share
+from simulator.personalization.models import Models
 from simulator.population import examples_trained
 from simulator.prepare import Fleet
 from simulator.results import (
@@ -44,6 +45,7 @@ class Ending:
         privacy: What is claimed, and spent; None for nothing.
         secrecy: How updates were shared; None if they were not.
         plans: What each device trained; None where a foreign server decided.
+        models: That devices adapt, to see what it gives; None where nobody asked for that, or the run is not finished.
     """
 
     finished: bool
@@ -58,6 +60,7 @@ class Ending:
     privacy: PrivacyClaim | None = None
     secrecy: Secrecy | None = None
     plans: Sequence[TrainingPlan] | None = None
+    models: Models | None = None
 
 
 def played(run: Callable[[], bool]) -> tuple[bool, str | None]:

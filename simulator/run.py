@@ -11,11 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError
-from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, Manifest
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.runtime import load_program
@@ -35,6 +32,8 @@ from simulator.journal import Journal
 from simulator.loopback import LoopbackConnections, LoopbackTransport
 from simulator.memory import FleetMemory
 from simulator.monitor import Display, RunMonitor
+from simulator.personalization.held_out import check_tests
+from simulator.personalization.of_run import flat_weights, models_of, personalization_of
 from simulator.population import Workload
 from simulator.prepare import Fleet, Prepared, check_fit, write_server
 from simulator.progress import SilentDisplay
@@ -92,6 +91,8 @@ def run_simulation(folder: RunFolder, options: RunOptions, fleet: Fleet | None =
         fleet = fleet or Fleet.of(config)
         if fleet.attack is None:
             fleet = replace(fleet, attack=AttackPlan.of(config, fleet.dataset.num_classes))
+        if config.adaptation is not None:
+            check_tests(fleet)
     except PocketfedError:
         if folder.fresh:
             folder.discard()
@@ -108,7 +109,8 @@ def run_simulation(folder: RunFolder, options: RunOptions, fleet: Fleet | None =
         monitor, ending = _Attempt(folder, options, fleet, journal).run()
         if not ending.finished:
             journal.record_pause(monitor.open_round_s)
-        results = results_of(folder.config, fleet, monitor, ending, workers=options.workers)
+        adapted = personalization_of(folder, fleet, ending.models, threads=options.workers, say=options.say)
+        results = results_of(config, fleet, monitor, ending, workers=options.workers, personalization=adapted)
     results.write(folder.path)
     write_report(
         folder.path,
@@ -214,6 +216,9 @@ class _Attempt:
                 finished, stuck = played(fleet.run)
                 ending = self._end(view, monitor, prepared.bundle.path, finished=finished, stuck=stuck)
                 ending = replace(ending, plans=prepared.plans)
+                if ending.finished and config.adaptation is not None:
+                    models = models_of(view, prepared.bundle.initial_weights(), of_rounds=config.rounds)
+                    ending = replace(ending, models=models)
             except PocketfedError:
                 # The cause, where the server is gone; else the error itself.
                 server.check()
@@ -321,7 +326,7 @@ class _Attempt:
             evaluation = None
             if finished:
                 test = self.fleet.dataset.test
-                weights = np.frombuffer(decode_frame(view.blob(task.model_sha256)).payload, np.float32)
+                weights = flat_weights(view.blob(task.model_sha256))
                 evaluation = ProgramEvaluator(program, test.x, test.y).evaluate(weights)
             return Ending(
                 finished=finished,

@@ -22,6 +22,7 @@ from simulator.folder import RunFolder
 from simulator.interrupt import stop_on_interrupt
 from simulator.journal import Journal
 from simulator.monitor import Display, RunMonitor
+from simulator.personalization.models import ModelKeeper, Models
 from simulator.prepare import INITIAL_WEIGHTS_SEED, Fleet, Prepared, Say, SessionCosts
 from simulator.view import PrivacyClaim
 
@@ -67,11 +68,13 @@ class CohortSetting:
         config, fleet, task, dataset = self.folder.config, self.fleet, self.task, self.fleet.dataset
         model = self.model()
         trainer = CohortTrainer(model, fleet.training_data, threads=threads)
+        keeper = ModelKeeper(config.rounds)
         server = CohortServer(
             task,
             scoring=Scoring(lambda w: model.evaluate(w, dataset.validation.x, dataset.validation.y), score_every),
             device_id=self._device_ids(),
             tier=fleet.population.tier,
+            on_model=keeper.keep if config.adaptation is not None else lambda _number, _weights: None,
         )
         monitor = RunMonitor(
             lambda since: server.rounds[since:],
@@ -112,6 +115,7 @@ class CohortSetting:
             pipeline={slot.value: stage.title for slot, stage in task.pipeline.stages.items()},
             privacy=None if claimed is None else PrivacyClaim.model_validate(claimed),
             plans=self.plans,
+            models=Models(keeper.by_round) if finished and config.adaptation is not None else None,
         )
 
     def _device_ids(self) -> Callable[[int], str]:

@@ -48,6 +48,7 @@ class CohortServer:
         scoring: Scores new models; None for none.
         device_id: Number of a device -> how the server knows it; selection draws by it.
         tier: Number of a device -> what it says of itself.
+        on_model: Told of every model, the initial one included: its number, and its weights, float32[d].
 
     Attributes:
         task: As given.
@@ -66,6 +67,7 @@ class CohortServer:
         scoring: Scoring | None = None,
         device_id: Callable[[int], str] = str,
         tier: Callable[[int], DeviceTier] = lambda _device: DeviceTier.MID_RANGE,
+        on_model: Callable[[int, Float32Array], None] = lambda _number, _weights: None,
     ) -> None:
         settings = task.settings
         self.task = task
@@ -84,6 +86,7 @@ class CohortServer:
         self._scoring = scoring
         self._device_id = device_id
         self._tier = tier
+        self._on_model = on_model
         self._model: GlobalModel = encode_model(0, task.whole_weights(self.optimizer), task.manifest)
         self._broadcast = self._announce()
         self._begin_buffer()
@@ -255,6 +258,7 @@ class CohortServer:
         )
 
     def _announce(self) -> Broadcast:
+        self._on_model(self._model.version, self._model.weights)
         control = self.optimizer.tensors.get(CONTROL)
         return Broadcast(
             self._engine.version, self._model.weights, None if control is None else control.astype(np.float32)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from simulator.datasets import Split
+from simulator.days import evenly
 from simulator.errors import NothingToJudge
 from simulator.prepare import Fleet
 
 Int64Array = npt.NDArray[np.int64]
+SplitName = Literal["validation", "test"]
+SPLITS: Final[tuple[SplitName, ...]] = get_args(SplitName)
+
+MOST_DEVICES: Final = 200
+"""So many adapt and are judged: enough to tell shares within a few per cent, and over in seconds."""
 
 PER_DEVICE: Final = 50
 """Examples that judge a device: its accuracy is told in steps of two points."""
@@ -35,11 +41,34 @@ class DeviceTests:
     rows: tuple[Int64Array, ...]
 
 
+def judged_devices(fleet: Fleet) -> list[int]:
+    """The devices that adapt and are judged: the honest ones, or as many as ``MOST_DEVICES`` of them, evenly picked.
+
+    Raises:
+        NothingToJudge: All of them attack.
+    """
+    attack = fleet.attack
+    honest = [d for d in range(len(fleet.parts)) if attack is None or not attack.attacks(d)]
+    if not honest:
+        raise NothingToJudge("all devices attack: there is nobody whom adaptation could serve")
+    return [honest[i] for i in evenly(len(honest), MOST_DEVICES)]
+
+
+def check_tests(fleet: Fleet) -> None:
+    """Whether all of them can be judged, before a run begins.
+
+    Raises:
+        NothingToJudge: One cannot.
+    """
+    for split in SPLITS:
+        device_tests(fleet, judged_devices(fleet), split=split, per_device=1)
+
+
 def device_tests(
     fleet: Fleet,
     devices: Sequence[int],
     *,
-    split: Literal["validation", "test"],
+    split: SplitName,
     per_device: int = PER_DEVICE,
 ) -> DeviceTests:
     """Draw what each device will see next.

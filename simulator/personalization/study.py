@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,43 +12,17 @@ from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Float32Array
 from simulator.cohort.adaptation import AdaptationCurves, Adapted, adapt_devices, adaptation_curves, evaluate_devices
 from simulator.cohort.model import BatchedModel
-from simulator.days import evenly
 from simulator.personalization.distribution import fairness, forgetting, worst_decile
-from simulator.personalization.held_out import PER_DEVICE, DeviceTests, device_tests
+from simulator.personalization.held_out import PER_DEVICE, DeviceTests, SplitName, device_tests, judged_devices
+from simulator.personalization.models import Models, rounds_to_look_at
 from simulator.personalization.settings import Adaptation
 from simulator.prepare import Fleet
 from simulator.results import AdaptationCurve, ForgettingResult, PersonalizationResult
 
 Float64Array = npt.NDArray[np.float64]
 
-MOST_DEVICES: Final = 200
-"""So many adapt and are judged: enough to tell shares within a few per cent, and over in seconds."""
-
 SHARES: Final = (0.5, 1.0)
 """Of what a device had learned, that it lays over a new global model."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """What devices adapt from.
-
-    Attributes:
-        by_round: Round -> the model that it made, float32[d]; the last one, and whichever others are known.
-        own: Device -> its personal layers' coordinates of the last model, float32[p]; of the others those of the model.
-    """
-
-    by_round: Mapping[int, Float32Array]
-    own: Mapping[int, Float32Array]
-
-
-def rounds_to_look_at(rounds: int) -> tuple[int, ...]:
-    """A handful of rounds, ever further apart: the initial model, and some up to the last one.
-
-    Example:
-        >>> rounds_to_look_at(60), rounds_to_look_at(2)
-        ((0, 8, 15, 30, 60), (0, 1, 2))
-    """
-    return tuple(sorted({0, *(max(1, -(-rounds // 2**k)) for k in range(4))}))
 
 
 class PersonalizationStudy:
@@ -57,7 +30,7 @@ class PersonalizationStudy:
 
     Args:
         model: What weights are weights of.
-        fleet: Who adapts, with the examples they train on; attackers, who are no one's loss, are left out.
+        fleet: Who adapts, with the examples they train on.
         adaptation: How.
         threads: Batches of devices that are adapted at the same time; None: one a core. Changes no bit.
     """
@@ -69,13 +42,15 @@ class PersonalizationStudy:
         self._fleet = fleet
         self._adaptation = adaptation
         self._threads = threads
-        attack = fleet.attack
-        honest = [d for d in range(len(fleet.parts)) if attack is None or not attack.attacks(d)]
-        self._devices = [honest[i] for i in evenly(len(honest), MOST_DEVICES)]
+        self._devices = judged_devices(fleet)
         self._rows = [fleet.parts[d] for d in self._devices]
 
-    def result(self, models: Models) -> PersonalizationResult:
+    def result(self, models: Models, *, of_rounds: int) -> PersonalizationResult:
         """Judge the last model on the test split, and how it came about on the validation split.
+
+        Args:
+            models: That the run made.
+            of_rounds: That it was to make.
 
         Raises:
             NothingToJudge: There is no honest device, or one whose classes were held out nowhere.
@@ -103,14 +78,16 @@ class PersonalizationStudy:
             personal_layers=self._adaptation.personal_layers,
             worst_decile=worst_decile(of_all, own),
             fairness=fairness(of_all, own),
-            curves=self._by_round(models, starts, validation),
+            curves=self._by_round(models, of_rounds, starts, validation),
             forgetting=self._forgetting(models, validation),
         )
 
-    def _by_round(self, models: Models, starts: Float32Array, validation: DeviceTests) -> tuple[AdaptationCurve, ...]:
+    def _by_round(
+        self, models: Models, of_rounds: int, starts: Float32Array, validation: DeviceTests
+    ) -> tuple[AdaptationCurve, ...]:
         last = max(models.by_round)
         # What devices had in their own layers in earlier rounds is not known any more.
-        looked_at = [last] if models.own else sorted({*rounds_to_look_at(last)} & {*models.by_round})
+        looked_at = (last,) if models.own else rounds_to_look_at(of_rounds, last)
         found = []
         for number in looked_at:
             curves = self._curves(starts if number == last else models.by_round[number], validation)
@@ -119,7 +96,7 @@ class PersonalizationStudy:
 
     def _forgetting(self, models: Models, validation: DeviceTests) -> tuple[ForgettingResult, ...]:
         last = max(models.by_round)
-        if last < 2 or last - 1 not in models.by_round or models.own:
+        if last < 2 or models.own:
             return ()
         old, new = models.by_round[last - 1], models.by_round[last]
         adapted = np.empty(len(self._devices))
@@ -133,7 +110,7 @@ class PersonalizationStudy:
         before, renewed = self._accuracy(old, validation), self._accuracy(new, validation)
         return tuple(forgetting(before, adapted, renewed, merged[share], share=share) for share in SHARES)
 
-    def _tests(self, split: Literal["validation", "test"]) -> DeviceTests:
+    def _tests(self, split: SplitName) -> DeviceTests:
         return device_tests(self._fleet, self._devices, split=split)
 
     def _starts(self, weights: Float32Array, own: Mapping[int, Float32Array]) -> Float32Array:
