@@ -27,6 +27,7 @@ from client_sdk.protocol.messages import (
     VirtualTiming,
 )
 from client_sdk.protocol.signing import device_id_of, sign_request
+from server_ref.settings import toml_table
 
 _CLIENT = httpx.Client(trust_env=False, timeout=30)
 """One pool of connections for all tests of a process."""
@@ -54,7 +55,7 @@ def write_config(folder: Path, bundle: Path, **settings: object) -> Path:
     lines = [f"{k} = {json.dumps(v)}" for k, v in ({"data_dir": str(folder / "state"), "port": 0} | top).items()]
     lines += ["exit_with_stdin = true", "[task]", *(f"{k} = {json.dumps(v)}" for k, v in task.items())]
     for name, values in tables.items():
-        lines += [f"[task.{name}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+        lines += toml_table(f"task.{name}", values)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "server.toml"
     path.write_text("\n".join(lines) + "\n")
