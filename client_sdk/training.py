@@ -7,7 +7,8 @@ import numpy as np
 from client_sdk.protocol.errors import ConfigurationError, ProgramInputError
 from client_sdk.protocol.program import Float32Array, MethodSpec, Program, Role
 from client_sdk.protocol.training import TrainingPlan
-from client_sdk.training_run import BatchBuffer, TrainingRun
+from client_sdk.training_inputs import BatchBuffer, check_examples, check_seed, check_weights, float32_rate
+from client_sdk.training_run import TrainingRun
 from client_sdk.training_state import (
     Controls,
     Int64Array,
@@ -106,12 +107,12 @@ class LocalTrainer:
             ConfigurationError: A seed out of range, a learning rate that float32 cannot hold, control variates
                 that are missing or not asked for, or a state that this training does not come to.
         """
-        self._check_data(weights, x, y)
-        if not 0 <= shuffle_seed < 2**64:
-            raise ConfigurationError(f"shuffle_seed must lie in [0, 2**64), got {shuffle_seed}")
-        rate = _float32_rate(plan)
-        self._check_controls(plan, controls)
         manifest = self._program.manifest
+        check_weights(manifest, weights)
+        check_examples(manifest, x, y)
+        check_seed(shuffle_seed)
+        rate = float32_rate(plan.learning_rate)
+        self._check_controls(plan, controls)
         method = (
             manifest.training_method(plan.batch_size) if slice_size is None else manifest.method(Role.GRAD, slice_size)
         )
@@ -122,8 +123,7 @@ class LocalTrainer:
         """The buffers for a method; ``train`` and ``grad`` of one size share them."""
         batch = self._batches.get(spec.batch_size)
         if batch is None:
-            *_, x, y, _mask = spec.inputs
-            batch = self._batches[spec.batch_size] = BatchBuffer(x.shape, y.shape)
+            batch = self._batches[spec.batch_size] = BatchBuffer.of(spec)
         return batch
 
     def _check_controls(self, plan: TrainingPlan, controls: Controls | None) -> None:
@@ -140,34 +140,3 @@ class LocalTrainer:
                 )
             if not all_finite(vector):
                 raise ProgramInputError(f"the {name}'s control holds NaN or infinite values")
-
-    def _check_data(self, weights: Float32Array, x: Float32Array, y: Int64Array) -> None:
-        manifest = self._program.manifest
-        if weights.dtype != np.float32 or weights.shape != (manifest.num_parameters,):
-            raise ProgramInputError(
-                f"weights must be float32[{manifest.num_parameters}], got {weights.dtype}{list(weights.shape)}"
-            )
-        if x.dtype != np.float32 or x.ndim == 0 or x.shape[1:] != manifest.feature_shape:
-            raise ProgramInputError(
-                f"features must be float32 of shape [n, {', '.join(map(str, manifest.feature_shape))}], "
-                f"got {x.dtype}{list(x.shape)}"
-            )
-        if len(x) == 0:
-            raise ProgramInputError("there is no training data")
-        if y.dtype != np.int64 or y.shape != (len(x),):
-            raise ProgramInputError(f"labels must be int64[{len(x)}], got {y.dtype}{list(y.shape)}")
-        if not all_finite(weights):
-            raise ProgramInputError("the weights hold NaN or infinite values")
-        if not all_finite(x):
-            raise ProgramInputError("the training data holds NaN or infinite values")
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= manifest.num_classes:
-            raise ProgramInputError(f"labels must lie in [0, {manifest.num_classes}), got {low} to {high}")
-
-
-def _float32_rate(plan: TrainingPlan) -> np.float32:
-    with np.errstate(over="ignore", under="ignore"):
-        rate = np.float32(plan.learning_rate)
-    if not (np.isfinite(rate) and rate > 0):
-        raise ConfigurationError(f"learning_rate {plan.learning_rate} is zero or infinite as a float32")
-    return rate

@@ -12,6 +12,7 @@ from client_sdk.errors import IllegalTransition
 from client_sdk.protocol.errors import ConfigurationError, TrainingDiverged
 from client_sdk.protocol.program import Float32Array, MethodSpec, Program, Role
 from client_sdk.protocol.training import TrainingPlan
+from client_sdk.training_inputs import BatchBuffer
 from client_sdk.training_state import (
     Controls,
     Int64Array,
@@ -229,26 +230,6 @@ class TrainingRun:
 def _copy(state: TrainingState) -> TrainingState:
     accumulator = None if state.accumulator is None else state.accumulator.copy()
     return replace(state, weights=state.weights.copy(), accumulator=accumulator)
-
-
-class BatchBuffer:
-    """Input buffers of one batch size, filled over and over."""
-
-    def __init__(self, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> None:
-        self.size = x_shape[0]
-        self.x = np.zeros(x_shape, np.float32)
-        self.y = np.zeros(y_shape, np.int64)
-        self.mask = np.zeros(self.size, np.float32)
-
-    def fill(self, x: Float32Array, y: Int64Array, picked: Int64Array) -> None:
-        """Gather examples. Unused rows are zeroed: what an earlier batch left must not reach even a masked sum."""
-        used = len(picked)
-        # mode="clip" writes straight into the buffer; the indices are in range by construction.
-        np.take(x, picked, axis=0, out=self.x[:used], mode="clip")
-        np.take(y, picked, axis=0, out=self.y[:used], mode="clip")
-        self.mask[:used] = 1.0
-        for buffer in (self.x, self.y, self.mask):
-            buffer[used:] = 0
 
 
 def _pull(
