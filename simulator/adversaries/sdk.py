@@ -12,6 +12,7 @@ from client_sdk.programs import ProgramProvider, model_weights
 from client_sdk.protocol.errors import TrainingDiverged
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Program
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.training import LocalTrainer
@@ -74,12 +75,13 @@ class SdkAttackers:
         """
         program = self.program(assignment)
         weights = model_weights(decode_frame(self._blob(assignment.model_sha256)), program.manifest)
-        delta, control = np.split(own, [len(weights)])
+        layers = _layers(program, assignment)
+        delta, control = np.split(own, [layers.size])
         crafted = self._coalition.craft(
             device,
             assignment.model_version,
             delta,
-            weights,
+            layers.gather(weights),
             lambda devices: self._rehearse(devices, assignment, program, weights),
         )
         return np.concatenate([crafted, control]) if len(control) else crafted
@@ -89,22 +91,30 @@ class SdkAttackers:
     ) -> Float32Array:
         """What these devices would honestly send from this model; without SCAFFOLD's correction, which is theirs."""
         trainer = LocalTrainer(program)
+        layers = _layers(program, assignment)
         rows = []
         for device in devices:
             x, y = self._data.x[self._parts[device]], self._data.y[self._parts[device]]
             seed = self.plan.rehearsal_seed(assignment.model_version, device)
             plan = plain_plan(assignment.plan if self._plans is None else self._plans[device])
+            # The personal layers that others have are theirs: all are rehearsed with those of the model.
+            whole = plan.model_copy(update={"personal": ()})
             try:
-                rows.append(trainer.train(weights, x, y, plan, seed).update(plan))
+                rows.append(layers.gather(trainer.train(weights, x, y, whole, seed).update(whole)))
             except TrainingDiverged:
                 continue
-        return stacked(rows, len(weights))
+        return stacked(rows, layers.size)
 
     def _blob(self, sha256: str) -> Buffer:
         data = self._downloaded(sha256)
         if data is None:
             raise AttackError(f"blob {sha256} has left the pool that the devices share; the model is too large for it")
         return data
+
+
+def _layers(program: Program, assignment: Assignment) -> SharedLayers:
+    """What of a model is sent, and attacked."""
+    return SharedLayers.of(program.manifest.parameters, assignment.plan.personal)
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class _Device:
     device: int
 
     def num_parameters(self, assignment: Assignment) -> int:
-        return self.attackers.program(assignment).manifest.num_parameters
+        return _layers(self.attackers.program(assignment), assignment).size
 
     def craft(self, assignment: Assignment, own: Float32Array) -> Float32Array:
         return self.attackers.craft(self.device, assignment, own)

@@ -41,7 +41,7 @@ class Attacker(Protocol):
     """Who decides what a device sends."""
 
     def num_parameters(self, assignment: Assignment) -> int:
-        """Length d of the assignment's model."""
+        """Length d of the shared layers of the assignment's model."""
         ...
 
     def craft(self, assignment: Assignment, own: Float32Array) -> Float32Array:

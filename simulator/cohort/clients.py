@@ -30,16 +30,24 @@ class Memory:
     Attributes:
         residual: What error feedback left out, float32[size of the update]; None where nothing is to be remembered.
         control: SCAFFOLD's control variate, float32[d]; likewise.
+        personal: Its personal layers, float32[p]; likewise.
     """
 
     residual: Float32Array | None = None
     control: Float32Array | None = None
+    personal: Float32Array | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to carry."""
+        return self.residual is None and self.control is None and self.personal is None
 
 
 class Clients:
     """All devices of a run, as far as they differ from one another.
 
-    Memory: error feedback and SCAFFOLD take 4 bytes a parameter for each device whose report was accepted.
+    Memory: error feedback, SCAFFOLD and personal layers (of which there are fewer) take 4 bytes a parameter for each
+    device whose report was accepted.
 
     Args:
         task: What assignments say.
@@ -67,7 +75,8 @@ class Clients:
         """A device's local training on a broadcast."""
         seed = self._task.shuffle_seed(job.number)
         plan = None if self._plans is None else self._plans[job.device]
-        return LocalWork(self._parts[job.device], seed, self._controls(job.device, broadcast), plan)
+        own = self._memory(job.device).personal
+        return LocalWork(self._parts[job.device], seed, self._controls(job.device, broadcast), plan, own)
 
     def report(self, job: Job, broadcast: Broadcast, trained: Trained, version: int) -> tuple[EncodedUpdate, Memory]:
         """What a device sends, with what the server's record says of it; and what it remembers if that is accepted.
@@ -92,12 +101,18 @@ class Clients:
             seed=seed,
             normaliser=normaliser(self._task.settings.plan, trained.steps),
         )
-        return update, Memory(residual, control)
+        # A row of many devices' would keep all of them in memory.
+        personal = None if trained.personal is None else trained.personal.copy()
+        return update, Memory(residual, control, personal)
 
     def accepted(self, device: int, memory: Memory) -> None:
         """The server holds the report that this memory was made with."""
-        if memory.residual is not None or memory.control is not None:
+        if not memory.empty:
             self._memories[device] = memory
+
+    def personal_layers(self) -> dict[int, Float32Array]:
+        """Device -> its personal layers, float32[p]; those of devices that have none yet are the model's."""
+        return {d: m.personal for d, m in sorted(self._memories.items()) if m.personal is not None}
 
     def _memory(self, device: int) -> Memory:
         return self._memories.get(device, Memory())

@@ -85,10 +85,11 @@ class CohortSetting:
             dense_report_bytes=4 * task.pipeline.entry.size,
             scored=score_every == 1,
         )
+        clients = Clients(task, fleet.parts, self._attackers(model, threads), self.plans)
         with stop_on_interrupt(say) as stop:
             engine = CohortEngine(
                 server,
-                Clients(task, fleet.parts, self._attackers(model, threads), self.plans),
+                clients,
                 trainer,
                 population=fleet.population,
                 num_samples=fleet.num_samples,
@@ -115,7 +116,9 @@ class CohortSetting:
             pipeline={slot.value: stage.title for slot, stage in task.pipeline.stages.items()},
             privacy=None if claimed is None else PrivacyClaim.model_validate(claimed),
             plans=self.plans,
-            models=Models(keeper.by_round) if finished and config.adaptation is not None else None,
+            models=Models(keeper.by_round, clients.personal_layers())
+            if finished and config.adaptation is not None
+            else None,
         )
 
     def _device_ids(self) -> Callable[[int], str]:
@@ -130,4 +133,5 @@ class CohortSetting:
         if fleet.attack is None:
             return None
         rehearsal = CohortTrainer(model, fleet.honest_data, threads=threads)
-        return CohortAttackers(fleet.attack, rehearsal, fleet.parts, self.task.settings.plan, self.plans)
+        plan = self.task.settings.plan
+        return CohortAttackers(fleet.attack, rehearsal, fleet.parts, plan, self.plans, layers=self.task.layers)
