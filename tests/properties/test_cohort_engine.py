@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from client_sdk.protocol.errors import TrainingDiverged
+from client_sdk.protocol.errors import NotEnoughExamples, TrainingDiverged
+from client_sdk.protocol.meta_learning import MetaPlan
 from client_sdk.protocol.personal_layers import SharedLayers
-from client_sdk.protocol.updates import UpdateKind
+from client_sdk.protocol.training import TrainingPlan
 from server_ref.aggregation.server_optim import OptimizerConfig
 from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
 from server_ref.assignments import RoundPolicy
@@ -30,7 +33,7 @@ from simulator.cohort.trainer import CohortResult
 from simulator.errors import FleetCannotTrain
 from simulator.population import Population
 from simulator.sessions import Outcome
-from tests.devices import NUM_PARAMETERS, make_manifest
+from tests.devices import NUM_PARAMETERS, PARAMETERS, make_manifest
 from tests.properties.test_fleet import WORK, EngineLink, Watcher, policies, populations
 from tests.properties.test_fleet import run as run_devices
 
@@ -80,8 +83,8 @@ def task_of(policy, **changes):
         refill_at=policy.refill_at,
         lease_s=policy.lease_s,
         weight_cap=policy.weight_cap,
-        plan=WORK.plan,
         **{
+            "plan": WORK.plan,
             "staleness": StalenessPolicy(max_staleness=policy.max_staleness),
             "divergence": DivergenceConfig(enabled=False),
             **changes,
@@ -97,8 +100,8 @@ def task_of(policy, **changes):
         manifest_sha256="0" * 64,
         program=b"",
         initial_weights=START,
-        layers=SharedLayers.of(manifest.parameters, ()),
-        kind=UpdateKind.DELTA,
+        layers=SharedLayers.of(manifest.parameters, settings.plan.personal),
+        kind=settings.plan.update_kind,
         current=CurrentPipeline(lambda _clip_norm: build_pipeline(settings, manifest)),
         compression=settings.compression,
         settings=settings,
@@ -114,9 +117,10 @@ class CohortRun:
         self.server = CohortServer(task, scoring=scoring)
         self.watcher = watcher or Watcher()
         # What a stub trains on is its own number.
+        self.clients = Clients(task, [np.array([d]) for d in range(population.devices)])
         self.engine = CohortEngine(
             self.server,
-            Clients(task, [np.array([d]) for d in range(population.devices)]),
+            self.clients,
             self.trainer,
             population=population,
             # As ``run`` of the device engine's tests reckons durations.
@@ -236,6 +240,21 @@ def test_a_client_that_diverges_gives_its_assignment_back():
         assert failure.session.number not in {n for counted in cohort.server.counted for n in counted}
 
 
+def test_a_client_with_too_few_examples_gives_its_assignment_back():
+    class Judging(Arithmetic):
+        def train(self, weights, clients, plan):
+            result = super().train(weights, clients, plan)
+            lonely = {i: NotEnoughExamples("one example") for i, c in enumerate(clients) if c.rows[0] % 4 == 0}
+            return replace(result, failures=lonely)
+
+    cohort = CohortRun(SYNCHRONOUS, Population(5, 20), Judging())
+    assert cohort.finished
+    assert cohort.engine.failures
+    for failure in cohort.engine.failures:
+        assert failure.session.device % 4 == 0
+        assert failure.session.end.reason == "too-few-examples"
+
+
 def test_a_fleet_that_cannot_train_at_all_ends_the_run():
     with pytest.raises(FleetCannotTrain, match=r"21 sessions in a row .* by training-diverged"):
         CohortRun(SYNCHRONOUS, Population(5, 20), Arithmetic(hopeless=lambda _device, _seed: True))
@@ -291,6 +310,56 @@ def test_stop_ends_the_run_where_it_is():
     assert not cohort.finished
     assert cohort.watcher.versions == [1]
     assert len(cohort.server.rounds) == 1
+
+
+# --- meta-learning and personal layers --------------------------------------------------------------------------
+
+
+def test_gradients_are_subtracted_where_deltas_are_added():
+    by_algorithm = {
+        algorithm: CohortRun(
+            RoundPolicy(4, 4, 4, 0, 120.0, 100, 1),
+            Population(5, 20),
+            plan=TrainingPlan(algorithm=algorithm, meta=MetaPlan()),
+            optimizer=OptimizerConfig(learning_rate=0.5),
+        ).server.model.weights
+        - START
+        for algorithm in ("reptile", "maml", "fomaml", "per-fedavg")
+    }
+    moved = by_algorithm.pop("reptile")
+    assert moved.any()
+    for other in by_algorithm.values():
+        assert np.allclose(other, -moved, rtol=0, atol=1e-6)
+
+
+class Counting(Arithmetic):
+    """Its clients' personal layers say how often they were trained."""
+
+    def train(self, weights, clients, plan):
+        layers = SharedLayers.of(PARAMETERS, plan.personal)
+        result = super().train(weights, clients, plan)
+        before = [layers.personal_of(weights) if c.own is None else c.own for c in clients]
+        return replace(result, updates=layers.gather(result.updates.T).T, personal=np.stack(before) + np.float32(1))
+
+
+@settings(max_examples=30)
+@given(policies(), populations, st.none() | st.integers(0, 3))
+def test_personal_layers_are_kept_where_the_report_was_accepted_and_never_reach_the_server(policy, population, failing):
+    plan = TrainingPlan(personal=("bias",))
+    layers = SharedLayers.of(PARAMETERS, plan.personal)
+    trainer = Counting(3, lambda _device, number: number % 4 == failing)
+    cohort = CohortRun(policy, population, trainer, plan=plan)
+    accepted = Counter(s.device for s in cohort.watcher.sessions if s.end is not None and s.end.outcome == "accepted")
+    kept = cohort.clients.personal_layers()
+    assert kept.keys() == accepted.keys()
+    for device, own in kept.items():
+        assert (own == layers.personal_of(START) + accepted[device]).all()
+    model = cohort.server.model.weights
+    assert layers.personal_of(model).tobytes() == layers.personal_of(START).tobytes()
+    assert (layers.gather(model) != layers.gather(START)).any()
+    assert all(
+        s.end.bytes_up == 4 * layers.size for s in cohort.watcher.sessions if s.device in accepted and s.end.bytes_up
+    )
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
