@@ -19,7 +19,7 @@ from client_sdk.protocol.meta_learning import ExampleSplit, MetaBatches, MetaPla
 from client_sdk.protocol.program import Float32Array
 from client_sdk.protocol.training import TrainingPlan
 from simulator.cohort.batches import Int64Array, Steps
-from simulator.cohort.model import BatchedModel
+from simulator.cohort.model import BatchedModel, Slope
 from simulator.cohort.stepping import Gatherer
 from simulator.cohort.work import Figures, finite_rows
 from simulator.datasets import Split
@@ -112,17 +112,10 @@ class MetaGradients:
 
     def _meta_gradient(self, start: Tensor, gradient: Tensor, *, second_order: bool) -> None:
         rates = self._support.rates(self._plan.learning_rate)
-        now, slopes = start, []
-        for k in range(rates.shape[1]):
-            # A slope that is gone back through needs its examples and weights as they are.
-            batch = self._gatherer().gather(self._support.picked[:, k], self._support.counts[:, k])
-            after = torch.empty_like(gradient)
-            slope = self._model.slope(now, batch, differentiable=second_order)
-            slope.descend(now, rates[:, k, None], after)
-            self._finite &= torch.isfinite(slope.losses).numpy()
-            if second_order:
-                slopes.append(slope)
-            now = after
+        if second_order:
+            now, slopes = self._steps_to_go_back(start, rates, gradient)
+        else:
+            now, slopes = self._steps(start, rates, gradient), []
         gradient.zero_()
         gatherer = self._gatherer()
         shares = torch.tensor(1 / self._query.counts.sum(axis=1, keepdims=True).astype(np.float32))
@@ -135,6 +128,28 @@ class MetaGradients:
             self._note(slope.losses)
         while slopes:
             slopes.pop().step_back(rates[:, len(slopes), None], gradient)
+
+    def _steps(self, start: Tensor, rates: Tensor, like: Tensor) -> Tensor:
+        """float32[c, d]: each client's adapted weights."""
+        now, gatherer = torch.empty_like(like), self._gatherer()
+        for k in range(rates.shape[1]):
+            batch = gatherer.gather(self._support.picked[:, k], self._support.counts[:, k])
+            losses = self._model.descend(now if k else start, now, batch, rates[:, k, None])
+            self._finite &= torch.isfinite(losses).numpy()
+        return now
+
+    def _steps_to_go_back(self, start: Tensor, rates: Tensor, like: Tensor) -> tuple[Tensor, list[Slope]]:
+        """Each client's adapted weights, and what led there."""
+        now, slopes = start, []
+        for k in range(rates.shape[1]):
+            # What is gone back through needs its examples and weights as they are.
+            batch = self._gatherer().gather(self._support.picked[:, k], self._support.counts[:, k])
+            slopes.append(self._model.slope(now, batch, differentiable=True))
+            after = torch.empty_like(like)
+            slopes[-1].descend(now, rates[:, k, None], after)
+            self._finite &= torch.isfinite(slopes[-1].losses).numpy()
+            now = after
+        return now, slopes
 
     def _local_meta_steps(self, start: Tensor, update: Tensor) -> None:
         alpha = self._plan.learning_rate

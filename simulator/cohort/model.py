@@ -220,7 +220,9 @@ class BatchedModel:
         kept.clear()
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             self.slope(torch.zeros(self.num_parameters), Batch(x[None], y[None], None), differentiable=True)
-        return a_step + differentiated_steps * (4 * self.num_parameters + sum(kept.values()) + x.nbytes)
+        # Of each its weights and gradients; and once the gradient that goes back, and what comes of it.
+        vectors = 4 * self.num_parameters * (2 * differentiated_steps + 2)
+        return a_step + vectors + differentiated_steps * (sum(kept.values()) + x.nbytes)
 
     @torch.no_grad()
     def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from client_sdk.protocol.errors import ConfigurationError, NotEnoughExamples, TrainingDiverged
 from client_sdk.protocol.meta_learning import ExampleSplit, MetaBatches, MetaPlan
 from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import ParameterSpec
 from client_sdk.protocol.training import TrainingPlan
+from simulator.cohort.meta_training import MetaGradients, Splits, differentiated_steps
 from simulator.cohort.model import BatchedModel
+from simulator.cohort.stepping import clients_at_once
 from simulator.cohort.trainer import CohortTrainer, LocalWork
 from simulator.datasets import Split
 from tests.bundles import FEATURE_SHAPES, NUM_CLASSES, tiny_model
@@ -324,3 +329,49 @@ def test_own_layers_go_with_personal_ones_only():
         trainer.train(subject.weights, [client], TrainingPlan(batch_size=BATCH))
     with pytest.raises(ConfigurationError, match="personal layers"):
         trainer.train(subject.weights, [client], TrainingPlan(batch_size=BATCH, personal=("output.bias",)))
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        at, size = storage.data_ptr(), storage.nbytes()
+        if at in self._alive:
+            return
+
+        def gone() -> None:
+            self._alive.discard(at)
+            self._now -= size
+
+        weakref.finalize(storage, gone)
+        self._alive.add(at)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "per-fedavg"])
+def test_as_many_clients_train_at_once_as_the_memory_holds(subject, algorithm):
+    plan = plan_of(algorithm, inner_steps=4)
+    memory = 3 * 2**20
+    count = clients_at_once(subject.model, subject.data, BATCH, memory, differentiated_steps=differentiated_steps(plan))
+    rows = [client.rows for client in clients_of([20] * count, 1)]
+    drawn = [Splits(subject.data).batches(mine, plan, seed) for seed, mine in enumerate(rows)]
+    updates = torch.empty(count, len(subject.weights))
+    with Peak() as found:
+        MetaGradients(subject.model, subject.data, drawn, plan).train(subject.weights, updates)
+    assert memory / 5 < found.peak <= memory
