@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from client_sdk.atomic import write_atomically
 from client_sdk.protocol.profile import DeviceTier
-from simulator import figures, report_aggregation, report_days, report_privacy, tally
+from simulator import figures, report_aggregation, report_days, report_personalization, report_privacy, tally
 from simulator.command import command_of
 from simulator.config import SimulationConfig, flat
 from simulator.folder import REPORT_FILE
@@ -76,6 +76,7 @@ def write_report(
                 f"In all {human_bytes(results.bytes_up)} up and {human_bytes(results.bytes_down)} down.",
             ),
         )
+    report_personalization.section(page, results)
     report_aggregation.section(page, results, [times[d] for d in range(len(label_counts))], tier_of)
     report_privacy.section(page, results)
     page.section("Devices")
@@ -161,7 +162,7 @@ def _head(page: Page, results: SimulationResults) -> None:
     page.add(
         f'<h1>{escape(_title(results))}<span class="status {status}">{status}</span></h1>'
         f'<p class="lead">{escape(c.partition)} partition, seed {c.seed}, {c.cohort_size} reports a round, '
-        f"{c.epochs} local epochs; {results.parameters:,} parameters; server: {escape(results.server)}</p>"
+        f"{_work(c)}; {results.parameters:,} parameters; server: {escape(results.server)}</p>"
     )
     accuracy = [r.accuracy for r in results.rounds if r.accuracy is not None]
     cards = [
@@ -179,6 +180,7 @@ def _head(page: Page, results: SimulationResults) -> None:
     if saved is not None:
         note = f"{human_bytes(saved.sent)} instead of {human_bytes(saved.dense)}"
         cards.insert(4, ("saved by compression", f"{100 * saved.share:.1f} %", note, ""))
+    cards[1:1] = report_personalization.cards(results)
     page.cards(cards)
     if results.status == "interrupted":
         words = (
@@ -188,6 +190,13 @@ def _head(page: Page, results: SimulationResults) -> None:
             else "The server goes on without it."
         )
         page.alert("This run was interrupted", words)
+
+
+def _work(config: SimulationConfig) -> str:
+    meta = config.plan.meta
+    if meta is None:
+        return f"{config.epochs} local epochs"
+    return f"{config.algorithm} through {meta.inner_steps} steps of adaptation"
 
 
 def _tables(page: Page, results: SimulationResults) -> None:

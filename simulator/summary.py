@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simulator import report_days, report_privacy, tally
+from simulator import report_days, report_personalization, report_privacy, tally
 from simulator.progress import human_bytes, human_time
 from simulator.results import SimulationResults
 
@@ -23,6 +23,7 @@ def summary_of(results: SimulationResults, folder: Path) -> list[str]:
         lines.append(_line("why", results.halted))
     if results.final_accuracy is not None:
         lines.append(_line("test accuracy", f"{results.final_accuracy:.4f}"))
+    lines += _personalization(results)
     lines += [
         _line("model", results.model_sha256 or "-"),
         _line("traffic", f"{human_bytes(results.bytes_up)} up, {human_bytes(results.bytes_down)} down"),
@@ -105,6 +106,19 @@ def _aggregation(results: SimulationResults) -> list[str]:
     if still:
         lines.append(_line("zero", f"{len(still)} rounds: what became of their reports was 0 in every coordinate"))
     return lines
+
+
+def _personalization(results: SimulationResults) -> list[str]:
+    found = results.personalization
+    if found is None:
+        return []
+    points, worst = report_personalization.points, found.worst_decile
+    before, after = _percent(found.global_accuracy), _percent(found.personalized_accuracy)
+    words = f"{after} on {found.devices} devices after {found.steps} steps, {before} before"
+    tenth = f"worst tenth {_percent(worst.personalized_accuracy)}, {_percent(worst.global_accuracy)} before"
+    losing = f"{_percent(found.fairness.losing)} of the devices lose"
+    gain = points(found.personalization_gain).replace("\N{NO-BREAK SPACE}", " ")
+    return [_line("personal models", f"{words} ({gain})"), _line("  spread", f"{tenth}; {losing}")]
 
 
 def _days(results: SimulationResults) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
@@ -13,6 +11,11 @@ from simulator.results import FairnessResult, ForgettingResult, WorstDecile
 Float64Array = npt.NDArray[np.float64]
 
 
+def size_of_tenth(devices: int) -> int:
+    """Devices in a tenth of so many, rounded up."""
+    return -(-devices // 10)
+
+
 def lowest_tenth(values: Float64Array) -> float:
     """Mean of the lowest tenth of the values, rounded up to whole devices.
 
@@ -20,7 +23,7 @@ def lowest_tenth(values: Float64Array) -> float:
         >>> lowest_tenth(np.array([0.9, 0.1, 0.3] + [0.5] * 8))
         0.2
     """
-    return float(np.sort(values)[: math.ceil(len(values) / 10)].mean())
+    return float(np.sort(values)[: size_of_tenth(len(values))].mean())
 
 
 def worst_decile(of_all: Float64Array, own: Float64Array) -> WorstDecile:
@@ -32,7 +35,7 @@ def worst_decile(of_all: Float64Array, own: Float64Array) -> WorstDecile:
     """
     before, after = lowest_tenth(of_all), lowest_tenth(own)
     return WorstDecile(
-        devices=math.ceil(len(of_all) / 10),
+        devices=size_of_tenth(len(of_all)),
         global_accuracy=before,
         personalized_accuracy=after,
         personalization_gain=after - before,

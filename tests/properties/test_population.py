@@ -1,14 +1,17 @@
 """A population is a pure function of its seed: same answers in any order, plausible shares, sane durations."""
 
+import dataclasses
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client_sdk.protocol.meta_learning import META_ALGORITHMS, ExampleSplit, MetaBatches, MetaPlan
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.protocol.training import TrainingPlan
-from simulator.population import Population, Workload
+from simulator.population import Population, Workload, examples_trained
 from simulator.profiles import read_profiles
 
 WORK = Workload(flops_per_example=3e5, bytes_down=200_000, bytes_up=200_000, plan=TrainingPlan(local_epochs=2))
@@ -111,3 +114,28 @@ def test_stragglers_are_a_fixed_part_of_the_fleet_and_so_much_slower(seed, devic
         before = usual.typical_duration_s(device, 20, WORK)
         expected = slowdown * before if device in slowed.slow_devices else before
         assert slowed.typical_duration_s(device, 20, WORK) == pytest.approx(expected)
+
+
+@given(
+    st.sampled_from(META_ALGORITHMS),
+    st.integers(2, 60),
+    st.integers(1, 12),
+    st.integers(1, 16),
+    st.floats(0.05, 0.95),
+    st.integers(1, 3),
+)
+def test_a_session_of_meta_learning_takes_in_the_examples_of_its_batches(algorithm, n, steps, size, fraction, judging):
+    meta = MetaPlan(inner_steps=steps, query_fraction=fraction, query_batches=judging)
+    split = ExampleSplit.of(np.arange(n, dtype=np.float32)[:, None], np.zeros(n, np.int64), fraction)
+    drawn = MetaBatches.of(algorithm, meta, split, batch_size=size, seed=1, shuffle=True)
+    batches = (*drawn.support, *drawn.query, *drawn.hessian)
+    plan = TrainingPlan(algorithm=algorithm, meta=meta, batch_size=size)
+    assert examples_trained(plan, n) == sum(len(batch) for batch in batches)
+
+
+def test_a_session_whose_steps_are_counted_costs_the_same_on_any_number_of_examples():
+    counted = dataclasses.replace(WORK, flops_per_session=1e9)
+    few, many = (Population(1, 1).typical_phases(0, n, counted).training_s for n in (1, 1000))
+    assert few == many > 0
+    few, many = (Population(1, 1).typical_phases(0, n, WORK).training_s for n in (1, 1000))
+    assert many > few
