@@ -118,6 +118,15 @@ class DescentSteps:
         """Calls that make this step, where a call makes no more than one."""
         return -(-len(self._batches[step]) // self._method.batch_size)
 
+    def seen(self, steps: int) -> int:
+        """Examples of the first steps."""
+        return sum(len(rows) for rows in self._batches[:steps])
+
+    def examples(self, steps: int, slices_done: int) -> int:
+        """Examples of the first steps and of so many slices of the next."""
+        within = 0 if slices_done == 0 else min(slices_done * self._method.batch_size, len(self._batches[steps]))
+        return self.seen(steps) + within
+
     def advance(self, state: TrainingState) -> Advance:
         """Make one program call.
 

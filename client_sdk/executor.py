@@ -22,6 +22,7 @@ from client_sdk.protocol.errors import (
     ConfigurationError,
     LeaseExpired,
     MemoryBudgetExceeded,
+    NotEnoughExamples,
     PocketfedError,
     ProgramError,
     ProgramExecutionError,
@@ -69,7 +70,7 @@ MAX_MANIFEST_BYTES = 4 * 2**20
 # How soon an ineligible device looks again whether it may work.
 _LOOK_AGAIN_S = (30.0, 300.0)
 # Failures that another model or another plan may not bring again. All others lie in the device, its data or the task.
-_PASSING = (TrainingDiverged, ProgramExecutionError, UpdateOutOfRange, MemoryBudgetExceeded)
+_PASSING = (TrainingDiverged, ProgramExecutionError, UpdateOutOfRange, MemoryBudgetExceeded, NotEnoughExamples)
 
 
 class ActionExecutor:

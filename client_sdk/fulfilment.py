@@ -8,7 +8,7 @@ import numpy as np
 
 from client_sdk.checkpoint import Checkpoint, CheckpointBinding
 from client_sdk.data import Examples
-from client_sdk.memory import CONTROL, NOISED_RESIDUAL, RESIDUAL, DeviceMemory
+from client_sdk.memory import CONTROL, NOISED_RESIDUAL, PERSONAL, RESIDUAL, DeviceMemory
 from client_sdk.native.sharing import UpdateKernels
 from client_sdk.planner import LocalWork
 from client_sdk.privacy import LocalPrivacy
@@ -16,11 +16,13 @@ from client_sdk.program_sharing import choose_kernels
 from client_sdk.programs import ReadBlob, check_program, control_vector, model_weights
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Float32Array, Manifest, Program
 from client_sdk.protocol.secure import SecureLayout, shared_size
 from client_sdk.reports import Report, build_report, check_reportable
-from client_sdk.training import Controls, LocalTrainer, TrainingState
+from client_sdk.training import Controls, TrainingState
 from client_sdk.training_loop import TrainingLoop
+from client_sdk.trainings import begin_training
 
 
 def fulfil(
@@ -43,6 +45,9 @@ def fulfil(
     was killed can do it again. But the shares of a secure report and the noise of local privacy are drawn anew each
     time: it is the stored one that is sent.
 
+    Personal layers start as this device's last accepted report left them, the first time as the model has them; they
+    are trained with the others. What is sent, and what is made of it on the way, has the shared layers alone.
+
     Args:
         assignment: What to do.
         report_id: Id of the report.
@@ -52,7 +57,8 @@ def fulfil(
         read: Blob hash -> bytes that were checked against it.
         data: The device's examples.
         data_sha256: Their fingerprint; asked where checkpoints are kept.
-        former: What the device remembers of the task; without it the residual and the control variate begin at 0.
+        former: What the device remembers of the task; without it the residual and the control variate begin at 0, and
+            personal layers as the model has them.
         loop: Drives the training, and keeps its checkpoints.
         local_privacy: The device's own, if it has any; its ledger is charged after training.
 
@@ -62,20 +68,22 @@ def fulfil(
     Raises:
         BundleMismatch: The pieces do not belong together, or ask for what this device cannot do.
         Interrupted, TrainingPaused, MemoryBudgetExceeded: See ``TrainingLoop.drive``.
-        ProgramError, ProtocolError, ConfigurationError: See ``LocalTrainer.train`` and ``build_report``.
+        ProgramError, ProtocolError, ConfigurationError: See ``begin_training`` and ``build_report``.
     """
     manifest = program.manifest
     check_program(manifest, assignment)
-    check_reportable(assignment, manifest.num_parameters)
+    layers = SharedLayers.of(manifest.parameters, assignment.plan.personal)
+    check_reportable(assignment, layers.size)
     weights = model_weights(decode_frame(read(assignment.model_sha256)), manifest)
     binding = _binding(assignment, work, data_sha256()) if loop.keeps_checkpoints else None
     checkpoint = None if binding is None else loop.former(binding)
     if checkpoint is not None:
         former = checkpoint.memory  # what the training began with, whatever has become of the stored one
     controls = _controls(assignment, manifest, read, former)
-    run = LocalTrainer(program).begin(
-        weights,
-        *data,
+    run = begin_training(
+        program,
+        _with_own(weights, layers, former),
+        data,
         work.plan,
         assignment.shuffle_seed,
         controls=controls,
@@ -88,7 +96,7 @@ def fulfil(
         return None if binding is None else Checkpoint(binding, state, former)
 
     result = loop.drive(run, keep)
-    update = result.update(work.plan)
+    update = layers.gather(result.update(work.plan))
     left_out = RESIDUAL if local_privacy is None else NOISED_RESIDUAL
     report = build_report(
         assignment,
@@ -106,7 +114,15 @@ def fulfil(
         vectors[left_out] = report.residual
     if controls is not None and result.control_delta is not None:
         vectors[CONTROL] = controls.device + result.control_delta
+    if layers.personal:
+        vectors[PERSONAL] = layers.personal_of(result.weights)
     return report, DeviceMemory(assignment.task_id, report_id, vectors) if vectors else None
+
+
+def _with_own(weights: Float32Array, layers: SharedLayers, former: DeviceMemory | None) -> Float32Array:
+    """The weights that training starts from: the server's, with this device's own personal layers."""
+    own = None if former is None else former.vector(PERSONAL, layers.num_parameters - layers.size)
+    return layers.with_personal(weights, own) if layers.personal and own is not None else weights
 
 
 def _binding(assignment: Assignment, work: LocalWork, data_sha256: str) -> CheckpointBinding:

@@ -19,13 +19,14 @@ from client_sdk.memory_budget import MemoryBudget
 from client_sdk.planner import MEMORY_FRACTION, LocalWork, plan_work
 from client_sdk.power import PowerMonitor
 from client_sdk.protocol.errors import ProgramInputError
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.profile import DeviceProfile
 from client_sdk.protocol.program import Float32Array, Manifest, Program, Role
 from client_sdk.protocol.training import TrainingPlan, normaliser
-from client_sdk.protocol.updates import LOCAL_STEPS, UpdateKind, WorkerGradient
+from client_sdk.protocol.updates import LOCAL_STEPS, WorkerGradient
 from client_sdk.throttle import Governor
-from client_sdk.training import LocalTrainer
 from client_sdk.training_loop import OnEvent, TrainingLoop
+from client_sdk.trainings import begin_training
 
 Weights = Float32Array | Mapping[str, npt.NDArray[np.float32]]
 
@@ -97,12 +98,15 @@ class LocalTraining:
     ) -> WorkerGradient | None:
         """Train, or go on with what was begun; None where it had to stop before the end.
 
+        The result is of the plan's kind: a delta, or a gradient. Of personal layers there is nothing in it.
+
         Raises:
-            ProgramError, ConfigurationError: See ``LocalTrainer.train``.
+            ProgramError, ConfigurationError: See ``begin_training``.
         """
         manifest = self.program.manifest
         start = flat(weights, manifest)
         work = self.work(plan, examples)
+        layers = SharedLayers.of(manifest.parameters, work.plan.personal)
         if self.power is not None:
             verdict = self.power.start_verdict()
             if not verdict.allowed:
@@ -123,12 +127,12 @@ class LocalTraining:
             on_event=self.on_event,
             monotonic=self.monotonic,
         )
-        trainer = LocalTrainer(self.program)
         binding = self._binding(start, examples, model_version, work, shuffle_seed)
         former = None if binding is None else loop.former(binding)
-        run = trainer.begin(
+        run = begin_training(
+            self.program,
             start,
-            *examples,
+            examples,
             work.plan,
             shuffle_seed,
             slice_size=work.slice_size,
@@ -145,9 +149,10 @@ class LocalTraining:
         if self.checkpoints is not None:
             self.checkpoints.clear()
         fednova = work.plan.algorithm == "fednova"
+        update = named(result.delta if result.gradient is None else result.gradient, manifest)
         return WorkerGradient(
             worker_id=self.profile.device_id,
-            gradients=named(result.delta, manifest),
+            gradients={p.name: update[p.name] for p in layers.shared},
             num_samples=result.num_samples,
             timestamp=self.clock(),
             metadata={
@@ -156,7 +161,7 @@ class LocalTraining:
                 LOCAL_STEPS: normaliser(work.plan, result.steps) if fednova else result.steps,
                 "train_loss": result.last_epoch_loss,
             },
-            kind=UpdateKind.DELTA,
+            kind=work.plan.update_kind,
         )
 
     def _binding(

@@ -1,4 +1,6 @@
-"""What a device carries from one report to the next: its residual (error feedback) and its control variate (SCAFFOLD).
+"""What a device carries from one report to the next.
+
+That is its residual (error feedback), its control variate (SCAFFOLD) and its personal layers.
 
 The memory belongs to the report it was made with: it counts from when the server has accepted that report. So a new
 memory is *staged* under the report's id before the report is sealed, and *settled* once the report's fate is known:
@@ -32,6 +34,9 @@ NOISED_RESIDUAL = "noised-residual"
 left out of reports before the device had local privacy is dropped, never added to a later one."""
 CONTROL = "control"
 """SCAFFOLD's control variate of this device: float32[d]."""
+PERSONAL = "personal"
+"""Its personal layers as the training of the report left them: float32 of ``SharedLayers.personal_of``'s length. Never
+sent; the task's next training starts from them, and an app may serve them with the shared layers."""
 
 _DIGEST_BYTES = 32
 _CURRENT = "current"

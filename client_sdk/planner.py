@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from client_sdk.footprint import BASELINE_BYTES, MIB, MemoryEstimate, estimate_memory, mib
+from client_sdk.meta_methods import meta_ways
 from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded
 from client_sdk.protocol.messages import SecurePlan
 from client_sdk.protocol.profile import DeviceProfile
@@ -91,8 +92,9 @@ def plan_work(
     if budget_bytes is None:
         budget_bytes = baseline_bytes + int(memory_fraction * profile.available_memory_mb * MIB)
     refused = []
-    for method, batch_size in _adaptive(manifest, plan) if plan.adaptive else _sliced(manifest, plan):
-        mine = adapted(plan, profile.device_type, batch_size) if plan.adaptive else plan
+    for way in _ways(manifest, plan):
+        mine = adapted(plan, profile.device_type, way.batch_size) if plan.adaptive else plan
+        method, *also = way.methods
         estimate = estimate_memory(
             manifest,
             method,
@@ -101,10 +103,11 @@ def plan_work(
             baseline_bytes=baseline_bytes,
             compression=compression,
             secure=secure,
+            also=also,
         )
         if estimate.total_bytes <= budget_bytes:
-            slice_size = None if method.role is Role.TRAIN else method.batch_size
-            return LocalWork(mine, slice_size, batch_size // method.batch_size, estimate, budget_bytes)
+            calls = way.batch_size // method.batch_size
+            return LocalWork(mine, way.slice_size, calls, estimate, budget_bytes)
         refused.append(estimate)
     raise _refusal(manifest, plan, budget_bytes, min(refused, key=lambda estimate: estimate.total_bytes))
 
@@ -142,6 +145,25 @@ def _by_size(manifest: Manifest, role: Role) -> dict[int, MethodSpec]:
     """Batch size -> method, the largest first."""
     found = (m for m in manifest.methods if m.role is role)
     return {m.batch_size: m for m in sorted(found, key=lambda m: m.batch_size, reverse=True)}
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to train: methods, examples of a step, and the slices that it is made of, if it is."""
+
+    methods: tuple[MethodSpec, ...]
+    batch_size: int
+    slice_size: int | None
+
+
+def _ways(manifest: Manifest, plan: TrainingPlan) -> Iterator[_Way]:
+    """Ways to do a plan, the one first that is taken without a budget."""
+    if plan.meta is not None:
+        for methods, slice_size in meta_ways(manifest, plan):
+            yield _Way(methods.all, plan.batch_size, slice_size)
+        return
+    for method, batch_size in _adaptive(manifest, plan) if plan.adaptive else _sliced(manifest, plan):
+        yield _Way((method,), batch_size, None if method.role is Role.TRAIN else method.batch_size)
 
 
 def _adaptive(manifest: Manifest, plan: TrainingPlan) -> Iterator[tuple[MethodSpec, int]]:

@@ -17,7 +17,13 @@ from client_sdk.errors import BundleMismatch
 from client_sdk.native.sharing import UpdateKernels
 from client_sdk.privacy import LocalPrivacy
 from client_sdk.protocol.compression import Codec, CompressionSpec, ErrorFeedback
-from client_sdk.protocol.errors import MalformedFrame, ManifestError, OversizedBody, UpdateOutOfRange
+from client_sdk.protocol.errors import (
+    ConfigurationError,
+    MalformedFrame,
+    ManifestError,
+    OversizedBody,
+    UpdateOutOfRange,
+)
 from client_sdk.protocol.field import RandomBytes
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import (
@@ -28,9 +34,9 @@ from client_sdk.protocol.messages import (
     F32Encoding,
     ReportFacts,
 )
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Float32Array, Manifest
 from client_sdk.protocol.secure import SecureLayout, share_tensors, shared_size
-from client_sdk.protocol.updates import UpdateKind
 from client_sdk.secure_reports import sealed_shares
 
 
@@ -67,18 +73,27 @@ def compression_of(assignment: Assignment) -> CompressionSpec | None:
 def keeps_memory(assignment: Assignment) -> bool:
     """Whether the device remembers something of this assignment's report for the next one."""
     spec = compression_of(assignment)
-    return assignment.plan.algorithm == "scaffold" or (spec is not None and spec.error_feedback)
+    plan = assignment.plan
+    return plan.algorithm == "scaffold" or bool(plan.personal) or (spec is not None and spec.error_feedback)
 
 
 def check_reportable(assignment: Assignment, num_parameters: int) -> None:
     """Whether an update of this size and kind can be reported at all; asked before training, which is dear.
 
+    Args:
+        assignment: What is asked for.
+        num_parameters: Of the shared layers.
+
     Raises:
         BundleMismatch: The assignment asks for what this device cannot send.
         ConfigurationError: A compression that this device does not know.
     """
-    if assignment.kind is not UpdateKind.DELTA:
-        raise BundleMismatch(f"the assignment asks for an update of kind {assignment.kind}; this device sends deltas")
+    plan = assignment.plan
+    if assignment.kind is not plan.update_kind:
+        raise BundleMismatch(
+            f"the assignment asks for an update of kind {assignment.kind}; with {plan.algorithm} this device sends "
+            f"{plan.update_kind}s"
+        )
     size = assignment.update_size(num_parameters)
     spec = compression_of(assignment)
     if assignment.secure is not None:
@@ -212,13 +227,13 @@ def dense_bytes(frame: Buffer, assignment: Assignment, manifest: Buffer | None) 
     if assignment.compression is None and assignment.secure is None:
         return decode_frame(frame).payload.nbytes
     try:
-        return None if manifest is None else 4 * assignment.update_size(_num_parameters(manifest))
-    except ManifestError:  # an app with a program of its own never had to read it
+        return None if manifest is None else 4 * assignment.update_size(_num_shared(manifest, assignment))
+    except (ManifestError, ConfigurationError):  # an app with a program of its own never had to read it
         return None
 
 
-def _num_parameters(manifest: Buffer) -> int:
-    return Manifest.from_json(bytes(manifest)).num_parameters
+def _num_shared(manifest: Buffer, assignment: Assignment) -> int:
+    return SharedLayers.of(Manifest.from_json(bytes(manifest)).parameters, assignment.plan.personal).size
 
 
 def compress_update(

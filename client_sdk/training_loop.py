@@ -17,7 +17,8 @@ from client_sdk.checkpoint_schedule import CheckpointSchedule
 from client_sdk.errors import DeviceError, Interrupted, TrainingPaused
 from client_sdk.memory_budget import MemoryBudget
 from client_sdk.throttle import Governor
-from client_sdk.training import TrainingResult, TrainingRun, TrainingState
+from client_sdk.training import TrainingResult, TrainingState
+from client_sdk.trainings import Training
 
 _log = logging.getLogger("pocketfed.training")
 
@@ -85,11 +86,11 @@ class TrainingLoop:
             self._on_event(events.TrainingResumed(checkpoint.state.epoch, checkpoint.state.steps))
         return checkpoint
 
-    def drive(self, run: TrainingRun, keep: Keep) -> TrainingResult:
+    def drive(self, run: Training, keep: Keep) -> TrainingResult:
         """Advance a training to its end.
 
         Args:
-            run: From ``LocalTrainer.begin``.
+            run: From ``begin_training``.
             keep: Makes the checkpoint of a state; gives None where none are kept.
 
         Raises:
@@ -97,7 +98,7 @@ class TrainingLoop:
             LeaseExpired: ``check`` said so; nothing is kept.
             TrainingPaused: The conditions do not allow to go on now; what was done is kept.
             MemoryBudgetExceeded: The process has used more than it may.
-            ProgramError: See ``LocalTrainer.train``.
+            ProgramError: See ``begin_training``.
         """
         self._schedule = self._schedule.begun(self._monotonic())
         moved = False
@@ -121,7 +122,7 @@ class TrainingLoop:
         self._check()
         return run.result()
 
-    def _ask_conditions(self, run: TrainingRun, keep: Keep, *, moved: bool) -> None:
+    def _ask_conditions(self, run: Training, keep: Keep, *, moved: bool) -> None:
         own = self._conditions() if run.at_step_boundary else None
         if own is not None:
             self._keep(run, keep, moved=moved)
@@ -133,7 +134,7 @@ class TrainingLoop:
             self._keep(run, keep, moved=moved)
             raise TrainingPaused(verdict.detail, reason=str(verdict.reason))
 
-    def _keep(self, run: TrainingRun, keep: Keep, *, moved: bool) -> None:
+    def _keep(self, run: Training, keep: Keep, *, moved: bool) -> None:
         """Save a checkpoint. One that cannot be saved costs time after a death, not the training."""
         if not moved:
             return  # it would be the one that this training began with

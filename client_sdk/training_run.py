@@ -20,6 +20,7 @@ from client_sdk.training_state import (
     TrainingResult,
     TrainingState,
     all_finite,
+    copied,
     epoch_order,
     quotient,
 )
@@ -61,7 +62,7 @@ class TrainingRun:
             self._state = TrainingState(job.start)
         else:
             self._check(state)
-            self._state = _copy(state)
+            self._state = copied(state)
 
     @property
     def finished(self) -> bool:
@@ -110,7 +111,7 @@ class TrainingRun:
 
     def snapshot(self) -> TrainingState:
         """How far it is; the arrays are copies."""
-        return _copy(self._state)
+        return copied(self._state)
 
     def result(self) -> TrainingResult:
         """What training produced.
@@ -225,11 +226,6 @@ class TrainingRun:
             or (state.accumulator is None) != (state.slices_done == 0)
         ):
             raise ConfigurationError("the training state does not belong to this plan, these data and this slice size")
-
-
-def _copy(state: TrainingState) -> TrainingState:
-    accumulator = None if state.accumulator is None else state.accumulator.copy()
-    return replace(state, weights=state.weights.copy(), accumulator=accumulator)
 
 
 def _pull(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +31,19 @@ class Controls:
 class TrainingResult:
     """What local training produced.
 
+    With meta-learning both losses are the one that is reported: maml and fomaml have the mean loss of the query
+    examples after adaptation, reptile that of all its steps, per-fedavg that of the query examples of all its steps.
+
     Attributes:
-        weights: float32 ``[d]``, the local weights.
+        weights: float32 ``[d]``, the local weights; with maml and fomaml those that training started from.
         delta: float32 ``[d]``, ``weights`` minus the weights that training started from.
         num_samples: Examples in the local data set (also where ``max_steps`` ended training before it saw all).
         steps: Optimizer steps taken.
         first_epoch_loss: Mean loss per example over the first epoch, each batch measured before its step.
         last_epoch_loss: The same over the last epoch, or over as much of it as ``max_steps`` let happen.
         control_delta: With scaffold float32 ``[d]``: what to add to the device's control variate, else None.
+        gradient: With maml, fomaml and per-fedavg float32 ``[d]``, see ``client_sdk.protocol.meta_learning``; else
+            None.
     """
 
     weights: Float32Array
@@ -48,9 +53,12 @@ class TrainingResult:
     first_epoch_loss: float
     last_epoch_loss: float
     control_delta: Float32Array | None = None
+    gradient: Float32Array | None = None
 
     def update(self, plan: TrainingPlan) -> Float32Array:
-        """What a device sends: float32 ``[d]``, or ``[2 d]`` with scaffold; see ``TrainingPlan.algorithm``."""
+        """What a device sends of ``plan.update_kind``: float32 ``[d]``, or ``[2 d]`` with scaffold."""
+        if self.gradient is not None:
+            return self.gradient
         if self.control_delta is not None:
             return np.concatenate([self.delta, self.control_delta])
         divisor = normaliser(plan, self.steps)
@@ -63,6 +71,9 @@ class TrainingState:
 
     There is no optimizer beyond the weights, and no generator to remember: each epoch's order is a function of the
     shuffle seed and the epoch (see ``epoch_order``).
+
+    Meta-learning has one epoch of K steps, in which no position is counted: ``loss_sum`` and ``seen`` are over all of
+    them. Once they are taken the accumulator and its two numbers are those of the query examples.
 
     Attributes:
         weights: float32 ``[d]``, after the last whole step.
@@ -132,6 +143,12 @@ class TrainingJob:
         """Examples that so many steps have taken."""
         epochs, rest = divmod(steps, self.batches_per_epoch)
         return epochs * len(self.x) + rest * self.plan.batch_size  # rest < batches_per_epoch: these are full batches
+
+
+def copied(state: TrainingState) -> TrainingState:
+    """A state whose arrays are its own."""
+    accumulator = None if state.accumulator is None else state.accumulator.copy()
+    return replace(state, weights=state.weights.copy(), accumulator=accumulator)
 
 
 def epoch_order(num_samples: int, plan: TrainingPlan, shuffle_seed: int, epoch: int) -> Int64Array:
