@@ -51,7 +51,10 @@ class MetaPlan(BaseModel):
         1, ge=1, le=64, description="batches of query examples that a meta-gradient of maml or fomaml is averaged over"
     )
     meta_learning_rate: float = Field(
-        0.05, gt=0, allow_inf_nan=False, description="beta: rate of Per-FedAvg's local meta steps; else without effect"
+        0.05,
+        gt=0,
+        allow_inf_nan=False,
+        description="beta: rate of Per-FedAvg's local meta steps; of gradients the server's, unless that has its own",
     )
 
 
