@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from client_sdk.checkpoint import CheckpointManager
     from client_sdk.client import MobileClient
     from client_sdk.inference import PersonalInference
+    from client_sdk.personal_client import PersonalizedMobileClient
+    from client_sdk.personal_store import PersonalModelStore
+    from client_sdk.personalization import PersonalizationConfig
     from client_sdk.power import PowerMonitor
     from client_sdk.protocol.profile import DeviceProfile
     from client_sdk.protocol.program import Program
@@ -26,6 +29,9 @@ __all__ = [
     "LocalTrainer",
     "MobileClient",
     "PersonalInference",
+    "PersonalModelStore",
+    "PersonalizationConfig",
+    "PersonalizedMobileClient",
     "PowerMonitor",
     "Program",
     "WorkerGradient",
@@ -38,6 +44,9 @@ _HOMES = {
     "LocalTrainer": "client_sdk.training",
     "MobileClient": "client_sdk.client",
     "PersonalInference": "client_sdk.inference",
+    "PersonalModelStore": "client_sdk.personal_store",
+    "PersonalizationConfig": "client_sdk.personalization",
+    "PersonalizedMobileClient": "client_sdk.personal_client",
     "PowerMonitor": "client_sdk.power",
     "Program": "client_sdk.protocol.program",
     "WorkerGradient": "client_sdk.protocol.updates",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from client_sdk.programs import ProgramNames
+from client_sdk.protocol.training import TrainingPlan
 
 _SHA256 = "^[0-9a-f]{64}$"
 
@@ -63,6 +66,22 @@ class PersonalizationConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**64, description="of the order in which examples come")
     shuffle: bool = Field(True, description="whether they are shuffled; else in the order they have")
+
+    def for_task(self, plan: TrainingPlan) -> Self:
+        """These choices, where what was not chosen follows a server's task, which says how its model is to be adapted.
+
+        Args:
+            plan: The task's; without ``meta`` it says nothing.
+        """
+        if plan.meta is None:
+            return self
+        of_task = {
+            "inner_steps": plan.meta.inner_steps,
+            "inner_lr": plan.learning_rate,
+            "meta_lr": plan.meta.meta_learning_rate,
+            "val_split": plan.meta.query_fraction,
+        }
+        return self.model_copy(update={k: v for k, v in of_task.items() if k not in self.model_fields_set})
 
 
 class Judgement(BaseModel):
@@ -143,6 +162,9 @@ class PersonalRecord(BaseModel):
 
     program_sha256: str = Field(pattern=_SHA256)
     parameter_table_sha256: str = Field(pattern=_SHA256)
+    manifest_sha256: str | None = Field(
+        None, pattern=_SHA256, description="by which a server names the program; None for one that the app brought"
+    )
     model_version: int = Field(ge=0, description="of the global model")
     global_sha256: str = Field(pattern=_SHA256, description="of its float32 values, little-endian")
     data_sha256: str = Field(pattern=_SHA256, description="data_fingerprint of the device's examples")
@@ -154,6 +176,13 @@ class PersonalRecord(BaseModel):
     of_global: Judgement | None = None
     of_personal: Judgement | None = None
     retention: Retention | None = Field(None, description="where it took the place of another personal model")
+
+    @property
+    def program_names(self) -> ProgramNames | None:
+        """Its program, as a server names it; None where none did."""
+        if self.manifest_sha256 is None:
+            return None
+        return ProgramNames(self.manifest_sha256, self.program_sha256, self.parameter_table_sha256)
 
     @property
     def validated(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,15 @@ class NamesProgram(Protocol):
     def program_sha256(self) -> str: ...  # noqa: D102
     @property
     def parameter_table_sha256(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class ProgramNames:
+    """A program by its hashes alone, as a device keeps them with what it has adapted."""
+
+    manifest_sha256: str
+    program_sha256: str
+    parameter_table_sha256: str
 
 
 class ProgramProvider(Protocol):
