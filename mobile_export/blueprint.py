@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +16,12 @@ import client_sdk.protocol.frames
 import client_sdk.protocol.program
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.frames import encode_frame
-from client_sdk.protocol.program import ParameterSpec, Role
+from client_sdk.protocol.program import WITH_INNER_STEPS, ParameterSpec, Role
 from client_sdk.protocol.shamir import Scheme
 from mobile_export.checks import parameter_table
 from mobile_export.decompositions import DecompositionTable
 from mobile_export.errors import UnsupportedModel
+from mobile_export.meta_methods import META_INPUT_NAMES, META_OUTPUT_NAMES, MetaMethods
 from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES, Loss, Methods
 from mobile_export.sharing import (
     SHARE_METHOD,
@@ -36,12 +37,39 @@ from mobile_export.toolchain import trace, versions
 _NO_PART_OF_AN_EXPORT = ("__init__.py", "cli.py", "models.py")
 
 
+_INPUT_NAMES = {**INPUT_NAMES, **META_INPUT_NAMES}
+_OUTPUT_NAMES = {**OUTPUT_NAMES, **META_OUTPUT_NAMES}
+
+MAX_INNER_STEPS = 100
+"""What a plan can ask for (``MetaPlan.inner_steps``)."""
+
+
+@dataclass(frozen=True)
+class MethodKind:
+    """What a method of the model is made for.
+
+    Attributes:
+        role: What it does.
+        batch_size: Examples of each of its batches.
+        inner_steps: K, where it takes K steps.
+    """
+
+    role: Role
+    batch_size: int
+    inner_steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        """``{role}_b{batch_size}``, or ``{role}_k{inner_steps}_b{batch_size}``."""
+        steps = "" if self.inner_steps is None else f"_k{self.inner_steps}"
+        return f"{self.role.value}{steps}_b{self.batch_size}"
+
+
 @dataclass(frozen=True)
 class TracedMethod:
     """One method as a flat graph of ATen operators, the example inputs it was traced on, and its tensors' names."""
 
-    role: Role
-    batch_size: int
+    kind: MethodKind
     graph: torch.fx.GraphModule
     inputs: tuple[Tensor, ...]
     input_names: tuple[str, ...]
@@ -85,7 +113,7 @@ class Blueprint:
                     "feature_shape": self.feature_shape,
                     "num_classes": self.num_classes,
                     "constants": dict(self.constants),
-                    "methods": {n: [m.role, m.batch_size] for n, m in self.methods.items()},
+                    "methods": {n: astuple(m.kind) for n, m in self.methods.items()},
                 },
                 sort_keys=True,
             ).encode(),
@@ -103,6 +131,7 @@ def draw_blueprint(
     loss: Loss,
     *,
     batch_sizes: Mapping[Role, Sequence[int]],
+    inner_steps: Sequence[int] = (),
     example_batch: tuple[Tensor, Tensor] | None,
     feature_shape: tuple[int, ...] | None,
     num_classes: int | None,
@@ -120,18 +149,20 @@ def draw_blueprint(
         UnsupportedModel: The model or the loss cannot be exported.
         ConfigurationError: Options that do not fit together.
     """
-    roles = method_roles(batch_sizes)
-    _check_constants(constants, {**roles, SHARE_METHOD: None})
+    kinds = method_kinds(batch_sizes, inner_steps)
+    _check_constants(constants, {*(kind.name for kind in kinds), SHARE_METHOD})
     parameters = parameter_table(model)
     shape = _feature_shape(model, example_batch, feature_shape)
-    functions = Methods(model, loss, parameters)
+    plain = Methods(model, loss, parameters)
+    meta = MetaMethods(plain)
     classes = _num_classes(model, shape, num_classes)
     methods: dict[str, TracedMethod] = {}
-    for name, (role, batch_size) in roles.items():
-        inputs = _example_inputs(role, batch_size, parameters, shape)
-        graph = trace(functions.function(role), inputs, decompositions)
-        methods[name] = TracedMethod(role, batch_size, graph, inputs, INPUT_NAMES[role], OUTPUT_NAMES[role])
-        traced(name)
+    for kind in kinds:
+        role, inputs = kind.role, _example_inputs(kind, parameters, shape)
+        function = (meta if role in META_INPUT_NAMES else plain).function(role)
+        graph = trace(function, inputs, decompositions)
+        methods[kind.name] = TracedMethod(kind, graph, inputs, _INPUT_NAMES[role], _OUTPUT_NAMES[role])
+        traced(kind.name)
     if share is not None:
         methods[SHARE_METHOD] = _share_method(
             share, parameters[-1].offset + parameters[-1].num_elements, decompositions
@@ -152,28 +183,49 @@ def _share_method(scheme: Scheme, size: int, decompositions: DecompositionTable)
     check_share(scheme, size)
     inputs = example_inputs(scheme, size)
     graph = trace(share_function(scheme), inputs, decompositions)
-    return TracedMethod(Role.SHARE, 1, graph, inputs, share_inputs(scheme), share_outputs(scheme))
+    return TracedMethod(MethodKind(Role.SHARE, 1), graph, inputs, share_inputs(scheme), share_outputs(scheme))
 
 
-def method_roles(batch_sizes: Mapping[Role, Sequence[int]]) -> dict[str, tuple[Role, int]]:
-    """Method name (``{role}_b{batch_size}``) -> role and batch size, roles in their own order, sizes ascending.
+def method_kinds(batch_sizes: Mapping[Role, Sequence[int]], inner_steps: Sequence[int] = ()) -> list[MethodKind]:
+    """The methods of a program that run the model: roles in their own order, steps and batch sizes ascending.
+
+    Args:
+        batch_sizes: Of each role.
+        inner_steps: Numbers of steps of the roles that take several in one call: each with each of their batch sizes.
 
     Raises:
-        ConfigurationError: No method at all, or a batch size below 1.
+        ConfigurationError: No method at all, a batch size below 1, steps that no method takes or that are not 1 .. 100,
+            or a role without the steps that it needs.
     """
     if Role.SHARE in batch_sizes:
         raise ConfigurationError("the share method has no batch size: ask for it with share=, a Scheme")
-    roles = {f"{role.value}_b{b}": (role, b) for role in Role for b in sorted(set(batch_sizes.get(role, ())))}
-    if not roles:
+    stepping = [role for role in batch_sizes if role in WITH_INNER_STEPS]
+    if stepping and not inner_steps:
+        raise ConfigurationError(
+            f"{', '.join(sorted(stepping))} take several steps in one call: say how many, as in inner_steps=(5,)"
+        )
+    if inner_steps and not stepping:
+        raise ConfigurationError(
+            f"inner_steps are for the roles {', '.join(sorted(WITH_INNER_STEPS))}: give one of them a batch size"
+        )
+    if inner_steps and not (min(inner_steps) >= 1 and max(inner_steps) <= MAX_INNER_STEPS):
+        raise ConfigurationError(f"inner steps must be 1 .. {MAX_INNER_STEPS}, not {list(inner_steps)}")
+    kinds = [
+        MethodKind(role, batch_size, steps)
+        for role in Role
+        for steps in (sorted(set(inner_steps)) if role in WITH_INNER_STEPS else (None,))
+        for batch_size in sorted(set(batch_sizes.get(role, ())))
+    ]
+    if not kinds:
         raise ConfigurationError("name at least one batch size for one of the roles grad, train, evaluate, infer")
-    if min(b for _, b in roles.values()) < 1:
+    if min(kind.batch_size for kind in kinds) < 1:
         raise ConfigurationError(f"batch sizes must be at least 1: {dict(batch_sizes)}")
-    return roles
+    return kinds
 
 
-def _check_constants(constants: Mapping[str, int | float], roles: Mapping[str, object]) -> None:
+def _check_constants(constants: Mapping[str, int | float], methods: Set[str]) -> None:
     for name, value in constants.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in roles:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in methods:
             raise ConfigurationError(
                 f"a constant cannot be called {name!r}: use letters, digits and _, and no method's name"
             )
@@ -219,16 +271,22 @@ def _num_classes(model: nn.Module, shape: tuple[int, ...], expected: int | None)
 
 
 def _example_inputs(
-    role: Role, batch_size: int, parameters: tuple[ParameterSpec, ...], shape: tuple[int, ...]
+    kind: MethodKind, parameters: tuple[ParameterSpec, ...], shape: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
+    """Zeros, and masks of ones, of the inputs' shapes and dtypes."""
+    batch = (kind.batch_size,)
+    inner = batch if kind.inner_steps is None else (kind.inner_steps, *batch)
     values = {
         "w": torch.zeros(parameters[-1].offset + parameters[-1].num_elements),
         "lr": torch.zeros(1),
-        "x": torch.zeros(batch_size, *shape),
-        "y": torch.zeros(batch_size, dtype=torch.int64),
-        "mask": torch.ones(batch_size),
+        "meta_lr": torch.zeros(1),
+        "rates": torch.zeros(len(parameters)),
     }
-    return tuple(values[name] for name in INPUT_NAMES[role])
+    for prefix, leading in (("", batch), ("inner_", inner), ("hessian_", batch)):
+        values[f"{prefix}x"] = torch.zeros(*leading, *shape)
+        values[f"{prefix}y"] = torch.zeros(leading, dtype=torch.int64)
+        values[f"{prefix}mask"] = torch.ones(leading)
+    return tuple(values[name] for name in _INPUT_NAMES[kind.role])
 
 
 def _graph_content(module: torch.fx.GraphModule) -> list[bytes]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from client_sdk.protocol.folders import cache_folder
 from client_sdk.protocol.program import MANIFEST_FILE, PROGRAM_FILE, WEIGHTS_FILE, Role
 from client_sdk.protocol.shamir import Scheme
-from mobile_export.blueprint import Blueprint, draw_blueprint, method_roles
+from mobile_export.blueprint import Blueprint, draw_blueprint, method_kinds
 from mobile_export.bundle import ProgramBundle, refuse_foreign_folder, replacing_folder
 from mobile_export.cache import PARITY_FILE, ExportCache, copy_bundle
 from mobile_export.decompositions import DecompositionTable, decomposition_table
@@ -68,6 +68,7 @@ def export_program(
     *,
     out_dir: str | Path,
     batch_sizes: Mapping[Role, Sequence[int]] = DEFAULT_BATCH_SIZES,
+    inner_steps: Sequence[int] = (),
     feature_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
     model_name: str | None = None,
@@ -83,8 +84,9 @@ def export_program(
 ) -> ProgramBundle:
     """Export a model as a bundle that devices train, evaluate and run.
 
-    The program holds one method for each role and batch size, named ``{role}_b{batch_size}``; their signatures are
-    those of ``client_sdk.protocol.program``. The model's present parameters become the initial weights; the model is
+    The program holds one method for each role and batch size, named ``{role}_b{batch_size}``, or
+    ``{role}_k{inner_steps}_b{batch_size}`` where it takes several steps; their signatures are those of
+    ``client_sdk.protocol.program``. The model's present parameters become the initial weights; the model is
     not changed.
 
     An export takes seconds to a minute, so its result is kept in a cache whose key is the hash of the traced graphs,
@@ -100,6 +102,8 @@ def export_program(
         example_batch: ``(x [B, ...] float32, y [B] int64)``, of which only the shape is used; any B.
         out_dir: Folder to write; an existing bundle in it is replaced.
         batch_sizes: Batch sizes for each role; a role that is not named is left out.
+        inner_steps: Numbers of steps K of the methods that take several in one call (roles adapt, reptile, maml,
+            fomaml), each with each of their batch sizes; such a method takes fewer steps too, for the time of K.
         feature_shape: Shape of one example, instead of ``example_batch``; by default the model's own
             ``feature_shape`` attribute, which the reference models have.
         num_classes: Number of logits to expect; what the model gives by default.
@@ -128,11 +132,12 @@ def export_program(
     target = Path(out_dir)
     refuse_foreign_folder(target)
     checks = REPEATS + 1 if parity else 0
-    steps = _Steps((len(method_roles(batch_sizes)) + (share is not None)) * (2 + checks) + 1, progress)
+    steps = _Steps((len(method_kinds(batch_sizes, inner_steps)) + (share is not None)) * (2 + checks) + 1, progress)
     blueprint = draw_blueprint(
         model,
         loss or cross_entropy,
         batch_sizes=batch_sizes,
+        inner_steps=inner_steps,
         example_batch=example_batch,
         feature_shape=feature_shape,
         num_classes=num_classes,

@@ -81,7 +81,7 @@ def build_manifest(program: bytes, blueprint: Blueprint, content_key: str) -> Ma
     planned = {m.name: m for m in read_methods(program)}
     methods: list[MethodSpec] = []
     for name, traced in blueprint.methods.items():
-        role, plan = traced.role, planned[name]
+        role, plan = traced.kind.role, planned[name]
         if len(plan.inputs) != len(traced.input_names) or len(plan.outputs) != len(traced.output_names):
             raise ManifestError(
                 f"{name} takes {len(plan.inputs)} inputs and gives {len(plan.outputs)} outputs; a {role.value} method "
@@ -91,7 +91,8 @@ def build_manifest(program: bytes, blueprint: Blueprint, content_key: str) -> Ma
             MethodSpec(
                 name=name,
                 role=role,
-                batch_size=traced.batch_size,
+                batch_size=traced.kind.batch_size,
+                inner_steps=traced.kind.inner_steps,
                 inputs=_specs(traced.input_names, plan.inputs),
                 outputs=_specs(traced.output_names, plan.outputs),
                 planned_memory_bytes=plan.planned_memory_bytes,

@@ -26,6 +26,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 MethodFunction = Callable[..., tuple[Tensor, ...]]
 
+Pieces = dict[str, Tensor]
+"""Parameters, or gradients by them, by name."""
+
 INPUT_NAMES = {
     Role.GRAD: ("w", "x", "y", "mask"),
     Role.TRAIN: ("w", "lr", "x", "y", "mask"),
@@ -43,6 +46,36 @@ OUTPUT_NAMES = {
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Softmax cross-entropy of each example, in nats: ``logits [B, C]``, ``y [B]`` int64 -> ``[B]``."""
     return -F.log_softmax(logits, dim=-1).gather(-1, y[:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples with a mask, of which the masked ones hold zeros.
+
+    Attributes:
+        x: ``[B, *feature_shape]``.
+        y: int64 ``[B]``.
+        keep: Bool ``[B]``: which examples count.
+    """
+
+    x: Tensor
+    y: Tensor
+    keep: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, mask: Tensor) -> Batch:
+        """The batch without what its masked examples hold."""
+        keep, size = mask > 0, len(mask)
+        # Each masked example becomes the row of zeros at the end. ExecuTorch copies whole rows twenty times faster
+        # than it selects element by element.
+        rows = torch.where(keep, torch.arange(size), size)
+        padded = torch.cat([x, torch.zeros(1, *x.shape[1:])])
+        return cls(padded.index_select(0, rows), torch.where(keep, y, 0), keep)
+
+    @property
+    def count(self) -> Tensor:
+        """Number of unmasked examples ``[1]``."""
+        return _count(self.keep)
 
 
 @dataclass(frozen=True)
@@ -71,16 +104,11 @@ class Methods:
 
     def grad(self, w: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """Sums over the unmasked examples: gradient ``[d]``, loss ``[1]``, and their count ``[1]``."""
-        keep, x, y = _drop_masked(x, y, mask)
-
-        def total(parameters: dict[str, Tensor]) -> Tensor:
-            return self._losses(parameters, x, y, keep).sum()
-
+        batch = Batch.of(x, y, mask)
         # Differentiating by the pieces and concatenating costs one pass over d; differentiating by the flat vector
         # would cost one pass for each parameter.
-        gradients, loss_sum = grad_and_value(total)(self._split(w))
-        flat = torch.cat([gradients[p.name].reshape(-1) for p in self.parameters])
-        return flat, loss_sum.reshape(1), _count(keep)
+        gradients, loss_sum = grad_and_value(self.loss_sum)(self.split(w), batch)
+        return self.join(gradients), loss_sum.reshape(1), batch.count
 
     def train(self, w: Tensor, lr: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """One step ``w - lr * grad_sum / count``, and the loss sum before it; a fully masked batch changes nothing."""
@@ -89,21 +117,28 @@ class Methods:
 
     def evaluate(self, w: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """Sums over the unmasked examples: loss, correct answers (first argmax equals y), count; each ``[1]``."""
-        keep, x, y = _drop_masked(x, y, mask)
-        logits = functional_call(self.model, self._split(w), (x,))
-        losses = torch.where(keep, self._checked_loss(logits, y), 0.0)
-        correct = (logits.argmax(dim=-1) == y) & keep
-        return losses.sum().reshape(1), _count(correct), _count(keep)
+        batch = Batch.of(x, y, mask)
+        logits = functional_call(self.model, self.split(w), (batch.x,))
+        losses = torch.where(batch.keep, self._checked_loss(logits, batch.y), 0.0)
+        correct = (logits.argmax(dim=-1) == batch.y) & batch.keep
+        return losses.sum().reshape(1), _count(correct), batch.count
 
     def infer(self, w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """Logits ``[B, C]``."""
-        return (functional_call(self.model, self._split(w), (x,)),)
+        return (functional_call(self.model, self.split(w), (x,)),)
 
-    def _split(self, w: Tensor) -> dict[str, Tensor]:
+    def split(self, w: Tensor) -> Pieces:
+        """The flat vector's parameters by name, each in its shape."""
         return {p.name: w[p.offset : p.offset + p.num_elements].reshape(p.shape) for p in self.parameters}
 
-    def _losses(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
-        return torch.where(keep, self._checked_loss(functional_call(self.model, parameters, (x,)), y), 0.0)
+    def join(self, pieces: Pieces) -> Tensor:
+        """The flat vector ``[d]`` of parameters, or of gradients, by name."""
+        return torch.cat([pieces[p.name].reshape(-1) for p in self.parameters])
+
+    def loss_sum(self, pieces: Pieces, batch: Batch) -> Tensor:
+        """Sum of the unmasked examples' losses: a scalar, which can be differentiated by the pieces."""
+        losses = self._checked_loss(functional_call(self.model, pieces, (batch.x,)), batch.y)
+        return torch.where(batch.keep, losses, 0.0).sum()
 
     def _checked_loss(self, logits: Tensor, y: Tensor) -> Tensor:
         losses = self.loss(logits, y)
@@ -114,17 +149,6 @@ class Methods:
                 "drop its reduction over the batch (reduction='none')",
             )
         return losses
-
-
-def _drop_masked(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boolean mask, and the inputs with zeros where it is false."""
-    keep = mask > 0
-    batch = len(mask)
-    # Each masked example becomes the row of zeros at the end. ExecuTorch copies whole rows twenty times faster than
-    # it selects element by element.
-    rows = torch.where(keep, torch.arange(batch), batch)
-    padded = torch.cat([x, torch.zeros(1, *x.shape[1:])])
-    return keep, padded.index_select(0, rows), torch.where(keep, y, 0)
 
 
 def _count(flags: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 ExecuTorch has kernels that are wrong without an error, and one whose result depends on what lies in memory from the
 call before. So every method runs several times in one process, interleaved with the others, on inputs that vary:
-ordinary values, partial masks over garbage, zeros and negative values, and a batch that is masked altogether.
+ordinary values, partial masks over garbage, zeros and negative values, and a batch that is masked altogether. Methods
+of several steps are given whole steps that are masked, too.
 """
 
 from __future__ import annotations
@@ -42,11 +43,14 @@ SUSPECTS = (
 Array = npt.NDArray[Any]
 Arrays = tuple[Array, ...]
 
+_OVER_PARAMETERS = frozenset({"grad_sum", "w", "delta"})
 _MAX_REDRAWS = 8
 _PERTURBATIONS = 8
 _PERTURBATION = 2.0**-21
 _FLOOR = 1e-6
 _PARAMETER_FLOOR = 1e-2
+_LONG_STEP = 10.0
+_INNER_STEP = 0.5
 _GARBAGE = (np.nan, np.inf, -np.inf, 1e30)
 
 
@@ -230,7 +234,7 @@ class _Gate:
             if spec.dtype == "int64":
                 # Integers are right or wrong.
                 differences.append(_Difference(spec.name, 0.0 if np.array_equal(a, e) else np.inf))
-            elif spec.name in {"grad_sum", "w"}:
+            elif spec.name in _OVER_PARAMETERS:
                 parameter, error = parameter_error(a, e, self._manifest.parameters)
                 differences.append(_Difference(f"{spec.name}[{parameter}]", error))
             else:
@@ -255,22 +259,34 @@ class _Gate:
         return False
 
     def _draw(self, method: MethodSpec, variant: int, kept: int) -> Arrays:
-        """Inputs for a method: ``kept`` unmasked examples, garbage in the masked ones."""
+        """Inputs for a method: ``kept`` unmasked examples in each batch, garbage in the masked ones."""
         if method.role is Role.SHARE:
             return self._draw_split(method, variant)
-        batch = method.batch_size
-        keep = np.zeros(batch, dtype=bool)
-        keep[self._rng.permutation(batch)[:kept]] = True
-        w = self._initial.copy() if variant == 0 else self._nearby_weights()
-        x = self._features(batch, variant)
-        y = self._rng.integers(0, self._manifest.num_classes, batch)
-        if method.role is not Role.INFER:
-            x[~keep] = self._rng.choice(_GARBAGE, x[~keep].shape)
-            y[~keep] = self._rng.choice([-1, 2**40], y[~keep].shape)
-        values: dict[str, Array] = {"w": w, "x": x, "y": y, "mask": keep.astype(np.float32)}
+        values: dict[str, Array] = {"w": self._initial.copy() if variant == 0 else self._nearby_weights()}
+        for spec in method.inputs:
+            prefix, is_batch, _ = spec.name.rpartition("y")
+            if is_batch:
+                values |= self._batches(prefix, spec.shape, variant, kept)
+        if method.role is Role.INFER:
+            values["x"] = self._features((method.batch_size,), variant)
+        if "inner_x" in values:
+            values |= self._inner_rates(method, values, variant)
         if method.role is Role.TRAIN:
-            values["lr"] = self._learning_rate(method, values)
-        return tuple(np.ascontiguousarray(values[s.name]) for s in method.inputs)
+            values["lr"] = self._long_rate(method, values, "lr")
+        if method.role is Role.PER_FEDAVG:
+            values["meta_lr"] = self._long_rate(method, values, "meta_lr")
+        return tuple(np.ascontiguousarray(values[s.name], dtype=s.dtype) for s in method.inputs)
+
+    def _batches(self, prefix: str, shape: tuple[int, ...], variant: int, kept: int) -> dict[str, Array]:
+        """Examples of the shape ``[B]``, or ``[K, B]``: then the masks differ, and some draws mask a whole step."""
+        keep = self._rng.permuted(np.broadcast_to(np.arange(shape[-1]) < kept, shape), axis=-1)
+        if len(shape) == 2 and variant == 2:
+            keep[shape[0] // 2] = False
+        x = self._features(shape, variant)
+        y = self._rng.integers(0, self._manifest.num_classes, shape)
+        x[~keep] = self._rng.choice(_GARBAGE, x[~keep].shape)
+        y[~keep] = self._rng.choice([-1, 2**40], y[~keep].shape)
+        return {f"{prefix}x": x, f"{prefix}y": y, f"{prefix}mask": keep.astype(np.float32)}
 
     def _draw_split(self, method: MethodSpec, variant: int) -> Arrays:
         """An update, a factor and a scale, for codes of two bits up to sixty, and field elements with the edges."""
@@ -287,15 +303,15 @@ class _Gate:
             )
         return (update, np.array([factor]), np.array([scale]), *drawn)
 
-    def _features(self, batch: int, variant: int) -> Float32Array:
+    def _features(self, shape: tuple[int, ...], variant: int) -> Float32Array:
         """Standard normal values; non-negative ones; or zeros in a third of the examples and negative values."""
-        x = self._rng.standard_normal((batch, *self._manifest.feature_shape)).astype(np.float32)
+        x = self._rng.standard_normal((*shape, *self._manifest.feature_shape)).astype(np.float32)
         match variant % 3:
             case 1:
                 x = np.abs(x)
             case 2:
                 x = -np.abs(x)
-                x[::3] = 0.0
+                x.reshape(-1, *self._manifest.feature_shape)[::3] = 0.0
         return x
 
     def _nearby_weights(self) -> Float32Array:
@@ -305,17 +321,37 @@ class _Gate:
         nearby: Float32Array = (w + scale * self._rng.standard_normal(w.shape)).astype(np.float32)
         return nearby
 
-    def _learning_rate(self, method: MethodSpec, values: dict[str, Array]) -> Float32Array:
+    def _long_rate(self, method: MethodSpec, values: dict[str, Array], name: str) -> Float32Array:
         """One that makes the step ten times as long as ``w``: a wrong gradient cannot hide behind the weights."""
         unit = np.ones(1, dtype=np.float32)
-        stepped, _ = self._eager.run(method.name, *(({**values, "lr": unit})[s.name] for s in method.inputs))
-        step = float(np.linalg.norm(stepped - values["w"]))
-        length = float(np.linalg.norm(values["w"]))
-        return np.full(1, 10 * length / step, dtype=np.float32) if step > 0 and length > 0 else unit
+        stepped = self._eager.run(method.name, *({**values, name: unit}[s.name] for s in method.inputs))[0]
+        return _rate(_LONG_STEP, values["w"], stepped - values["w"])
+
+    def _inner_rates(self, method: MethodSpec, values: dict[str, Array], variant: int) -> dict[str, Array]:
+        """A rate that makes the first step ``_INNER_STEP`` times as long as ``w``; of several, all differ, one is 0.
+
+        After a longer step, the next ones' gradients are determined by rounding alone.
+        """
+        x, y, mask = (values[f"inner_{name}"] for name in ("x", "y", "mask"))
+        if method.inner_steps is not None:
+            x, y, mask = x[0], y[0], mask[0]
+        lr = _rate(_INNER_STEP, values["w"], self._eager.mean_gradient(values["w"], x, y, mask))
+        if method.role is not Role.ADAPT:
+            return {"lr": lr}
+        rates = (lr * self._rng.uniform(0.5, 1.5, len(self._manifest.parameters))).astype(np.float32)
+        if variant and len(rates) > 1:
+            rates[self._rng.integers(len(rates))] = 0.0
+        return {"rates": rates}
 
     def _suspects(self, name: str) -> tuple[str, ...]:
         methods = {m.name: m for m in read_methods((self._bundle.path / PROGRAM_FILE).read_bytes())}
         return likely_operators(name, methods, passed={m for m, _ in self._errors})
+
+
+def _rate(factor: float, w: Array, step: Array) -> Float32Array:
+    """What a step is multiplied by to be ``factor`` times as long as the weights; 1 if either has no length."""
+    length, unit = float(np.linalg.norm(w)), float(np.linalg.norm(step))
+    return np.full(1, factor * length / unit if unit > 0 and length > 0 else 1.0, dtype=np.float32)
 
 
 def likely_operators(name: str, methods: dict[str, PlannedMethod], passed: set[str]) -> tuple[str, ...]:

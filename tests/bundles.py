@@ -32,3 +32,38 @@ def tiny_bundle(name: str, folder: Path) -> ProgramBundle:
     ``softmax`` has 12 features and 39 parameters, ``mlp`` is 12-8-3 with 131, ``cnn`` takes 8x8 images and has 1,795.
     """
     return export_program(tiny_model(name), out_dir=folder, batch_sizes=BATCH_SIZES, model_name=f"tiny-{name}")
+
+
+META_BATCH_SIZES = dict.fromkeys(
+    (
+        Role.GRAD,
+        Role.TRAIN,
+        Role.EVALUATE,
+        Role.INFER,
+        Role.ADAPT,
+        Role.REPTILE,
+        Role.MAML,
+        Role.FOMAML,
+        Role.PER_FEDAVG,
+    ),
+    (8,),
+)
+META_INNER_STEPS = 3
+META_FEATURE_SHAPE = (8, 8)
+META_CLASSES = 10
+
+
+def meta_model(seed: int = 0):
+    """The module that ``meta_bundle`` was exported from: a 64-8-10 perceptron, 610 parameters, for 8x8 digits."""
+    return build_model("mlp", META_FEATURE_SHAPE, META_CLASSES, seed, hidden=(8,))
+
+
+def meta_bundle(folder: Path) -> ProgramBundle:
+    """Export ``meta_model`` into ``folder``, or copy it from the cache: all methods, B = 8, K = 3."""
+    return export_program(
+        meta_model(),
+        out_dir=folder,
+        batch_sizes=META_BATCH_SIZES,
+        inner_steps=(META_INNER_STEPS,),
+        model_name="meta-mlp",
+    )

@@ -61,8 +61,8 @@ def test_padding_a_batch_with_masked_examples_changes_nothing(sample, extra):
             assert close(a, b)
 
 
-OF_THE_MODEL = [role for role in Role if role is not Role.SHARE]
-"""Methods that run the model; splitting an update is checked with the sharing."""
+OF_THE_MODEL = list(INPUT_NAMES)
+"""Methods of one batch; those of several are checked with the gradients through them."""
 
 
 def manifest_of(name: str, batch: int) -> Manifest:

@@ -115,7 +115,7 @@ def test_a_program_whose_signature_is_not_its_roles_is_refused(mlp):
         traced=lambda _method: None,
     )
     swapped = dict(blueprint.methods)
-    other = next(method for method in swapped.values() if method.role is Role.TRAIN)
+    other = next(method for method in swapped.values() if method.kind.role is Role.TRAIN)
     swapped["grad_b4"] = dataclasses.replace(other, graph=swapped["grad_b4"].graph)
     program = (mlp.path / PROGRAM_FILE).read_bytes()
     with pytest.raises(ManifestError, match="grad_b4 takes 4 inputs"):
