@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from client_sdk.checkpoint import Checkpoint, CheckpointBinding, CheckpointManag
 from client_sdk.memory import CONTROL, RESIDUAL, DeviceMemory
 from client_sdk.protocol.program import Program
 from client_sdk.protocol.training import TrainingPlan
-from client_sdk.training import Controls, LocalTrainer, TrainingResult, TrainingRun, TrainingState
+from client_sdk.training import Controls, TrainingResult, TrainingState
+from client_sdk.trainings import Training as Run
+from client_sdk.trainings import begin_training
 
 ASSIGNMENT, TASK, REPORT = "a" * 32, "b" * 32, "c" * 32
 
@@ -26,7 +28,6 @@ class Training:
     seed: int = 5
     slice_size: int | None = None
     with_memory: bool = True
-    trainer: LocalTrainer = field(init=False)
 
     def __post_init__(self) -> None:
         manifest = self.program.manifest
@@ -41,7 +42,6 @@ class Training:
             self.controls = Controls(*rng.normal(0, 0.3, (2, d)).astype(np.float32))
             vectors[CONTROL] = self.controls.device
         self.memory = DeviceMemory(TASK, REPORT, vectors) if self.with_memory else None
-        self.trainer = LocalTrainer(self.program)
 
     @property
     def binding(self) -> CheckpointBinding:
@@ -60,11 +60,11 @@ class Training:
             control_sha256="2" * 64 if self.controls is not None else None,
         )
 
-    def begin(self, state: TrainingState | None = None, controls: Controls | None = None) -> TrainingRun:
-        return self.trainer.begin(
+    def begin(self, state: TrainingState | None = None, controls: Controls | None = None) -> Run:
+        return begin_training(
+            self.program,
             self.weights,
-            self.x,
-            self.y,
+            (self.x, self.y),
             self.plan,
             self.seed,
             controls=controls or self.controls,
@@ -72,10 +72,10 @@ class Training:
             state=state,
         )
 
-    def checkpoint(self, run: TrainingRun) -> Checkpoint:
+    def checkpoint(self, run: Run) -> Checkpoint:
         return Checkpoint(self.binding, run.snapshot(), self.memory)
 
-    def resumed(self, manager: CheckpointManager) -> TrainingRun:
+    def resumed(self, manager: CheckpointManager) -> Run:
         """What a process does that starts: go on with what there is, else begin."""
         found = manager.load(self.binding)
         if found is None:
@@ -86,7 +86,7 @@ class Training:
             controls = Controls(self.controls.server, found.memory.vectors[CONTROL])
         return self.begin(found.state, controls)
 
-    def life(self, manager: CheckpointManager, after: Callable[[TrainingRun], object] = lambda _run: None) -> bytes:
+    def life(self, manager: CheckpointManager, after: Callable[[Run], object] = lambda _run: None) -> bytes:
         """A process that saves after every call, to its end or its death; the result's bits."""
         run = self.resumed(manager)
         while not run.finished:
@@ -105,8 +105,9 @@ class Training:
 def bits(result: TrainingResult) -> bytes:
     """All of a result, to the bit."""
     control = b"" if result.control_delta is None else result.control_delta.tobytes()
+    gradient = b"" if result.gradient is None else result.gradient.tobytes()
     numbers = (result.num_samples, result.steps, result.first_epoch_loss.hex(), result.last_epoch_loss.hex())
-    return result.weights.tobytes() + result.delta.tobytes() + control + repr(numbers).encode()
+    return result.weights.tobytes() + result.delta.tobytes() + control + gradient + repr(numbers).encode()
 
 
 def state_bits(state: TrainingState) -> str:

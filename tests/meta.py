@@ -24,6 +24,9 @@ from client_sdk.protocol.program import (
     parameter_table_hash,
 )
 
+# pytest-xdist uses the cores already; torch's threads would wait for one another.
+torch.set_num_threads(1)
+
 FEATURES, HIDDEN, CLASSES = 3, 4, 3
 _SHAPES = {
     "body.weight": (HIDDEN, FEATURES),
