@@ -262,8 +262,10 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
         "--checkpoint-key",
         type=Path,
         metavar="FILE",
-        help="encrypt checkpoints with the key in this file: 64 hex digits, as `openssl rand -hex 32` makes them",
+        help="encrypt checkpoints and the personal model with the key in this file: 64 hex digits, as "
+        "`openssl rand -hex 32` makes them",
     )
+    _add_personal_flags(parser)
     private = parser.add_argument_group(
         "local privacy",
         "noise that this device adds to each report by itself, so that it need not trust the server; what it spends is "
@@ -283,10 +285,36 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
     return _run_device
 
 
+def _add_personal_flags(parser: argparse.ArgumentParser) -> None:
+    personal = parser.add_argument_group(
+        "a model of its own",
+        "after its rounds the device adapts the newest model to its own examples, judges it by those\nthat did not "
+        "adapt it, and keeps the better one in the state directory (default: none)",
+    )
+    personal.add_argument(
+        "--personalize",
+        nargs="?",
+        const="readapt",
+        metavar="MERGE",
+        help="adapt; and once there is a personal model and a newer global one: readapt the newer one, replace the "
+        "personal one by it, or interpolate:A, the newer one plus A times what was learned (default: readapt)",
+    )
+    personal.add_argument(
+        "--personal-steps", type=int, metavar="K", help="steps of adaptation (default: the task's, else 5)"
+    )
+    personal.add_argument(
+        "--personal-lr", type=float, metavar="X", help="learning rate of each (default: the task's, else 0.01)"
+    )
+    personal.add_argument(
+        "--personal-layers", metavar="NAMES", help="adapt these layers alone, with commas between them (default: all)"
+    )
+
+
 def _run_device(args: argparse.Namespace) -> int:
     if not args.data.is_file():
         raise ConfigurationError(f"--data {args.data}: no such file; name an .npz file with arrays x and y")
     from client_sdk.device import run_device  # noqa: PLC0415 - numpy and httpx are not needed for --help
+    from client_sdk.personalization import chosen_config  # noqa: PLC0415 - likewise
     from client_sdk.privacy import local_policy  # noqa: PLC0415 - likewise
 
     return run_device(
@@ -304,6 +332,9 @@ def _run_device(args: argparse.Namespace) -> int:
         checkpoint_key=args.checkpoint_key,
         run_for_s=args.run_for,
         server_keys=args.server_key,
+        personalization=chosen_config(
+            args.personalize, steps=args.personal_steps, rate=args.personal_lr, layers=args.personal_layers
+        ),
         local_privacy=local_policy(
             epsilon=args.local_epsilon, clip_norm=args.local_clip, budget=args.local_budget, delta=args.local_delta
         ),

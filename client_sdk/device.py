@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -16,6 +17,9 @@ from client_sdk import events
 from client_sdk.client import MobileClient
 from client_sdk.data import load_examples
 from client_sdk.memory_budget import device_memory_mib
+from client_sdk.personal_client import PersonalizedMobileClient
+from client_sdk.personal_store import PERSONAL_FOLDER, PersonalModelStore
+from client_sdk.personalization import PersonalizationConfig, PersonalRecord
 from client_sdk.power import PowerMonitor, PowerPolicy
 from client_sdk.privacy import LocalPrivacy, LocalPrivacyPolicy
 from client_sdk.privacy_ledger import LEDGER_FILE, LocalPrivacyLedger
@@ -44,6 +48,7 @@ def run_device(
     run_for_s: float | None = None,
     server_keys: Sequence[str] | None = None,
     local_privacy: LocalPrivacyPolicy | None = None,
+    personalization: PersonalizationConfig | None = None,
 ) -> int:
     """Run one device until the task is finished, ``max_reports`` are accepted, or SIGINT or SIGTERM comes.
 
@@ -62,11 +67,13 @@ def run_device(
         min_threshold: How many of those it must take at least to read an update; by default more than half.
         power_policy: When battery, heat, network and user allow to work; None does not ask.
         memory_limit_mib: What this process may use at most.
-        checkpoint_key: File with 32 secret bytes in hex, with which checkpoints are encrypted.
+        checkpoint_key: File with 32 secret bytes in hex, with which checkpoints and the personal model are encrypted.
         run_for_s: Leave after so many seconds, at a step boundary; the state is kept.
         server_keys: The server's public keys in hex, of which one signs each reply; by default that of its first reply,
             which is kept in the state directory.
         local_privacy: Noise on each report, and its budget; what is spent stands in the state directory.
+        personalization: How the newest model is adapted after the rounds; what comes of it is kept in the state
+            directory. None for not at all.
 
     Returns:
         0.
@@ -93,7 +100,11 @@ def run_device(
             lines.say(private.label())
         programs = DownloadedPrograms(store.folder / "programs", runtime)
         with closing(programs), _stop_on_signals() as stop:
-            client = MobileClient(
+            make: Callable[..., MobileClient] = MobileClient
+            if personalization is not None:
+                models = PersonalModelStore(store.folder / PERSONAL_FOLDER, key=key)
+                make = partial(PersonalizedMobileClient, personalization_config=personalization, personal_models=models)
+            client = make(
                 None,
                 profile,
                 data=examples,
@@ -175,7 +186,34 @@ def _training_line(event: events.Event) -> str | None:
         case events.CheckpointFailed(detail):
             return f"no checkpoint: {detail}"
         case _:
+            return _personal_line(event)
+
+
+def _personal_line(event: events.Event) -> str | None:
+    match event:
+        case events.Personalized(record):
+            return f"personal model: {personal_summary(record)}"
+        case events.PersonalModelSetAside(version, program):
+            return f"the personal model of version {version} is set aside: it is one of program {program[:12]}"
+        case events.NotPersonalized(detail):
+            return f"no new personal model: {detail}"
+        case _:
             return None
+
+
+def personal_summary(record: PersonalRecord) -> str:
+    """One line about a personal model: of what it was made, and what its own examples say of it."""
+    made = f"{record.steps} steps from version {record.model_version} on {record.support_examples} examples"
+    of_all, own = record.of_global, record.of_personal
+    if of_all is None or own is None:
+        return f"{made}; no example is left to judge it"
+    figures = f"global {of_all.accuracy:.1%}, personal {own.accuracy:.1%}"
+    kept = None if record.retention is None else record.retention.loss_kept
+    return (
+        f"{made}; accuracy on {own.examples} own held-out examples: {figures}"
+        + ("" if kept is None else f"; {kept:.0%} of the former gain in loss is kept")
+        + ("" if record.adapted else "; the global model serves")
+    )
 
 
 @contextmanager

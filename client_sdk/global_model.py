@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from client_sdk import events
 from client_sdk.executor import MAX_MANIFEST_BYTES, ActionExecutor
+from client_sdk.memory import PERSONAL
 from client_sdk.programs import Buffer, NamesProgram, check_program, model_weights
 from client_sdk.protocol.errors import UnknownDevice
 from client_sdk.protocol.frames import decode_frame
@@ -79,5 +80,5 @@ class ModelSource:
     def _with_own_layers(self, weights: Float32Array, manifest: Manifest, reply: ModelReply) -> Float32Array:
         layers = SharedLayers.of(manifest.parameters, reply.plan.personal)
         memory = self._around.store.memory(reply.task_id) if layers.personal else None
-        own = None if memory is None else memory.vector("personal", layers.num_parameters - layers.size)
+        own = None if memory is None else memory.vector(PERSONAL, layers.num_parameters - layers.size)
         return weights if own is None else layers.with_personal(weights, own)

@@ -17,6 +17,8 @@ from client_sdk.personalization import PersonalRecord
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Manifest
 
+PERSONAL_FOLDER: Final = "personal"
+"""Where they are in a state directory."""
 DEFAULT_MAX_BYTES: Final = 256 * 2**20
 
 

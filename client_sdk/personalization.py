@@ -5,9 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client_sdk.programs import ProgramNames
+from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.training import TrainingPlan
 
 _SHA256 = "^[0-9a-f]{64}$"
@@ -82,6 +83,38 @@ class PersonalizationConfig(BaseModel):
             "val_split": plan.meta.query_fraction,
         }
         return self.model_copy(update={k: v for k, v in of_task.items() if k not in self.model_fields_set})
+
+
+def chosen_config(
+    merge: str | None, *, steps: int | None = None, rate: float | None = None, layers: str | None = None
+) -> PersonalizationConfig | None:
+    """The choices of a command line; what is None is left to the task.
+
+    Args:
+        merge: A policy, ``interpolate:A`` with its share; None for no personal model.
+        steps: K.
+        rate: Of each step.
+        layers: Names with commas between them.
+
+    Raises:
+        ConfigurationError: Something out of range, or choices for no personal model.
+
+    >>> chosen_config("interpolate:0.25", steps=3).personal_share
+    0.25
+    """
+    names = None if layers is None else tuple(name.strip() for name in layers.split(","))
+    chosen: dict[str, object] = {"inner_steps": steps, "inner_lr": rate, "personal_layers": names}
+    if merge is None:
+        if any(value is not None for value in chosen.values()):
+            raise ConfigurationError("choices for a personal model mean nothing without --personalize")
+        return None
+    policy, _, share = merge.partition(":")
+    chosen |= {"merge": policy, "personal_share": share or None}
+    try:
+        return PersonalizationConfig.model_validate({k: v for k, v in chosen.items() if v is not None})
+    except ValidationError as e:
+        problem = e.errors()[0]
+        raise ConfigurationError(f"personalisation: {problem['loc'][0]}: {problem['msg']}") from e
 
 
 class Judgement(BaseModel):

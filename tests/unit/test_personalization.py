@@ -35,7 +35,7 @@ from client_sdk.protocol.errors import (
     UnknownMethod,
 )
 from client_sdk.protocol.frames import decode_frame
-from client_sdk.protocol.meta_learning import ExampleSplit, MetaBatches, MetaPlan
+from client_sdk.protocol.meta_learning import ExampleSplit, MetaAlgorithm, MetaBatches, MetaPlan
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.store import MemoryDeviceStore
@@ -509,3 +509,35 @@ def test_a_tasks_personal_layers_are_the_devices_own_in_what_it_begins_with(worl
     newest = world.client().fetch_global_model()
     shared = np.frombuffer(decode_frame(world.server.model).payload, np.float32)
     assert newest.weights.tolist() == [*shared[:6], *own]
+
+
+# --- what a server learns to adapt from ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["fomaml", "reptile"])
+def test_what_is_sent_is_an_ordinary_update_and_the_model_of_ones_own_follows_it(algorithm: MetaAlgorithm):
+    device = client(weights=WEIGHTS)
+    sent = device.train_with_personalization(DATA, WEIGHTS, algorithm, model_version=4)
+    assert sent is not None
+    plan = TrainingPlan(
+        algorithm=algorithm,
+        batch_size=BATCH,
+        learning_rate=0.5,
+        meta=MetaPlan(inner_steps=5, query_fraction=0.2, meta_learning_rate=0.001),
+    )
+    expected = client().train_local_model(DATA, 4, weights=WEIGHTS, plan=plan)
+    assert expected is not None
+    assert sent.kind is plan.update_kind
+    assert {name: part.tobytes() for name, part in sent.gradients.items()} == {
+        name: part.tobytes() for name, part in expected.gradients.items()
+    }
+    assert set(sent.metadata or {}) == {"model_version", "device_type", "local_steps", "train_loss"}, "no model in it"
+    assert bits(device.personal_model) == bits(client().personalize(global_weights=WEIGHTS, model_version=4))
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "per-fedavg"])
+def test_an_algorithm_that_the_program_was_not_exported_for_is_named(algorithm: MetaAlgorithm):
+    device = client()
+    with pytest.raises(UnknownMethod, match=algorithm.replace("-", "_")):
+        device.train_with_personalization(DATA, WEIGHTS, algorithm)
+    assert device.personal_model is None

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client_sdk import device, events
+from client_sdk import cli, device, events
 from client_sdk.device import ProgressLines, run_device
 from client_sdk.errors import InvalidDataFile, StateDirLocked
+from client_sdk.personal_store import PersonalModelStore
+from client_sdk.personalization import chosen_config
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError, UnsupportedVersion
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.store import FileDeviceStore
-from tests.devices import WAIT, ToyProgram, ToyServer, make_assignment, make_data
+from tests.devices import PROGRAM_BYTES, WAIT, ToyProgram, ToyServer, make_assignment, make_data, make_model
+from tests.personal import ServingProgram, make_personal, serving_manifest
 
 
 class ToyPrograms:
@@ -168,6 +171,8 @@ def test_a_bad_address_releases_the_state_directory(data, tmp_path):
 
 
 ASSIGNMENT = make_assignment(1)
+PERSONAL = "personal model: 3 steps from version 3 on 8 examples"
+FIGURES = "accuracy on 2 own held-out examples: global 50.0%, personal 100.0%"
 
 
 @pytest.mark.parametrize(
@@ -188,12 +193,63 @@ ASSIGNMENT = make_assignment(1)
         (events.Waiting(1.25, WAIT.reason), "waiting 1.2 s: round-full"),
         (events.Dropped(ASSIGNMENT, "too late"), "round 0: dropped: too late"),
         (events.Finished("finished", "the task is finished", 1), "the task is finished; 1 report accepted"),
+        (
+            events.Personalized(make_personal(3).record),
+            f"{PERSONAL}; {FIGURES}",
+        ),
+        (
+            events.Personalized(make_personal(3, adapted=False).record),
+            f"{PERSONAL}; {FIGURES}; the global model serves",
+        ),
+        (
+            events.Personalized(make_personal(3, of_global=None, of_personal=None).record),
+            f"{PERSONAL}; no example is left to judge it",
+        ),
+        (events.NotPersonalized("why"), "no new personal model: why"),
+        (
+            events.PersonalModelSetAside(3, "a" * 64),
+            "the personal model of version 3 is set aside: it is one of program aaaaaaaaaaaa",
+        ),
     ],
 )
 def test_each_event_has_its_line(event: events.Event, line: str | None):
     stream = io.StringIO()
     ProgressLines("d" * 32, stream)(event)
     assert stream.getvalue() == ("" if line is None else f"device {'d' * 12}: {line}\n")
+
+
+def test_a_device_that_personalises_keeps_its_model_and_says_how_it_does(server, data, tmp_path, monkeypatch, capsys):
+    class ServingPrograms(ToyPrograms):
+        def __init__(self, *_: object) -> None:
+            self.program = ServingProgram()
+
+    monkeypatch.setattr(device, "DownloadedPrograms", ServingPrograms)
+    server.hand_out(serving_manifest().to_json().encode(), PROGRAM_BYTES, make_model())
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    choices = chosen_config("readapt", steps=3, rate=0.2)
+    assert run(data, tmp_path, personalization=choices, checkpoint_key=key) == 0
+    assert "personal model: 3 steps from version 0 on 8 examples; accuracy on 2 own held-out" in capsys.readouterr().err
+    store = PersonalModelStore(tmp_path / "state" / "personal", key=bytes.fromhex("ab" * 32))
+    assert store.load(serving_manifest()) is not None
+    assert PersonalModelStore(tmp_path / "state" / "personal").newest() is None, "it is encrypted"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--personal-steps", "3"], "mean nothing without --personalize"),
+        (["--personalize", "forget"], "merge: Input should be 'replace', 'readapt' or 'interpolate'"),
+        (["--personalize", "interpolate:2"], "personal_share: Input should be less than or equal to 1"),
+        (["--personalize", "--personal-lr", "0"], "inner_lr: Input should be greater than 0"),
+        (["--personalize", "--personal-layers", ""], "personal_layers"),
+    ],
+)
+def test_choices_for_a_personal_model_that_mean_nothing_are_refused(data, tmp_path, capsys, flags, message):
+    command = ["device", "--server", "http://127.0.0.1:1", "--data", str(data), "--state-dir", str(tmp_path / "state")]
+    assert cli.main([*command, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_closed_terminal_does_not_lose_the_state(server, data, tmp_path, monkeypatch):
