@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from client_sdk.cli import main
+from client_sdk.meta_training import MetaTrainer
 from client_sdk.protocol.errors import TrainingDiverged
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.runtime import load_program
 from client_sdk.training import LocalTrainer
@@ -41,6 +43,7 @@ SMALL_PHONES = FleetProfiles(
     )
 )
 ADAPTIVE = {"profiles": SMALL_PHONES, "local_work": "adaptive", "model": "mlp", "batch_size": 128, "epochs": 5}
+META = {"meta": {"inner_steps": 3}, "batch_size": 8, "learning_rate": 0.1, "adapt_steps": 0}
 # Every kind of state that one round leaves to the next, on either side.
 RUNS = {
     "over-selection": SYNCHRONOUS,
@@ -53,6 +56,11 @@ RUNS = {
     "adaptive work, fednova": {**ADAPTIVE, "algorithm": "fednova"},
     "scaffold": {"algorithm": "scaffold", "epochs": 1},
     "fednova, fast devices": {"algorithm": "fednova", "prox_mu": 0.1, "selection": {"policy": "fast"}},
+    "maml": {**META, "algorithm": "maml", "overselect": 1.5},
+    "reptile, compressed, personal layers": {
+        **META, "algorithm": "reptile", "personal": ("output.bias",), "compression": "topk:0.5", "overselect": 1.5,
+    },
+    "personal layers, asynchronous": {**ASYNCHRONOUS, "personal": ("output.bias",), "epochs": 1, "adapt_steps": 0},
     "alie against multi-krum": {"attack": "alie", "byzantine": 0.25, "aggregation": {"rule": "multi-krum"}},
     "compressed label flips, clipped": {
         "attack": "label-flip", "byzantine": 0.25, "compression": "randomk:0.5", "aggregation": {"clip_norm": 0.5},
@@ -80,27 +88,35 @@ class DeviceTrainer:
     """Trains one client after the other, as each device does. Takes ``CohortTrainer``'s place."""
 
     def __init__(self, program, data):
-        self._trainer = LocalTrainer(program)
+        self._parameters = program.manifest.parameters
+        self._trainer, self._meta_trainer = LocalTrainer(program), MetaTrainer(program)
         self._data = data
 
     def clients_at_once(self, _plan):
         return 4
 
     def train(self, weights, clients, plan):
-        updates, steps, losses, failures = [], [], [], {}
+        layers = SharedLayers.of(self._parameters, plan.personal)
+        updates, steps, losses, kept, failures = [], [], [], [], {}
         for i, client in enumerate(clients):
             x, y = self._data.x[client.rows], self._data.y[client.rows]
             mine = client.plan or plan
+            start = weights if client.own is None else layers.with_personal(weights, client.own)
             try:
-                result = self._trainer.train(weights, x, y, mine, client.shuffle_seed, controls=client.controls)
+                if plan.meta is None:
+                    result = self._trainer.train(start, x, y, mine, client.shuffle_seed, controls=client.controls)
+                else:
+                    result = self._meta_trainer.train(start, x, y, mine, client.shuffle_seed)
             except TrainingDiverged as e:
                 failures[i] = e
                 continue
-            updates.append(result.update(mine))
+            updates.append(layers.gather(result.update(mine)))
+            kept.append(layers.personal_of(result.weights))
             steps.append(result.steps)
             losses.append(result.last_epoch_loss)
         assert not failures
-        return CohortResult(np.stack(updates), np.array(steps), np.array(losses), np.array(losses), failures)
+        personal = np.stack(kept) if plan.personal else None
+        return CohortResult(np.stack(updates), np.array(steps), np.array(losses), np.array(losses), failures, personal)
 
 
 def facts_of(results: SimulationResults) -> list[tuple]:
