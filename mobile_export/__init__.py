@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mobile_export.eager import EagerProgram
     from mobile_export.errors import ParityError, UnsupportedModel
     from mobile_export.export import ExportProgress, export_program
+    from mobile_export.int8 import Int8Body
     from mobile_export.models import REFERENCE_MODELS, build_model
     from mobile_export.parity import ParityReport, check_parity
 
@@ -20,6 +21,7 @@ _HOME = {
     "REFERENCE_MODELS": "models",
     "EagerProgram": "eager",
     "ExportProgress": "export",
+    "Int8Body": "int8",
     "ParityError": "errors",
     "ParityReport": "parity",
     "ProgramBundle": "bundle",
@@ -33,6 +35,7 @@ __all__ = [
     "REFERENCE_MODELS",
     "EagerProgram",
     "ExportProgress",
+    "Int8Body",
     "ParityError",
     "ParityReport",
     "ProgramBundle",

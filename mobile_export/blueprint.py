@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from client_sdk.protocol.shamir import Scheme
 from mobile_export.checks import parameter_table
 from mobile_export.decompositions import DecompositionTable
 from mobile_export.errors import UnsupportedModel
+from mobile_export.int8 import INPUT_NAMES as INT8_INPUT_NAMES
+from mobile_export.int8 import OUTPUT_NAMES as INT8_OUTPUT_NAMES
+from mobile_export.int8 import Int8Body, quantise
 from mobile_export.meta_methods import META_INPUT_NAMES, META_OUTPUT_NAMES, MetaMethods
 from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES, Loss, Methods
 from mobile_export.sharing import (
@@ -74,6 +78,8 @@ class TracedMethod:
     inputs: tuple[Tensor, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    head: tuple[str, ...] | None = None
+    body_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Blueprint:
                     "feature_shape": self.feature_shape,
                     "num_classes": self.num_classes,
                     "constants": dict(self.constants),
-                    "methods": {n: astuple(m.kind) for n, m in self.methods.items()},
+                    "methods": {n: [*astuple(m.kind), m.head] for n, m in self.methods.items()},
                 },
                 sort_keys=True,
             ).encode(),
@@ -139,6 +145,7 @@ def draw_blueprint(
     constants: Mapping[str, int | float],
     decompositions: DecompositionTable,
     share: Scheme | None = None,
+    int8: Int8Body | None = None,
     traced: Callable[[str], None],
 ) -> Blueprint:
     """Check a model and its options (those of ``export_program``), and trace every method.
@@ -157,7 +164,12 @@ def draw_blueprint(
     meta = MetaMethods(plain)
     classes = _num_classes(model, shape, num_classes)
     methods: dict[str, TracedMethod] = {}
+    quantised = _int8_methods(model, parameters, shape, int8, [k for k in kinds if k.role is Role.INFER_INT8])
     for kind in kinds:
+        if kind in quantised:
+            methods[kind.name] = quantised[kind]
+            traced(kind.name)
+            continue
         role, inputs = kind.role, _example_inputs(kind, parameters, shape)
         function = (meta if role in META_INPUT_NAMES else plain).function(role)
         graph = trace(function, inputs, decompositions)
@@ -177,6 +189,23 @@ def draw_blueprint(
         weights_file=encode_frame({n: p.detach().numpy() for n, p in model.named_parameters()}),
         methods=methods,
     )
+
+
+def _int8_methods(
+    model: nn.Module,
+    parameters: tuple[ParameterSpec, ...],
+    shape: tuple[int, ...],
+    body: Int8Body | None,
+    kinds: Sequence[MethodKind],
+) -> dict[MethodKind, TracedMethod]:
+    if (body is None) != (not kinds):
+        raise ConfigurationError("int8= says what is quantised, and batch sizes of infer_int8 for what: give both")
+    found = {} if body is None else quantise(model, parameters, shape, body, [kind.batch_size for kind in kinds])
+    traced = {kind: found[kind.batch_size] for kind in kinds}
+    return {
+        kind: TracedMethod(kind, m.graph, m.inputs, INT8_INPUT_NAMES, INT8_OUTPUT_NAMES, m.head, m.body_sha256)
+        for kind, m in traced.items()
+    }
 
 
 def _share_method(scheme: Scheme, size: int, decompositions: DecompositionTable) -> TracedMethod:
@@ -294,7 +323,7 @@ def _graph_content(module: torch.fx.GraphModule) -> list[bytes]:
     parts = [str(module.graph).encode()]
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            tensor = torch.as_tensor(getattr(module, node.target)).detach().contiguous()
+            tensor = torch.as_tensor(attrgetter(node.target)(module)).detach().contiguous()
             parts += [f"{tensor.dtype}{list(tensor.shape)}".encode(), tensor.numpy().tobytes()]
     return parts
 

@@ -17,9 +17,12 @@ from mobile_export.blueprint import Blueprint, draw_blueprint, method_kinds
 from mobile_export.bundle import ProgramBundle, refuse_foreign_folder, replacing_folder
 from mobile_export.cache import PARITY_FILE, ExportCache, copy_bundle
 from mobile_export.decompositions import DecompositionTable, decomposition_table
+from mobile_export.int8 import Int8Body
+from mobile_export.int8_parity import check_int8
+from mobile_export.int8_toolchain import lower_int8
 from mobile_export.manifest import build_manifest
 from mobile_export.methods import Loss, cross_entropy
-from mobile_export.parity import REPEATS, TOLERANCE, ParityReport, check_parity
+from mobile_export.parity import REPEATS, TOLERANCE, Int8Parity, ParityReport, check_parity
 from mobile_export.toolchain import emit, lower
 
 DEFAULT_BATCH_SIZES: Mapping[Role, tuple[int, ...]] = MappingProxyType(
@@ -74,6 +77,7 @@ def export_program(
     model_name: str | None = None,
     constants: Mapping[str, int | float] | None = None,
     share: Scheme | None = None,
+    int8: Int8Body | None = None,
     parity: bool = True,
     tolerance: float = TOLERANCE,
     runtime: Runtime = "auto",
@@ -111,6 +115,7 @@ def export_program(
         constants: Numbers to ship with the program, as constant methods and in the manifest.
         share: Add the method ``share``, for devices that have no native kernels to split an update with; how it splits:
             modulo 2**61 - 1, without packing.
+        int8: What the ``infer_int8`` methods freeze in int8, for which ``batch_sizes`` has to name sizes.
         parity: Run the parity gate (see ``check_parity``). Without it the program is only opened once.
         tolerance: Largest relative error that the gate allows.
         runtime: Adapter that opens the program.
@@ -145,6 +150,7 @@ def export_program(
         constants=constants or {},
         decompositions=decomposition_table() if decompositions is None else decompositions,
         share=share,
+        int8=int8,
         traced=lambda method: steps.finish("trace", method),
     )
     key = blueprint.content_key()
@@ -162,6 +168,8 @@ def export_program(
             runtime=runtime,
             progress=lambda method: steps.finish("check", method),
         )
+        if int8 is not None:
+            report = report.model_copy(update={"int8": _check_int8(bundle, blueprint, model, int8, runtime)})
         return replace(bundle, parity=report)
 
     if not (use_cache and parity and decompositions is None):
@@ -183,6 +191,20 @@ def export_program(
     return replace(bundle, path=target)
 
 
+def _check_int8(
+    bundle: ProgramBundle, blueprint: Blueprint, model: nn.Module, body: Int8Body, runtime: Runtime
+) -> tuple[Int8Parity, ...]:
+    program = bundle.load(runtime)
+    try:
+        return tuple(
+            check_int8(program, method, blueprint.methods[method.name].graph, model, body)
+            for method in bundle.manifest.methods
+            if method.role is Role.INFER_INT8
+        )
+    finally:
+        program.close()
+
+
 def _report(bundle: ProgramBundle) -> ParityReport:
     if bundle.parity is None:
         raise RuntimeError("only programs that passed the parity gate are cached")
@@ -193,7 +215,8 @@ def _write_bundle(blueprint: Blueprint, key: str, folder: Path, steps: _Steps) -
     """Lower and serialise all methods, and write the three files; the folder is a scratch one."""
     edges = {}
     for name, method in blueprint.methods.items():
-        edges[name] = lower(method.graph, method.inputs)
+        lowering = lower_int8 if method.kind.role is Role.INFER_INT8 else lower
+        edges[name] = lowering(method.graph, method.inputs)
         steps.finish("lower", name)
     program = emit(edges, blueprint.constants)
     steps.finish("emit")

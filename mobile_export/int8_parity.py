@@ -15,7 +15,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import fx, nn
 from torch.func import functional_call
 
@@ -24,7 +23,7 @@ from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Float32Array, MethodSpec, Program
 from mobile_export.errors import ParityError
 from mobile_export.int8 import Int8Body
-from mobile_export.parity import relative_error
+from mobile_export.parity import Int8Parity, relative_error
 
 ROUNDING_TOLERANCE: Final = 0.01
 """Relative error against the quantised graph: where a value lies halfway between two steps of the grid, XNNPACK and
@@ -40,26 +39,6 @@ _MAX_EXAMPLES = 128
 _HEADS = 3
 
 Array = npt.NDArray[Any]
-
-
-class Int8Parity(BaseModel):
-    """What the gate measured of one int8 method.
-
-    Attributes:
-        method: Its name.
-        rounding_error: Largest relative error against the quantised graph in eager PyTorch.
-        float_error: Largest relative error of the logits against the float model.
-        agreement: Fraction of examples with the float model's answer.
-        examples: Examples that were compared, with each head.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: str
-    rounding_error: float
-    float_error: float
-    agreement: float
-    examples: int
 
 
 def check_int8(

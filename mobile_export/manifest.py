@@ -94,6 +94,8 @@ def build_manifest(program: bytes, blueprint: Blueprint, content_key: str) -> Ma
                 batch_size=traced.kind.batch_size,
                 inner_steps=traced.kind.inner_steps,
                 inputs=_specs(traced.input_names, plan.inputs),
+                head=traced.head,
+                body_sha256=traced.body_sha256,
                 outputs=_specs(traced.output_names, plan.outputs),
                 planned_memory_bytes=plan.planned_memory_bytes,
             )

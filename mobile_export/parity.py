@@ -64,6 +64,26 @@ class OutputParity(BaseModel):
     error: float
 
 
+class Int8Parity(BaseModel):
+    """What the gate measured of one int8 method (``mobile_export.int8_parity``).
+
+    Attributes:
+        method: Its name.
+        rounding_error: Largest relative error against the quantised graph in eager PyTorch.
+        float_error: Largest relative error of the logits against the float model.
+        agreement: Fraction of examples with the float model's answer.
+        examples: Examples that were compared, with each head.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    rounding_error: float
+    float_error: float
+    agreement: float
+    examples: int
+
+
 class ParityReport(BaseModel):
     """What the gate measured.
 
@@ -72,6 +92,7 @@ class ParityReport(BaseModel):
         repeats: Runs of each method, without the extra one on a masked batch.
         redrawn: Inputs that were replaced because eager PyTorch itself is not determined to ``tolerance`` on them.
         outputs: Worst error of each output.
+        int8: Of int8 methods, which are not held to ``tolerance``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,11 +101,12 @@ class ParityReport(BaseModel):
     repeats: int
     redrawn: int
     outputs: tuple[OutputParity, ...]
+    int8: tuple[Int8Parity, ...] = ()
 
     @property
     def worst(self) -> OutputParity:
         """The output with the largest error."""
-        return max(self.outputs, key=lambda o: o.error)
+        return max(self.outputs, key=lambda o: o.error, default=OutputParity(method="", output="", error=0.0))
 
 
 def relative_error(actual: Array, expected: Array) -> float:
@@ -180,7 +202,8 @@ def check_parity(
 
 def _interleaved(manifest: Manifest, repeat: int) -> Iterator[MethodSpec]:
     """All methods, forwards and backwards in turn, so that each follows another one each time."""
-    return iter(manifest.methods if repeat % 2 == 0 else manifest.methods[::-1])
+    methods = tuple(m for m in manifest.methods if m.role is not Role.INFER_INT8)
+    return iter(methods if repeat % 2 == 0 else methods[::-1])
 
 
 class _Gate:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from client_sdk.protocol.program import Role
-from mobile_export import ProgramBundle, build_model, export_program
+from mobile_export import Int8Body, ProgramBundle, build_model, export_program
 
 # pytest-xdist uses the cores already; torch's threads would wait for one another.
 torch.set_num_threads(1)
@@ -66,4 +67,22 @@ def meta_bundle(folder: Path) -> ProgramBundle:
         batch_sizes=META_BATCH_SIZES,
         inner_steps=(META_INNER_STEPS,),
         model_name="meta-mlp",
+    )
+
+
+def int8_body(name: str) -> Int8Body:
+    """The last layer of a tiny model as the head, and forty examples."""
+    examples = np.random.default_rng(0).random((40, *FEATURE_SHAPES[name]), np.float32)
+    return Int8Body(("head.output" if name == "cnn" else "output",), examples)
+
+
+def int8_bundle(name: str, folder: Path, *, body: Int8Body | None = None) -> ProgramBundle:
+    """A tiny model that is served in float and in int8, in batches of 4; the perceptron also in batches of 1."""
+    sizes = (1, 4) if name == "mlp" else (4,)
+    return export_program(
+        tiny_model(name),
+        out_dir=folder,
+        batch_sizes={Role.INFER: sizes, Role.INFER_INT8: sizes},
+        int8=body or int8_body(name),
+        model_name=f"tiny-{name}",
     )
