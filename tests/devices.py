@@ -221,6 +221,12 @@ class ToyServer:
         self.amend |= {"plan": plan, "control_sha256": sha(frame)}
         return self
 
+    def keep(self, *layers: str) -> Self:
+        """Ask for an update of the other layers alone."""
+        plan = TrainingPlan(local_epochs=2, batch_size=BATCH, learning_rate=0.5, personal=layers)
+        self.amend |= {"plan": plan}
+        return self
+
     def device(self, device_id: str) -> ToyTransport:
         """The transport of one device."""
         return ToyTransport(self, device_id)

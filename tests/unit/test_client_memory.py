@@ -45,6 +45,7 @@ CODEC = Codec(CompressionSpec.parse(LINE), NUM_PARAMETERS)
 MODES: dict[str, Callable[[ToyServer], ToyServer]] = {
     "compressed": lambda server: server.compress(LINE),
     "scaffold": lambda server: server.scaffold(CONTROL_OF_SERVER),
+    "personal layers": lambda server: server.keep("bias"),
 }
 
 
