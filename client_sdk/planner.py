@@ -200,9 +200,13 @@ def _refusal(manifest: Manifest, plan: TrainingPlan, budget_bytes: int, least: M
         )
     if plan.adaptive:
         remedy = f"export {manifest.model_name} with smaller batches"
+    elif plan.algorithm in {"maml", "per-fedavg"}:
+        remedy = f"export {manifest.model_name} with smaller batches"
+        if plan.algorithm == "maml":
+            remedy += " or fewer inner steps, or train it by fomaml, which goes back through none of them"
     else:
         smaller = [size for size in sorted(_training_sizes(manifest)) if size < plan.batch_size]
         remedy = f"export {manifest.model_name} with smaller grad slices that divide {plan.batch_size}"
-        if smaller:
+        if smaller and plan.meta is None:
             remedy += f", or make the plan adaptive: its smallest batch is then {smaller[0]}"
     return MemoryBudgetExceeded(f"{says} Allow that much, or {remedy}")
