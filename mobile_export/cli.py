@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from client_sdk.protocol.errors import ConfigurationError
 from client_sdk.protocol.program import Role
 from client_sdk.protocol.shamir import Scheme
+from mobile_export.int8_cli import add_int8_options, int8_body, load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,6 +86,7 @@ def export_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namesp
         metavar="TofN",
         help="add a method that splits an update into N shares, of which T open a sum, e.g. 3of5 (default: none)",
     )
+    add_int8_options(parser)
     parser.add_argument(
         "--loss", metavar="MODULE:CALLABLE", help="per-example loss (logits, y) -> [B] (default: cross-entropy)"
     )
@@ -105,6 +107,8 @@ def _run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     batch_sizes = {r: sizes for item in args.batch_sizes for r, sizes in item.items()} if args.batch_sizes else None
     model = _model(args)
+    if args.weights is not None:
+        load_weights(model, args.weights)
     with _progress_bar() as progress:
         bundle = export_program(
             model,
@@ -115,6 +119,7 @@ def _run(args: argparse.Namespace) -> int:
             num_classes=args.classes,
             model_name=None if ":" in args.model else args.model,
             share=args.share,
+            int8=int8_body(tuple(args.int8_head), args.calibration),
             runtime=args.runtime,
             use_cache=not args.no_cache,
             progress=progress,
@@ -204,6 +209,11 @@ def _summary(bundle: ProgramBundle, seconds: float) -> str:
             f"parity   passed: the largest error is {worst.error:.1e} ({worst.method}, {worst.output}); "
             f"{bundle.parity.tolerance:.0e} is allowed"
         )
+        lines += [
+            f"int8     {one.method}: {one.agreement:.1%} of {one.examples} examples get the float model's answer; its "
+            f"logits are {one.float_error:.1e} away"
+            for one in bundle.parity.int8
+        ]
     width = max(len(m.name) for m in manifest.methods)
     lines += ["", f"{'method':<{width}}  planned memory"]
     lines += [f"{m.name:<{width}}  {_kib(m.planned_memory_bytes):>14}" for m in manifest.methods]

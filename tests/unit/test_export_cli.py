@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 
 from client_sdk.cli import main
+from client_sdk.protocol.frames import encode_frame
+from client_sdk.protocol.program import Role
+from mobile_export import build_model
 from mobile_export.bundle import ProgramBundle
 
 OWN = """
@@ -136,3 +140,40 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, capsys):
 def test_options_that_cannot_be_read_are_usage_errors(arguments, capsys):
     assert export(*arguments) == 2
     assert "usage: pocketfed export" in capsys.readouterr().err
+
+
+# --- int8 -----------------------------------------------------------------------------------------------------------
+
+
+def test_trained_weights_and_an_int8_body(tmp_path, capsys):
+    weights = {n: p.detach().numpy() for n, p in build_model("mlp", (12,), 3, seed=3, hidden=(8,)).named_parameters()}
+    (tmp_path / "trained.safetensors").write_bytes(encode_frame(weights))
+    np.savez(tmp_path / "examples.npz", x=np.random.default_rng(0).random((40, 12), np.float32))
+    given = (
+        "mlp", "--hidden", "8", "--feature-shape", "12", "--classes", "3", "--batch-sizes", "infer_int8=4",
+        "--weights", str(tmp_path / "trained.safetensors"), "--int8-head", "output",
+        "--calibration", str(tmp_path / "examples.npz"), "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert export(*given) == 0
+    bundle = ProgramBundle.open(tmp_path / "out")
+    assert bundle.initial_weights().tobytes() == np.concatenate([v.ravel() for v in weights.values()]).tobytes()
+    assert bundle.manifest.method(Role.INFER_INT8).head == ("output.weight", "output.bias")
+    assert "int8     infer_int8_b4: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--int8-head", "output"), "int8 needs both"),
+        (("--calibration", "nothing.npz"), "int8 needs both"),
+        (("--int8-head", "output", "--calibration", "nothing.npz"), "nothing.npz is not an .npz file"),
+        (("--weights", "nothing.safetensors"), "nothing.safetensors is not a readable file of weights"),
+        (("--weights", "other.safetensors"), "the model's parameters are"),
+    ],
+)
+def test_what_int8_and_weights_are_not_made_of(tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.safetensors").write_bytes(encode_frame({"output.weight": np.zeros((3, 12), np.float32)}))
+    assert export("softmax", *SMALL, *options, "--out", "out") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
