@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from client_sdk.programs import ProgramProvider, model_weights
-from client_sdk.protocol.errors import TrainingDiverged
+from client_sdk.protocol.errors import NotEnoughExamples, TrainingDiverged
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import Assignment
 from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Program
 from client_sdk.protocol.training import TrainingPlan
-from client_sdk.training import LocalTrainer
+from client_sdk.trainings import begin_training
 from client_sdk.transport import Buffer, Transport
 from simulator.adversaries.examples import Float32Array
 from simulator.adversaries.plan import AttackPlan, Coalition, plain_plan, stacked
@@ -90,7 +90,6 @@ class SdkAttackers:
         self, devices: Sequence[int], assignment: Assignment, program: Program, weights: Float32Array
     ) -> Float32Array:
         """What these devices would honestly send from this model; without SCAFFOLD's correction, which is theirs."""
-        trainer = LocalTrainer(program)
         layers = _layers(program, assignment)
         rows = []
         for device in devices:
@@ -100,8 +99,11 @@ class SdkAttackers:
             # The personal layers that others have are theirs: all are rehearsed with those of the model.
             whole = plan.model_copy(update={"personal": ()})
             try:
-                rows.append(layers.gather(trainer.train(weights, x, y, whole, seed).update(whole)))
-            except TrainingDiverged:
+                run = begin_training(program, weights, (x, y), whole, seed)
+                while not run.finished:
+                    run.advance()
+                rows.append(layers.gather(run.result().update(whole)))
+            except (TrainingDiverged, NotEnoughExamples):
                 continue
         return stacked(rows, layers.size)
 

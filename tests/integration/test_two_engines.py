@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 from client_sdk.cli import main
-from client_sdk.meta_training import MetaTrainer
 from client_sdk.protocol.errors import TrainingDiverged
 from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.profile import DeviceTier
 from client_sdk.runtime import load_program
-from client_sdk.training import LocalTrainer
 from client_sdk.training_loop import TrainingLoop
+from client_sdk.trainings import begin_training
 from simulator.cohort import run as cohort_run
 from simulator.cohort.trainer import CohortResult, CohortTrainer
 from simulator.config import SimulationConfig
@@ -57,8 +56,9 @@ RUNS = {
     "scaffold": {"algorithm": "scaffold", "epochs": 1},
     "fednova, fast devices": {"algorithm": "fednova", "prox_mu": 0.1, "selection": {"policy": "fast"}},
     "maml": {**META, "algorithm": "maml", "overselect": 1.5},
-    "reptile, compressed, personal layers": {
-        **META, "algorithm": "reptile", "personal": ("output.bias",), "compression": "topk:0.5", "overselect": 1.5,
+    "reptile, compressed and attacked, personal layers": {
+        **META, "algorithm": "reptile", "personal": ("output.bias",), "compression": "topk:0.5",
+        "attack": "alie", "byzantine": 0.25, "overselect": 1.5,
     },
     "personal layers, asynchronous": {**ASYNCHRONOUS, "personal": ("output.bias",), "epochs": 1, "adapt_steps": 0},
     "alie against multi-krum": {"attack": "alie", "byzantine": 0.25, "aggregation": {"rule": "multi-krum"}},
@@ -88,25 +88,24 @@ class DeviceTrainer:
     """Trains one client after the other, as each device does. Takes ``CohortTrainer``'s place."""
 
     def __init__(self, program, data):
-        self._parameters = program.manifest.parameters
-        self._trainer, self._meta_trainer = LocalTrainer(program), MetaTrainer(program)
+        self._program = program
         self._data = data
 
     def clients_at_once(self, _plan):
         return 4
 
     def train(self, weights, clients, plan):
-        layers = SharedLayers.of(self._parameters, plan.personal)
+        layers = SharedLayers.of(self._program.manifest.parameters, plan.personal)
         updates, steps, losses, kept, failures = [], [], [], [], {}
         for i, client in enumerate(clients):
             x, y = self._data.x[client.rows], self._data.y[client.rows]
             mine = client.plan or plan
             start = weights if client.own is None else layers.with_personal(weights, client.own)
             try:
-                if plan.meta is None:
-                    result = self._trainer.train(start, x, y, mine, client.shuffle_seed, controls=client.controls)
-                else:
-                    result = self._meta_trainer.train(start, x, y, mine, client.shuffle_seed)
+                run = begin_training(self._program, start, (x, y), mine, client.shuffle_seed, controls=client.controls)
+                while not run.finished:
+                    run.advance()
+                result = run.result()
             except TrainingDiverged as e:
                 failures[i] = e
                 continue
