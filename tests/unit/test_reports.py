@@ -15,7 +15,9 @@ from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError, OversizedBody, UpdateOutOfRange
 from client_sdk.protocol.frames import decode_frame, encode_frame
 from client_sdk.protocol.messages import REPORT_TENSOR, Assignment, F32Encoding, ReportFacts
+from client_sdk.protocol.meta_learning import MetaPlan
 from client_sdk.protocol.training import TrainingPlan
+from client_sdk.protocol.updates import UpdateKind
 from client_sdk.reports import (
     Report,
     build_report,
@@ -26,11 +28,14 @@ from client_sdk.reports import (
     keeps_memory,
 )
 from tests.aggregators import DEVICE_ID
-from tests.devices import NUM_PARAMETERS, make_assignment, make_manifest
+from tests.devices import NUM_PARAMETERS, PARAMETERS, make_assignment, make_manifest
 
 REPORT = "2" * 32
 D = 40
+NUM_SHARED = PARAMETERS[0].num_elements
+"""Parameters of the toy program but for its bias."""
 LOSSLESS = ["topk:0.1", "threshold:0.5", "randomk:0.25,feedback=on"]
+MAML = TrainingPlan(algorithm="maml", meta=MetaPlan())
 values = st.floats(-1000, 1000, width=32)
 vectors = arrays(np.float32, D, elements=values)
 
@@ -173,6 +178,8 @@ def test_a_report_larger_than_allowed_is_not_made():
             f"takes up to {8 * D} bytes",
         ),
         ({"compression": "topk:0.5", "max_report_bytes": 40}, BundleMismatch, "takes up to"),
+        ({"kind": UpdateKind.GRADIENT}, BundleMismatch, "with fedavg this device sends deltas"),
+        ({"plan": MAML}, BundleMismatch, "kind delta; with maml this device sends gradients"),
     ],
 )
 def test_what_cannot_be_reported_is_found_out_before_training(
@@ -194,6 +201,7 @@ def test_what_is_reportable_fits(update: np.ndarray, line: str):
 def test_who_remembers():
     scaffold = make_assignment(1, plan=TrainingPlan(algorithm="scaffold"), control_sha256="a" * 64)
     assert keeps_memory(scaffold)
+    assert keeps_memory(make_assignment(1, plan=TrainingPlan(personal=("bias",))))
     assert not keeps_memory(make_assignment(1))
     assert compression_of(make_assignment(1)) is None
     for line, remembers in [("topk:0.1", True), ("topk:0.1,feedback=off", False), ("quantize:8,feedback=on", True)]:
@@ -239,3 +247,6 @@ def test_the_dense_size_of_a_stored_report_comes_from_the_manifest():
     assert dense_bytes(frame, compressed, manifest) == 4 * NUM_PARAMETERS
     assert dense_bytes(frame, compressed, None) is None
     assert dense_bytes(frame, compressed, b"garbage") is None
+    for names, size in (("bias",), 4 * NUM_SHARED), (("head",), None):
+        personal = make_assignment(1, compression="topk:0.1", plan=TrainingPlan(personal=names))
+        assert dense_bytes(frame, personal, manifest) == size
