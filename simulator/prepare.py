@@ -17,6 +17,7 @@ from client_sdk.atomic import write_atomically
 from client_sdk.planner import plan_work
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded
+from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import Manifest, Role
 from client_sdk.protocol.training import TrainingPlan, update_size
 from mobile_export.bundle import ProgramBundle
@@ -141,11 +142,12 @@ class SessionCosts(BaseModel):
     program_bytes: int = Field(gt=0, description="program and manifest: a device's first download")
     model_bytes: int = Field(gt=0)
     report_bytes: int = Field(gt=0)
+    flops_per_session: float | None = Field(None, gt=0, description="where the plan counts steps, not examples")
 
     def workload(self, plan: TrainingPlan, session: int) -> Workload:
         """Cost of a device's ``session``-th session of such training: the first one downloads the program too."""
         down = self.model_bytes + (self.program_bytes if session == 0 else 0)
-        return Workload(self.flops_per_example, down, self.report_bytes, plan)
+        return Workload(self.flops_per_example, down, self.report_bytes, plan, self.flops_per_session)
 
 
 def export_bundle(config: SimulationConfig, dataset: Dataset, folder: Path, say: Say) -> ProgramBundle:
@@ -161,10 +163,16 @@ def export_bundle(config: SimulationConfig, dataset: Dataset, folder: Path, say:
         elif step.done in {1, step.total}:
             say(f"program: exporting {config.model}, step {step.done} of {step.total} (cached afterwards)")
 
+    meta = config.plan.meta
     return export_program(
         build_model(config.model, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED),
         out_dir=folder,
-        batch_sizes={Role.TRAIN: _exported_batches(config), Role.EVALUATE: (_EVALUATION_BATCH,)},
+        batch_sizes={
+            Role.TRAIN: _exported_batches(config),
+            Role.EVALUATE: (_EVALUATION_BATCH,),
+            **({} if meta is None else {Role(config.algorithm.replace("-", "_")): (config.batch_size,)}),
+        },
+        inner_steps=() if meta is None else (meta.inner_steps,),
         feature_shape=dataset.feature_shape,
         num_classes=dataset.num_classes,
         model_name=config.model,
@@ -214,16 +222,19 @@ def session_costs(folder: RunFolder, dataset: Dataset, bundle: ProgramBundle) ->
             return SessionCosts.model_validate_json(path.read_bytes())
         except ValidationError as e:
             raise ResumeMismatch(f"{path} is damaged: {e}") from e
-    config, num_parameters = folder.config, bundle.manifest.num_parameters
+    config, manifest, plan = folder.config, bundle.manifest, folder.config.plan
     # SCAFFOLD's devices fetch the control beside the model, and send as much.
-    vectors = update_size(config.plan, num_parameters)
+    down = 4 * update_size(plan, manifest.num_parameters)
+    vectors = update_size(plan, SharedLayers.of(manifest.parameters, plan.personal).size)
     spec = CompressionSpec.parse(config.compression or "none")
     payload = 4 * vectors if spec.is_none else Codec(spec, vectors).max_bytes
+    counted = None if plan.meta is None else config.work_scale * _flops_per_session(config, dataset, manifest)
     costs = SessionCosts(
         flops_per_example=config.work_scale * _flops_per_example(config.model, dataset),
-        program_bytes=bundle.manifest.program_bytes + len(bundle.manifest.to_json()),
-        model_bytes=4 * vectors + _FRAME_OVERHEAD_BYTES,
+        program_bytes=manifest.program_bytes + len(manifest.to_json()),
+        model_bytes=down + _FRAME_OVERHEAD_BYTES,
         report_bytes=payload + _FRAME_OVERHEAD_BYTES,
+        flops_per_session=counted,
     )
     write_atomically(path, costs.model_dump_json(indent=2).encode(), mode=0o644)
     return costs
@@ -240,6 +251,15 @@ def _flops_per_example(model_name: str, dataset: Dataset) -> float:
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *dataset.feature_shape)).sum().backward()
     return float(counter.get_total_flops())
+
+
+def _flops_per_session(config: SimulationConfig, dataset: Dataset, manifest: Manifest) -> float:
+    """Floating-point operations of one session of meta-learning."""
+    from mobile_export.models import build_model  # noqa: PLC0415 - torch, only for a new run
+    from simulator.personalization.operations import session_operations  # noqa: PLC0415
+
+    model = build_model(config.model, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED)
+    return float(session_operations(config.plan, model, manifest.parameters, dataset.feature_shape))
 
 
 def lease_s(
