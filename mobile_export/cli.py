@@ -47,6 +47,9 @@ def export_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namesp
         "  a small CNN for scikit-learn's digits, with the batch sizes that a task needs:\n"
         "    pocketfed export cnn --feature-shape 8x8 --classes 10 --batch-sizes train=16 evaluate=128 "
         "--out bundles/digits\n"
+        "  what MAML with five inner steps and a personal model need:\n"
+        "    pocketfed export mlp --feature-shape 8x8 --batch-sizes train=8 evaluate=128 infer=1 maml=8 adapt=8 "
+        "--inner-steps 5 --out bundles/meta\n"
         "  a model of one's own: `make_model()` in my_models.py returns an nn.Module:\n"
         "    pocketfed export my_models:make_model --feature-shape 12 --out bundles/own"
     )
@@ -77,8 +80,16 @@ def export_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namesp
         nargs="+",
         type=_batch_sizes,
         metavar="ROLE=N[,N...]",
-        help="batch sizes for each of grad, train, evaluate, infer; a role that is not named is left out "
-        "(default: grad=8,32 train=8,32 evaluate=256 infer=1,32)",
+        help="batch sizes for each of grad, train, evaluate, infer, and of adapt, reptile, maml, fomaml, per_fedavg; a "
+        "role that is not named is left out (default: grad=8,32 train=8,32 evaluate=256 infer=1,32)",
+    )
+    parser.add_argument(
+        "--inner-steps",
+        type=_sizes,
+        default=(),
+        metavar="K[,K...]",
+        help="steps that adapt, reptile, maml and fomaml take in one call; fewer are a matter of the mask (needed for "
+        "these, else none)",
     )
     parser.add_argument(
         "--share",
@@ -115,6 +126,7 @@ def _run(args: argparse.Namespace) -> int:
             _named(args.loss, "--loss") if args.loss else None,
             out_dir=args.out,
             batch_sizes=batch_sizes or DEFAULT_BATCH_SIZES,
+            inner_steps=args.inner_steps,
             feature_shape=args.feature_shape,
             num_classes=args.classes,
             model_name=None if ":" in args.model else args.model,

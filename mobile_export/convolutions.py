@@ -68,12 +68,15 @@ def convolution(  # noqa: PLR0917 - the operator's own signature
 ) -> Tensor | NotImplementedType:
     """A 1-D or 2-D convolution ``[B, C, ...] -> [B, C_out, ...]`` as products of its windows.
 
-    Transposed and grouped ones stay what they are: right, but slow.
+    A transposed one is the gradient of another by its image. Second derivatives of convolutions are made of both.
+    Grouped ones stay what they are: right, but slow.
     """
-    del output_padding  # of transposed ones only
-    if transposed or groups != 1 or x.ndim not in {3, 4} or x.numel() == 0:
+    unusual = transposed and any(more >= step for more, step in zip(output_padding, stride, strict=True))
+    if groups != 1 or x.ndim not in {3, 4} or x.numel() == 0 or unusual:
         # Tells torch to leave this call as it is.
         return NotImplemented  # type: ignore[no-any-return]  # typeshed: Any outside of operators
+    if transposed:
+        return _transposed(x, weight, bias, stride, padding, dilation, output_padding)
     flat = x.ndim == 3
     x, weight, geometry = _two_dimensional(x, weight, stride, padding, dilation)
     channels, batch = x.shape[1], x.shape[0]
@@ -117,6 +120,29 @@ def convolution_backward(  # noqa: PLR0917 - the operator's own signature
     # A product with ones: four times as fast as ExecuTorch's sum.
     by_bias = (g @ torch.ones(1, g.shape[1]).t()).reshape(-1) if output_mask[2] else None
     return by_x, by_weight, by_bias
+
+
+def _transposed(  # noqa: PLR0917 - most of the operator's arguments
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_padding: list[int],
+) -> Tensor:
+    """The image gradient of the convolution with this weight ``[C, C_out, ...]``, where ``x`` is its result's."""
+    flat, (out_channels, *sizes) = x.ndim == 3, weight.shape[1:]
+    image = [
+        (n - 1) * s - 2 * p + d * (k - 1) + 1 + more
+        for n, s, p, d, k, more in zip(x.shape[2:], stride, padding, dilation, sizes, output_padding, strict=True)
+    ]
+    like = x.new_empty(len(x), out_channels, *image)
+    _, weight, geometry = _two_dimensional(like, weight, stride, padding, dilation)
+    g = batch_last(x.unsqueeze(2) if flat else x).reshape(len(weight), -1)
+    result = _by_image(g, weight, geometry)
+    result = batch_first(result if bias is None else result + bias[:, None, None, None])
+    return result.squeeze(2) if flat else result
 
 
 def _two_dimensional(
