@@ -28,6 +28,7 @@ STORIES = [
     ("local-privacy.md",),
     ("selection.md",),
     ("export.md",),
+    ("inference.md",),
     ("simulator.md",),
     ("attacks.md",),
     ("compression.md",),
