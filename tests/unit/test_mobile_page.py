@@ -14,10 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client_sdk.identity import DeviceIdentity
 from client_sdk.protocol.frames import decode_frame
 from client_sdk.protocol.messages import PROTOCOL_VERSION, AbandonRequest, ReportFacts, RetryWindow
-from client_sdk.protocol.program import Manifest, Role
+from client_sdk.protocol.program import WITH_INNER_STEPS, Manifest, Role
 from client_sdk.protocol.signing import device_id_of, sign_request
 from client_sdk.runtime import read_manifest
 from mobile_export import describe
+from tests.bundles import meta_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/mobile.md").read_text()
@@ -39,6 +40,22 @@ def manifest(cnn_bundle: Path) -> Manifest:
 
 def test_the_table_is_that_of_a_fresh_manifest(manifest: Manifest):
     assert describe.replaced(PAGE, describe.method_table(manifest)) == PAGE
+
+
+def test_the_table_of_meta_learning_is_that_of_a_fresh_manifest(tmp_path: Path):
+    section = PAGE.split("### Methods of meta-learning")[1].split("\n### ")[0]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*) \| (.*) \|$", section, re.MULTILINE)
+    said = {
+        role: (re.findall(r"`(\w+)`", inputs), re.findall(r"`(\w+)`", outputs))
+        for roles, inputs, outputs in rows
+        for role in re.findall(r"`(\w+)`", roles)
+    }
+    found = {
+        m.role.value: ([t.name for t in m.inputs], [t.name for t in m.outputs])
+        for m in meta_bundle(tmp_path / "bundle").manifest.methods
+        if m.role in WITH_INNER_STEPS | {Role.PER_FEDAVG}
+    }
+    assert said == found
 
 
 def test_the_table_is_made_by_a_command(
