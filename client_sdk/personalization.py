@@ -146,36 +146,49 @@ class Gain(BaseModel):
 
 
 class Retention(BaseModel):
-    """How much of what a device had gained outlives a new global model.
+    """How much of what a device had gained outlives a new global model, on the examples that judge.
 
-    Gains are over the global model of the same time, on the examples that judge. A gain may shrink because something
-    is forgotten, or because the new global model does by itself what only the personal one did before.
+    Two questions, which differ where the new global model is better by itself. *Kept*: of what the owner had before the
+    old global one, how much is still there, whoever's doing it is? Less than 1 is what was forgotten. *Own*: how much
+    of such a lead has the personal model now, before the new global one? It shrinks too where the global model has
+    learned by itself what only the personal one did.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     before: Gain = Field(description="of the old personal model over the old global one")
+    renewed: Gain = Field(description="of the new global model over the old global one")
     merged: Gain = Field(description="of the merged model over the new global one, before any step of adaptation")
     after: Gain = Field(description="of the model with these steps over the new global one")
 
     @property
     def accuracy_merged(self) -> float | None:
-        """Share of the gain in accuracy that the merge alone keeps; None where there was no gain to keep."""
-        return _share(self.merged.accuracy, self.before.accuracy)
+        """Share of the accuracy gained that the merge alone keeps; None where there was nothing to keep."""
+        return _share(self.merged.accuracy + self.renewed.accuracy, self.before.accuracy)
 
     @property
     def loss_merged(self) -> float | None:
-        """The same of the gain in loss."""
-        return _share(self.merged.loss, self.before.loss)
+        """The same of the loss."""
+        return _share(self.merged.loss + self.renewed.loss, self.before.loss)
 
     @property
     def accuracy_kept(self) -> float | None:
-        """Share of the gain in accuracy that is there in the end; more than 1 where it grew."""
-        return _share(self.after.accuracy, self.before.accuracy)
+        """Share of the accuracy gained that is there in the end; more than 1 where it grew."""
+        return _share(self.after.accuracy + self.renewed.accuracy, self.before.accuracy)
 
     @property
     def loss_kept(self) -> float | None:
-        """The same of the gain in loss."""
+        """The same of the loss."""
+        return _share(self.after.loss + self.renewed.loss, self.before.loss)
+
+    @property
+    def accuracy_own(self) -> float | None:
+        """The personal model's lead in accuracy over the new global one, as a share of its former lead."""
+        return _share(self.after.accuracy, self.before.accuracy)
+
+    @property
+    def loss_own(self) -> float | None:
+        """The same of the loss."""
         return _share(self.after.loss, self.before.loss)
 
 

@@ -81,6 +81,7 @@ class Personalizer:
         )
         retention = Retention(
             before=old_personal.gain_over(old_global),
+            renewed=new_global.gain_over(old_global),
             merged=of_start.gain_over(new_global),
             after=served.gain_over(new_global),
         )

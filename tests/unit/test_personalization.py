@@ -251,8 +251,8 @@ def test_replacing_leaves_nothing_of_the_old_model():
     assert new.weights.tobytes() == NEWER.tobytes()
     assert not new.record.adapted
     assert new.record.model_version == 2
-    assert new.record.retention.accuracy_kept in {0.0, None}
-    assert new.record.retention.loss_kept == 0.0
+    assert new.record.retention.accuracy_own in {0.0, None}
+    assert new.record.retention.loss_own == 0.0
     assert old.record.retention is None
     x = DATA[0]
     assert device.infer_with_personalized_model(x).tobytes() == toy_logits(NEWER, x).tobytes()
@@ -264,10 +264,11 @@ def test_readapting_is_adapting_the_new_model_with_what_is_kept_on_record():
     assert new.weights.tobytes() == fresh.weights.tobytes()
     assert new.global_weights.tobytes() == NEWER.tobytes()
     retention = new.record.retention
-    assert retention.loss_merged == 0.0, "before it adapts the new model is the global one"
+    assert retention.merged == Gain(accuracy=0, loss=0), "before it adapts the new model is the global one"
     x, y = (part[ExampleSplit.of(*DATA, 0.2).query] for part in DATA)
     losses = [judge(ServingProgram(), w, x, y).loss for w in (WEIGHTS, old.weights, NEWER, new.weights)]
-    assert retention.loss_kept == pytest.approx((losses[2] - losses[3]) / (losses[0] - losses[1]))
+    assert retention.loss_own == pytest.approx((losses[2] - losses[3]) / (losses[0] - losses[1]))
+    assert retention.loss_kept == pytest.approx((losses[0] - losses[3]) / (losses[0] - losses[1]))
     assert retention.loss_kept > 0.8
 
 
@@ -294,15 +295,18 @@ def test_the_same_global_model_with_other_examples_is_adapted_anew_whatever_the_
 
 
 def test_shares_of_a_gain():
-    def kept(before: float, after: float) -> float | None:
-        gain = Gain(accuracy=after, loss=after)
-        return Retention(before=Gain(accuracy=before, loss=before), merged=gain, after=gain).accuracy_kept
+    def shares(before: float, renewed: float, after: float) -> tuple[float | None, float | None]:
+        gains = [Gain(accuracy=gain, loss=gain) for gain in (before, renewed, after, after)]
+        found = Retention(**dict(zip(("before", "renewed", "merged", "after"), gains, strict=True)))
+        assert (found.loss_kept, found.loss_own) == (found.accuracy_kept, found.accuracy_own)
+        assert (found.accuracy_merged, found.loss_merged) == (found.accuracy_kept, found.loss_kept)
+        return found.accuracy_kept, found.accuracy_own
 
-    assert kept(0.2, 0.1) == 0.5
-    assert kept(0.2, 0.3) == pytest.approx(1.5)
-    assert kept(0.2, -0.1) == -0.5
-    assert kept(0.0, 0.1) is None
-    assert kept(-0.1, 0.1) is None
+    assert shares(0.5, 0.0, 0.25) == (0.5, 0.5)
+    assert shares(0.5, 0.25, 0.25) == (1.0, 0.5), "what the global model does by itself is not forgotten"
+    assert shares(0.5, -0.25, 0.25) == (0.0, 0.5)
+    assert shares(0.0, 0.1, 0.1) == (None, None)
+    assert shares(-0.1, 0.1, 0.1) == (None, None)
 
 
 # --- keeping and serving -------------------------------------------------------------------------------------
