@@ -160,6 +160,7 @@ class LocalTraining:
                 "device_type": self.profile.device_type.value,
                 LOCAL_STEPS: normaliser(work.plan, result.steps) if fednova else result.steps,
                 "train_loss": result.last_epoch_loss,
+                **_meta_facts(work.plan),
             },
             kind=work.plan.update_kind,
         )
@@ -185,6 +186,18 @@ class LocalTraining:
             slice_size=work.slice_size,
             data_sha256=data_sha256,
         )
+
+
+def _meta_facts(plan: TrainingPlan) -> dict[str, str | int | float]:
+    """What a server of meta-learning compares with its own plan (``PersonalizedFederatedAggregator``)."""
+    if plan.meta is None:
+        return {}
+    facts: dict[str, str | int | float] = {
+        "algorithm": plan.algorithm,
+        "inner_steps": plan.meta.inner_steps,
+        "inner_lr": plan.learning_rate,
+    }
+    return facts | ({"meta_lr": plan.meta.meta_learning_rate} if plan.algorithm == "per-fedavg" else {})
 
 
 def flat(weights: Weights, manifest: Manifest) -> Float32Array:
