@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from client_sdk.checkpoint import CheckpointManager
     from client_sdk.client import MobileClient
     from client_sdk.inference import PersonalInference
+    from client_sdk.meta_training import MetaTrainer
     from client_sdk.personal_client import PersonalizedMobileClient
     from client_sdk.personal_store import PersonalModelStore
     from client_sdk.personalization import PersonalizationConfig
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointManager",
     "DeviceProfile",
     "LocalTrainer",
+    "MetaTrainer",
     "MobileClient",
     "PersonalInference",
     "PersonalModelStore",
@@ -42,6 +44,7 @@ _HOMES = {
     "CheckpointManager": "client_sdk.checkpoint",
     "DeviceProfile": "client_sdk.protocol.profile",
     "LocalTrainer": "client_sdk.training",
+    "MetaTrainer": "client_sdk.meta_training",
     "MobileClient": "client_sdk.client",
     "PersonalInference": "client_sdk.inference",
     "PersonalModelStore": "client_sdk.personal_store",

@@ -18,6 +18,7 @@ from client_sdk.client import MobileClient
 from client_sdk.errors import Interrupted
 from client_sdk.events import Event, TrainingProgress
 from client_sdk.identity import DeviceIdentity
+from client_sdk.memory import PERSONAL
 from client_sdk.programs import DownloadedPrograms, NamesProgram, ReadBlob
 from client_sdk.protocol.errors import (
     DuplicateReport,
@@ -33,7 +34,7 @@ from client_sdk.protocol.errors import (
     UnknownAssignment,
 )
 from client_sdk.protocol.messages import AbandonRequest, Assignment, VirtualTiming
-from client_sdk.protocol.program import Program
+from client_sdk.protocol.program import Float32Array, Program
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.session_state import RetryPolicy
 from client_sdk.store import MemoryDeviceStore
@@ -133,6 +134,7 @@ class SdkDevices:
                 attack, programs=self._programs, blob=pool.get, data=data, parts=parts, plans=plans
             )
             data = attack.poisoned(data, parts)
+        self._stores: list[MemoryDeviceStore] = []
         self._transports: list[Transport] = []
         self._clients: list[MobileClient] = []
         self._interruptions = [_Interruption() for _ in parts]
@@ -142,6 +144,7 @@ class SdkDevices:
             if attackers is not None and attackers.plan.attacks(device):
                 transport = self._attackers[device] = attackers.transport(device, transport)
             store = MemoryDeviceStore(identity, pool) if memory is None else memory.store(device, identity, pool)
+            self._stores.append(store)
             self._transports.append(transport)
             self._clients.append(
                 MobileClient(
@@ -203,6 +206,11 @@ class SdkDevices:
         """What the device remembers of a report that came too late is forgotten again."""
         if self._memory is not None:
             self._memory.take_back(device, assignment_id)
+
+    def personal_layers(self, task_id: str) -> dict[int, Float32Array]:
+        """Device -> its personal layers, float32[p]; those of devices that have none yet are the model's."""
+        memories = {device: store.memory(task_id) for device, store in enumerate(self._stores)}
+        return {d: m.vectors[PERSONAL] for d, m in memories.items() if m is not None and PERSONAL in m.vectors}
 
     def close(self) -> None:
         """Release programs and temporary files."""

@@ -217,7 +217,8 @@ class _Attempt:
                 ending = self._end(view, monitor, prepared.bundle.path, finished=finished, stuck=stuck)
                 ending = replace(ending, plans=prepared.plans)
                 if ending.finished and config.adaptation is not None:
-                    models = models_of(view, prepared.bundle.initial_weights(), of_rounds=config.rounds)
+                    initial, own = prepared.bundle.initial_weights(), link.personal_layers(prepared.task.task_id)
+                    models = models_of(view, initial, own, of_rounds=config.rounds)
                     ending = replace(ending, models=models)
             except PocketfedError:
                 # The cause, where the server is gone; else the error itself.

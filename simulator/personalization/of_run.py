@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -21,17 +21,18 @@ def flat_weights(frame: bytes) -> Float32Array:
     return np.frombuffer(decode_frame(frame).payload, np.float32)
 
 
-def models_of(view: ServerView, initial: Float32Array, *, of_rounds: int) -> Models:
+def models_of(view: ServerView, initial: Float32Array, own: Mapping[int, Float32Array], *, of_rounds: int) -> Models:
     """What devices adapt, from a server of the run's own, which keeps all of its models.
 
     Args:
         view: Of the server.
         initial: The model before the first round, float32[d].
+        own: See ``Models``.
         of_rounds: That the run was to have.
     """
     made = {committed.model_version: committed.model_sha256 for committed in view.rounds(0)}
     wanted = rounds_to_keep(of_rounds, max(made, default=0))
-    return Models({n: flat_weights(view.blob(made[n])) if n in made else initial for n in sorted(wanted)})
+    return Models({n: flat_weights(view.blob(made[n])) if n in made else initial for n in sorted(wanted)}, own)
 
 
 def personalization_of(

@@ -25,6 +25,7 @@ STORIES = [
     ("device.md", "protocol.md"),
     ("device-resources.md",),
     ("checkpoints.md",),
+    ("personalization.md",),
     ("local-privacy.md",),
     ("selection.md",),
     ("export.md",),

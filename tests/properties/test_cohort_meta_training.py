@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +17,28 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from client_sdk.meta_training import MetaTrainer
 from client_sdk.protocol.errors import ConfigurationError, NotEnoughExamples, TrainingDiverged
 from client_sdk.protocol.meta_learning import ExampleSplit, MetaBatches, MetaPlan
 from client_sdk.protocol.personal_layers import SharedLayers
 from client_sdk.protocol.program import ParameterSpec
 from client_sdk.protocol.training import TrainingPlan
+from client_sdk.runtime import load_program
 from simulator.cohort.meta_training import MetaGradients, Splits, differentiated_steps
 from simulator.cohort.model import BatchedModel
 from simulator.cohort.stepping import clients_at_once
 from simulator.cohort.trainer import CohortTrainer, LocalWork
 from simulator.datasets import Split
-from tests.bundles import FEATURE_SHAPES, NUM_CLASSES, tiny_model
+from tests.bundles import (
+    FEATURE_SHAPES,
+    META_CLASSES,
+    META_FEATURE_SHAPE,
+    META_INNER_STEPS,
+    NUM_CLASSES,
+    meta_bundle,
+    meta_model,
+    tiny_model,
+)
 
 EXAMPLES = 60
 BATCH = 4
@@ -173,7 +185,7 @@ def test_each_client_sends_what_it_would_alone_by_plain_autograd(subject, length
         assert result.last_epoch_losses[i] == pytest.approx(loss, rel=TOLERANCE)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(lengths=sizes, plan=plans, seed=seeds, data=st.data())
 def test_clients_do_not_touch_one_another(subject, lengths, plan, seed, data):
     """Alone, in company, in another order: alike up to rounding; on any number of threads the same bits."""
@@ -194,6 +206,36 @@ def test_clients_do_not_touch_one_another(subject, lengths, plan, seed, data):
         for other in (together.updates[i], shuffled.updates[at]):
             # The rate that Per-FedAvg divides by makes four roundings of one.
             assert np.linalg.norm(other - alone) <= 4 * TOLERANCE * np.linalg.norm(alone)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory):
+    """A program that has every method of meta-learning."""
+    with contextlib.closing(load_program(meta_bundle(tmp_path_factory.mktemp("meta")).path, "native")) as program:
+        yield program
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile", "per-fedavg"])
+def test_a_cohort_agrees_with_devices_that_run_the_exported_program(exported, algorithm):
+    rng = np.random.default_rng(2)
+    data = Split(rng.random((90, *META_FEATURE_SHAPE), np.float32), rng.integers(0, META_CLASSES, 90))
+    module = meta_model()
+    weights = np.concatenate([p.detach().numpy().ravel() for p in module.parameters()])
+    plan = TrainingPlan(
+        algorithm=algorithm, learning_rate=0.2, batch_size=8,
+        meta=MetaPlan(inner_steps=META_INNER_STEPS, query_batches=2, meta_learning_rate=0.5),
+    )  # fmt: skip
+    clients = [LocalWork(rng.permutation(90)[:n], 11 + n) for n in (2, 9, 30, 80)]
+    result = CohortTrainer(BatchedModel(module, exported.manifest.parameters), data).train(weights, clients, plan)
+    assert not result.failures
+    trainer = MetaTrainer(exported)
+    for i, client in enumerate(clients):
+        alone = trainer.train(weights, data.x[client.rows], data.y[client.rows], plan, client.shuffle_seed)
+        # The rate that Per-FedAvg divides by makes two roundings of one.
+        assert_near(result.updates[i], alone.update(plan), 2 * TOLERANCE)
+        assert result.steps[i] == alone.steps
+        assert result.first_epoch_losses[i] == pytest.approx(alone.first_epoch_loss, rel=TOLERANCE)
+        assert result.last_epoch_losses[i] == pytest.approx(alone.last_epoch_loss, rel=TOLERANCE)
 
 
 def plan_of(algorithm: str, **changes) -> TrainingPlan:

@@ -15,6 +15,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from client_sdk import cli, events
+from client_sdk.personalization import PersonalizationConfig
 from client_sdk.protocol.errors import PROBLEM_PREFIX, ProtocolError, from_problem
 from client_sdk.protocol.program import Manifest
 from client_sdk.session import DeviceSession
@@ -175,6 +176,14 @@ def test_every_event_of_a_device_is_listed():
 def test_the_retry_policy_is_listed_with_its_defaults():
     table = rows(page("protocol.md"), "| setting of `RetryPolicy` | default | meaning |")
     assert {name: float(default) for name, default, _ in table} == vars(RetryPolicy())
+
+
+def test_the_choices_of_personalisation_are_listed_with_their_defaults():
+    table = rows(page("personalization.md"), "| field of `PersonalizationConfig` | default | meaning |")
+    defaults = PersonalizationConfig().model_dump(mode="json")
+    assert {name: default for name, default, _ in table} == {
+        name: "none" if value is None else str(value).lower() for name, value in defaults.items()
+    }
 
 
 # --- problems ------------------------------------------------------------------------------------------------

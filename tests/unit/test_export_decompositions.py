@@ -126,6 +126,59 @@ def test_a_grouped_convolution_is_left_to_torch():
 
 
 @pytest.mark.parametrize(
+    ("x", "weight", "options"),
+    [
+        ((2, 3, 5, 4), (3, 2, 3, 2), {}),
+        ((2, 3, 5, 4), (3, 2, 3, 3), {"stride": 2, "padding": 1, "output_padding": (1, 0)}),
+        ((1, 2, 4, 4), (2, 3, 2, 2), {"stride": 3, "output_padding": 2, "dilation": 2}),
+        ((2, 3, 6), (3, 2, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    ],
+)
+def test_a_transposed_convolution_is_a_product(x, weight, options):
+    convolve = F.conv_transpose1d if len(x) == 3 else F.conv_transpose2d
+    inputs = normal(*x), normal(*weight), normal(weight[1])
+    module, called = rewritten(lambda a, w, b: convolve(a, w, b, **options), *inputs)
+    torch.testing.assert_close(module(*inputs), convolve(*inputs, **options), rtol=1e-4, atol=1e-4)
+    assert torch.ops.aten.convolution.default not in called
+
+
+def test_an_output_padding_beyond_the_stride_is_left_to_torch():
+    def convolve(a, w):
+        return F.conv_transpose2d(a, w, dilation=2, output_padding=1)
+
+    inputs = normal(1, 2, 4, 4), normal(2, 3, 2, 2)
+    module, called = rewritten(convolve, *inputs)
+    torch.testing.assert_close(module(*inputs), convolve(*inputs))
+    assert torch.ops.aten.convolution.default in called
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x, w: F.conv2d(x, w, stride=2, padding=1),
+        lambda x, w: F.max_pool2d(F.conv2d(x, w), 2),
+        lambda x, w: F.avg_pool2d(F.conv2d(x, w), 3, stride=2, padding=1),
+        lambda x, w: torch.relu(F.conv2d(x, w, dilation=2)),
+    ],
+)
+def test_second_derivatives_are_torchs(layer):
+    """The product of a Hessian and a vector, which differentiates what the rewrites stand for."""
+
+    def product(x, w, along):
+        def slope(x, w):
+            by_x, by_w = torch.func.grad(lambda *z: layer(*z).pow(3).sum(), argnums=(0, 1))(x, w)
+            return (by_x * along).sum() + by_w.square().sum()
+
+        return torch.func.grad(slope, argnums=(0, 1))(x, w)
+
+    inputs = normal(2, 2, 7, 7), normal(3, 2, 3, 3), normal(2, 2, 7, 7)
+    module, called = rewritten(product, *inputs)
+    for actual, expected in zip(module(*inputs), product(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    assert torch.ops.aten.convolution.default not in called
+
+
+@pytest.mark.parametrize(
     ("shape", "options"),
     [
         ((2, 3, 6, 8), {"kernel_size": 2}),

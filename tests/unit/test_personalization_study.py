@@ -1,4 +1,4 @@
-"""A run's devices adapted and judged: all figures are what each device alone would find, with an evaluator of modules."""
+"""A run's devices adapted and judged: all figures are what each device alone would find, judged as modules."""
 
 from __future__ import annotations
 
