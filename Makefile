@@ -28,6 +28,8 @@ DEMO_OUT ?= runs/demo
 ROBUSTNESS_OUT ?= runs/robustness
 # Where `make frontier` keeps finished cells.
 FRONTIER_OUT ?= runs/frontier
+# Where `make personalization` keeps finished cells.
+PERSONALIZATION_OUT ?= runs/personalization
 
 # --- names -----------------------------------------------------------------------------------------------------
 
@@ -57,11 +59,11 @@ NATIVE_STAMP := $(STAMPS)/native-$(NATIVE_KEY)
 # Replace the older stamps of one kind by the new one.
 stamp = rm -f $(STAMPS)/$(1)-* && touch $@
 
-.PHONY: help setup demo test test-slow check format bench bench-large bench-leak sanitize fuzz robustness private frontier audit docs clean distclean
+.PHONY: help setup demo test test-slow check format bench bench-large bench-leak sanitize fuzz robustness private frontier personalization audit docs clean distclean
 
 help: ## list the targets
 	@echo 'pocketfed: make TARGET'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 
 # --- set-up ----------------------------------------------------------------------------------------------------
 
@@ -159,6 +161,11 @@ private: setup ## what epsilon = 1 costs on Fashion-MNIST with 12,000 devices (s
 frontier: setup ## privacy against attackers: accuracy by budget and part of the fleet (a quarter of an hour; goes on where it stopped)
 	@$(BIN)/pocketfed data fashion-mnist
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m simulator.frontier --kept $(FRONTIER_OUT)/cells.jsonl --out docs/frontier-summary.md --picture docs/img/frontier.svg
+
+personalization: setup ## what personalisation gives, algorithm by algorithm (some 25 minutes; goes on where it stopped)
+	@$(BIN)/pocketfed data fashion-mnist
+	@$(BIN)/pocketfed data manpages
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m simulator.personal_study --kept $(PERSONALIZATION_OUT)/cells.jsonl --out docs/personalization-figures.md --pictures docs/img
 
 audit: setup ## try to refute the claimed privacy (some minutes), into docs/audit-summary.md
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/pocketfed audit --out docs/audit-summary.md

@@ -119,6 +119,8 @@ def _gains(study: Study) -> Iterator[str]:
     yield ""
     yield "The global model of FedPer has output layers that nobody trained: its column says nothing."
     yield ""
+    yield "![Adaptation of devices that took part](img/personalization.svg)"
+    yield ""
 
 
 def _newcomers(study: Study) -> Iterator[str]:

@@ -68,9 +68,9 @@ SPEAKERS: Final = World(
     "manpages",
     "byte-mlp",
     "by-group",
-    devices=160,
-    newcomers=16,
-    cohort=32,
+    devices=80,
+    newcomers=8,
+    cohort=16,
     batch_size=64,
 )
 
@@ -83,7 +83,6 @@ def methods_of(world: World) -> tuple[Method, ...]:
         adam = Adam(learning_rate=0.01)
         return (
             Method(FEDAVG, "fedavg", 0.3, adam),
-            Method("reptile", "reptile", 0.3, adam),
             Method("fomaml", "fomaml", 0.3, adam),
             Method("FedPer", "fedavg", 0.3, adam, ("head.output",)),
         )
