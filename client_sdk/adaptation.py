@@ -23,8 +23,8 @@ from client_sdk.protocol.training import TrainingPlan
 from client_sdk.throttle import Governor
 from client_sdk.training_loop import APP_REASON
 
-_DESCENDING = (Role.ADAPT, Role.REPTILE, Role.TRAIN, Role.GRAD)
-"""Roles whose methods take steps."""
+_DESCENDING = (Role.ADAPT, Role.TRAIN, Role.GRAD)
+"""Roles whose methods take steps of some layers; ``reptile`` takes those of all alone."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ class Adaptation:
             UnknownMethod: The program cannot train in batches of the configured size, or at all.
         """
         manifest, wanted = self.local.program.manifest, self.config.batch_size
-        sizes = {size for role in _DESCENDING for size in manifest.batch_sizes(role)}
+        frozen = bool(self._frozen())
+        roles = _DESCENDING if frozen else (*_DESCENDING, Role.REPTILE)
+        sizes = {size for role in roles for size in manifest.batch_sizes(role)}
         best = best_size(sizes or {1}, num_examples) if wanted is None else wanted
         for size in [best, *sorted((s for s in sizes if s < best and wanted is None), reverse=True)]:
-            method = descent_method(manifest, size, self.config.inner_steps, frozen=bool(self._frozen()))
+            method = descent_method(manifest, size, self.config.inner_steps, frozen=frozen)
             estimate = estimate_memory(
                 manifest,
                 method,

@@ -72,7 +72,7 @@ class PersonalizedMobileClient(MobileClient):
         super().__init__(program, device_profile, **settings)
         self.personalization_config = personalization_config or PersonalizationConfig()
         self._models = personal_models
-        self._precision = Precision(precision)
+        self._precision = precision
         self._newest: GlobalModel | None = None
         self._own: PersonalModel | None = None
         self._own_is_for: str | None = None
