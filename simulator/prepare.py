@@ -18,7 +18,7 @@ from client_sdk.planner import plan_work
 from client_sdk.protocol.compression import Codec, CompressionSpec
 from client_sdk.protocol.errors import ConfigurationError, MemoryBudgetExceeded
 from client_sdk.protocol.personal_layers import SharedLayers
-from client_sdk.protocol.program import Manifest, Role
+from client_sdk.protocol.program import WITH_INNER_STEPS, Manifest, Role
 from client_sdk.protocol.training import TrainingPlan, update_size
 from mobile_export.bundle import ProgramBundle
 from server_ref.config import TaskConfig
@@ -163,21 +163,26 @@ def export_bundle(config: SimulationConfig, dataset: Dataset, folder: Path, say:
         elif step.done in {1, step.total}:
             say(f"program: exporting {config.model}, step {step.done} of {step.total} (cached afterwards)")
 
-    meta = config.plan.meta
+    meta, adapting = config.plan.meta, _adapting_role(config)
     return export_program(
         build_model(config.model, dataset.feature_shape, dataset.num_classes, INITIAL_WEIGHTS_SEED),
         out_dir=folder,
         batch_sizes={
             Role.TRAIN: _exported_batches(config),
             Role.EVALUATE: (_EVALUATION_BATCH,),
-            **({} if meta is None else {Role(config.algorithm.replace("-", "_")): (config.batch_size,)}),
+            **({} if adapting is None else {adapting: (config.batch_size,)}),
         },
-        inner_steps=() if meta is None else (meta.inner_steps,),
+        inner_steps=(meta.inner_steps,) if meta is not None and adapting in WITH_INNER_STEPS else (),
         feature_shape=dataset.feature_shape,
         num_classes=dataset.num_classes,
         model_name=config.model,
         progress=progress,
     )
+
+
+def _adapting_role(config: SimulationConfig) -> Role | None:
+    """What the program has to do for meta-learning; None for other algorithms."""
+    return None if config.plan.meta is None else Role(config.algorithm.replace("-", "_"))
 
 
 def _exported_batches(config: SimulationConfig) -> tuple[int, ...]:
