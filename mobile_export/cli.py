@@ -215,12 +215,13 @@ def _summary(bundle: ProgramBundle, seconds: float) -> str:
         f"files    {sizes}",
         f"program  {len(manifest.operators)} operators; SHA-256 {manifest.program_sha256}",
     ]
-    if bundle.parity is not None:
+    if bundle.parity is not None and bundle.parity.outputs:
         worst = bundle.parity.worst
         lines.append(
             f"parity   passed: the largest error is {worst.error:.1e} ({worst.method}, {worst.output}); "
             f"{bundle.parity.tolerance:.0e} is allowed"
         )
+    if bundle.parity is not None:
         lines += [
             f"int8     {one.method}: {one.agreement:.1%} of {one.examples} examples get the float model's answer; its "
             f"logits are {one.float_error:.1e} away"

@@ -137,7 +137,9 @@ def export_program(
     target = Path(out_dir)
     refuse_foreign_folder(target)
     checks = REPEATS + 1 if parity else 0
-    steps = _Steps((len(method_kinds(batch_sizes, inner_steps)) + (share is not None)) * (2 + checks) + 1, progress)
+    roles = [kind.role for kind in method_kinds(batch_sizes, inner_steps)] + [Role.SHARE] * (share is not None)
+    checked_once = roles.count(Role.INFER_INT8) * max(0, checks - 1)
+    steps = _Steps(len(roles) * (2 + checks) - checked_once + 1, progress)
     blueprint = draw_blueprint(
         model,
         loss or cross_entropy,
@@ -169,7 +171,9 @@ def export_program(
             progress=lambda method: steps.finish("check", method),
         )
         if int8 is not None:
-            report = report.model_copy(update={"int8": _check_int8(bundle, blueprint, model, int8, runtime)})
+            report = report.model_copy(
+                update={"int8": _check_int8(bundle, blueprint, model, int8, runtime=runtime, steps=steps)}
+            )
         return replace(bundle, parity=report)
 
     if not (use_cache and parity and decompositions is None):
@@ -192,17 +196,24 @@ def export_program(
 
 
 def _check_int8(
-    bundle: ProgramBundle, blueprint: Blueprint, model: nn.Module, body: Int8Body, runtime: Runtime
+    bundle: ProgramBundle,
+    blueprint: Blueprint,
+    model: nn.Module,
+    body: Int8Body,
+    *,
+    runtime: Runtime,
+    steps: _Steps,
 ) -> tuple[Int8Parity, ...]:
+    found = []
     program = bundle.load(runtime)
     try:
-        return tuple(
-            check_int8(program, method, blueprint.methods[method.name].graph, model, body)
-            for method in bundle.manifest.methods
-            if method.role is Role.INFER_INT8
-        )
+        for method in bundle.manifest.methods:
+            if method.role is Role.INFER_INT8:
+                found.append(check_int8(program, method, blueprint.methods[method.name].graph, model, body))
+                steps.finish("check", method.name)
     finally:
         program.close()
+    return tuple(found)
 
 
 def _report(bundle: ProgramBundle) -> ParityReport:

@@ -7,7 +7,7 @@ example's logits do not depend on the batch that it comes in, but for rounding i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -191,10 +191,13 @@ def _check_last(graph: fx.Graph, behind: frozenset[str]) -> None:
         )
 
 
-def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    yield node
-    for source in node.all_input_nodes:
-        yield from _ancestors(source)
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, unseen = {node}, [node]
+    while unseen:
+        sources = [source for source in unseen.pop().all_input_nodes if source not in found]
+        found.update(sources)
+        unseen += sources
+    return found
 
 
 def _tensor(module: nn.Module, node: fx.Node) -> Tensor:

@@ -135,9 +135,16 @@ def test_the_body_takes_a_byte_a_parameter(tmp_path):
     model = build_model("mlp", (784,), 10, seed=0)
     body = Int8Body(("output",), np.random.default_rng(0).random((MIN_EXAMPLES, 784), np.float32))
     before = [p.detach().clone() for p in model.parameters()]
+    steps = []
     bundle = export_program(
-        model, out_dir=tmp_path / "out", batch_sizes={Role.INFER: (1,), Role.INFER_INT8: (1, 8)}, int8=body
+        model,
+        out_dir=tmp_path / "out",
+        batch_sizes={Role.INFER: (1,), Role.INFER_INT8: (1, 8)},
+        int8=body,
+        use_cache=False,
+        progress=steps.append,
     )
+    assert [s.done for s in steps] == list(range(1, steps[-1].total + 1))
     assert 50_176 < bundle.manifest.program_bytes < 2 * 50_176  # both batch sizes have the one body
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
