@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ from simulator.personalization.held_out import DeviceTests, device_tests
 from simulator.run import RunOptions, run_simulation
 
 Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 LATER = 20
 """Rounds after which a new global model comes to a device with a personal one."""
@@ -42,7 +42,9 @@ class Outcome(BaseModel):
         kept: Merge policy -> share of the gain that is left when a new global model has come; None where there was no
             gain.
         groups: Name of a group -> (global, personal), accuracies of its devices.
-        elsewhere: Of personal models, on the examples of devices of other groups; None without groups.
+        bits: Name of a group -> (global, personal), mean loss of its devices in bits an example; of languages bits per
+            byte.
+        elsewhere: Loss in bits on the examples of a device of another group: (global, personal); None without groups.
         by_round: Round -> curve of newcomers with all of their examples.
     """
 
@@ -56,7 +58,8 @@ class Outcome(BaseModel):
     newcomers: tuple[float, ...] = ()
     kept: dict[str, float | None] = {}
     groups: dict[str, tuple[float, float]] = {}
-    elsewhere: float | None = None
+    bits: dict[str, tuple[float, float]] = {}
+    elsewhere: tuple[float, float] | None = None
     by_round: dict[int, tuple[float, ...]] = {}
 
 
@@ -81,7 +84,8 @@ def outcome_of(cell: Cell, settings: StudySettings) -> Outcome:
 def _judged(world: World, method: Method, trained: Trained, before: int, settings: StudySettings) -> Outcome:
     devices = range(world.devices)
     crowd = _Crowd(trained, method, world, devices, seed=trained.fleet.population.seed)
-    curves = crowd.curves(trained.starts(devices), settings.adaptation).accuracy
+    found = crowd.curves(trained.starts(devices), settings.adaptation)
+    curves = found.accuracy
     of_all, own = crowd.accuracy(trained.weights), curves[:, INNER_STEPS]
     newcomers = range(world.devices, world.devices + world.newcomers)
     few = _Crowd(trained, method, world, newcomers, seed=crowd.seed, examples=settings.few)
@@ -99,7 +103,15 @@ def _judged(world: World, method: Method, trained: Trained, before: int, setting
         return outcome
     group = np.arange(world.devices) % len(names)
     by_name = {name: (float(of_all[group == i].mean()), float(own[group == i].mean())) for i, name in enumerate(names)}
-    return outcome.model_copy(update={"groups": by_name, "elsewhere": crowd.elsewhere(trained.starts(devices))})
+    own_bits = found.loss_sum[:, INNER_STEPS] / found.count / math.log(2)
+    bits_of_all = crowd.bits(trained.weights)
+    bits = {
+        name: (float(bits_of_all[group == i].mean()), float(own_bits[group == i].mean()))
+        for i, name in enumerate(names)
+    }
+    personal = crowd.adapted(trained.starts(devices))
+    elsewhere = float(bits_of_all.mean()), float(crowd.bits(personal, elsewhere=True).mean())
+    return outcome.model_copy(update={"groups": by_name, "bits": bits, "elsewhere": elsewhere})
 
 
 def _kept(crowd: _Crowd, old: Float32Array, new: Float32Array) -> dict[str, float | None]:
@@ -168,9 +180,9 @@ class _Crowd:
         self._model = trained.model
         self._data = fleet.honest_data
         self._rows = [fleet.parts[d][:examples] for d in devices]
-        self._tests: DeviceTests = device_tests(fleet, devices, split="test")
+        self._tests: DeviceTests = device_tests(fleet, devices, split="test", per_device=world.tests)
         self._rate = method.learning_rate
-        self._batch_size = world.batch_size
+        self._batch_size = world.adaptation_batch or world.batch_size
 
     def curves(self, starts: Float32Array, steps: int) -> AdaptationCurves:
         return adaptation_curves(
@@ -205,17 +217,17 @@ class _Crowd:
 
     def accuracy(self, weights: Float32Array) -> Float64Array:
         """On every device, of one model float32[d] or of each device's own, float32[n, d]."""
-        return self._accuracy(weights, self._tests.rows)
-
-    def elsewhere(self, starts: Float32Array) -> float:
-        """Of every device's own model, on the examples of the next device, which is of the next group."""
-        first, *others = self._tests.rows
-        return float(self._accuracy(self.adapted(starts), [*others, first]).mean())
-
-    def _accuracy(self, weights: Float32Array, tests: Sequence[Int64Array]) -> Float64Array:
-        found = evaluate_devices(self._model, weights, self._tests.data, tests)
+        found = evaluate_devices(self._model, weights, self._tests.data, self._tests.rows)
         shares: Float64Array = found.correct / found.count
         return shares
+
+    def bits(self, weights: Float32Array, *, elsewhere: bool = False) -> Float64Array:
+        """Mean loss on every device, or on the next one's examples, which is of the next group."""
+        first, *others = self._tests.rows
+        tests = [*others, first] if elsewhere else self._tests.rows
+        found = evaluate_devices(self._model, weights, self._tests.data, tests)
+        means: Float64Array = found.loss_sum / found.count / math.log(2)
+        return means
 
 
 def _means(curves: Float64Array) -> tuple[float, ...]:

@@ -187,20 +187,26 @@ def _languages(study: Study) -> Iterator[str]:
     yield from _heading(
         "Languages",
         f"Which byte comes next, in manual pages of eight languages: {SPEAKERS.devices} devices, each with one "
-        f"language, {SPEAKERS.cohort} of which train in each of {s.language_rounds} rounds. Global, then personal; "
-        "*elsewhere* are the personal models on another language's text.",
+        f"language, {SPEAKERS.cohort} of which train in each of {s.language_rounds} rounds. Each cell is "
+        "global, then personal; the last column of the second table has each device's models on another language's "
+        "text: the global one keeps all, the personal ones specialise.",
     )
     names = list(study.of("languages", SPEAKERS.name, FEDAVG)[0].groups)
-    yield "| method | " + " | ".join(names) + " | all | elsewhere |"
-    yield "|---|" + "---|" * (len(names) + 2)
+    yield "| accuracy | " + " | ".join(names) + " | all |"
+    yield "|---|" + "---|" * (len(names) + 1)
     for method in methods_of(SPEAKERS):
         found = study.of("languages", SPEAKERS.name, method.name)
-        cells = [
-            f"{_mean_of([o.groups[n][0] for o in found])} {_mean_of([o.groups[n][1] for o in found])}" for n in names
-        ]
-        everybody = f"{_mean(found, lambda o: o.of_all)} {_mean(found, lambda o: o.curve[INNER_STEPS])}"
-        elsewhere = _mean(found, lambda o: o.elsewhere or 0.0)
-        yield f"| {method.name} | " + " | ".join([*cells, everybody, elsewhere]) + " |"
+        cells = [_pair([o.groups[n] for o in found], 100, 1) for n in names]
+        everybody = _pair([(o.of_all, o.curve[INNER_STEPS]) for o in found], 100, 1)
+        yield f"| {method.name} | " + " | ".join([*cells, everybody]) + " |"
+    yield ""
+    yield "| bits per byte | " + " | ".join(names) + " | another language |"
+    yield "|---|" + "---|" * (len(names) + 1)
+    for method in methods_of(SPEAKERS):
+        found = study.of("languages", SPEAKERS.name, method.name)
+        cells = [_pair([o.bits[n] for o in found], 1, 2) for n in names]
+        elsewhere = _pair([o.elsewhere or (0.0, 0.0) for o in found], 1, 2)
+        yield f"| {method.name} | " + " | ".join([*cells, elsewhere]) + " |"
     yield ""
     yield "![Adaptation to a language](img/personalization-languages.svg)"
     yield ""
@@ -223,6 +229,12 @@ def _protections(study: Study) -> Iterator[str]:
         worst = f"{_mean(found, lambda o: o.worst_of_all)}, {_mean(found, lambda o: o.worst)}"
         yield f"| {name} | {_cell(found, lambda o: o.of_all)} | {own} | {gain} | {worst} |"
     yield ""
+
+
+def _pair(values: list[tuple[float, float]], scale: float, places: int) -> str:
+    """Mean of the global and mean of the personal figures."""
+    before, after = (statistics.mean(column) for column in zip(*values, strict=True))
+    return f"{scale * before:.{places}f} {scale * after:.{places}f}"
 
 
 def _heading(title: str, text: str) -> Iterator[str]:

@@ -43,7 +43,9 @@ class World:
         devices: That train.
         newcomers: Devices of the same kind that never do.
         cohort: That train in a round.
-        batch_size: Of every step.
+        batch_size: Of every step of training.
+        adaptation_batch: Of every step of adaptation; None: the same.
+        tests: Examples that judge each device.
         skew: How pictures differ; None: they do not.
     """
 
@@ -55,6 +57,8 @@ class World:
     newcomers: int
     cohort: int
     batch_size: int
+    adaptation_batch: int | None = None
+    tests: int = 50
     skew: str | None = None
 
     def fleet(self, seed: int) -> Fleet:

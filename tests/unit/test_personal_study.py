@@ -29,7 +29,8 @@ def invented(cell: Cell, settings: StudySettings) -> Outcome:
         newcomers=CURVE,
         kept={"readapt": 1.0, "interpolate, share 0.5": 0.5, "interpolate, share 1": None},
         groups={"": (0.3, 0.5)} if cell.part == "protection" else {"en": (0.3, 0.4), "zh": (0.2, 0.35)},
-        elsewhere=0.1,
+        bits={"en": (3.0, 2.5), "zh": (4.0, 3.0)},
+        elsewhere=(3.5, 4.5),
         by_round=dict.fromkeys(settings.looked_at(), CURVE),
     )
 
@@ -87,7 +88,8 @@ def test_the_page_has_every_fleet_method_and_protection():
     assert all(world.name in page for world in WORLDS)
     assert all(f"| {name} |" in page for name in PROTECTIONS)
     assert "| 55.0 [55.0, 55.0] | +25.0 [+25.0, +25.0] |" in page, "personal accuracy, and gain over the global model"
-    assert "| en | zh | all | elsewhere |" in page
+    assert "| 30.0 40.0 | 20.0 35.0 | 30.0 55.0 |" in page
+    assert "| 3.00 2.50 | 4.00 3.00 | 3.50 4.50 |" in page
     assert "| 8.0 | 10.0 | - |" in page, "steps to 70 % and to 80 % on a curve of 5 points a step; 90 % is not reached"
     pictures = as_pictures(study)
     assert len(pictures) == 3
