@@ -231,7 +231,8 @@ def method_kinds(batch_sizes: Mapping[Role, Sequence[int]], inner_steps: Sequenc
     stepping = [role for role in batch_sizes if role in WITH_INNER_STEPS]
     if stepping and not inner_steps:
         raise ConfigurationError(
-            f"{', '.join(sorted(stepping))} take several steps in one call: say how many, as in inner_steps=(5,)"
+            f"{', '.join(sorted(stepping))} take several steps in one call: say how many, as in inner_steps=(5,) "
+            "or --inner-steps 5"
         )
     if inner_steps and not stepping:
         raise ConfigurationError(

@@ -19,7 +19,7 @@ from mobile_export import EagerProgram, ParityError, ProgramBundle, build_model,
 from mobile_export.decompositions import decomposition_table
 from mobile_export.manifest import PlannedMethod
 from mobile_export.parity import likely_operators, parameter_error, relative_error
-from tests.bundles import tiny_bundle, tiny_model
+from tests.bundles import meta_bundle, meta_model, tiny_bundle, tiny_model
 
 aten = torch.ops.aten
 
@@ -47,6 +47,48 @@ def test_the_reference_models_pass(bundles, cnn_bundle, name, runtime):
     assert [(o.method, o.output) for o in report.outputs] == [
         (m.name, t.name) for m in bundle.manifest.methods for t in m.outputs
     ]
+
+
+class Convolved(nn.Module):
+    """What a CNN has, small: a convolution whose image has a gradient, max-pooling, a linear layer; 62 parameters."""
+
+    feature_shape = (1, 5, 5)
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 25).reshape(1, 1, 5, 5))
+        self.convolution = nn.Conv2d(1, 2, 2)
+        self.output = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.output(F.max_pool2d(torch.relu(self.convolution(x * self.scale)), 2).flatten(1))
+
+
+def convolved():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Convolved()
+
+
+META_ROLES = (Role.ADAPT, Role.REPTILE, Role.MAML, Role.FOMAML, Role.PER_FEDAVG)
+
+
+@pytest.mark.parametrize(
+    ("model", "roles"),
+    [
+        (tiny_model("softmax"), META_ROLES),
+        (convolved(), (Role.MAML,)),
+    ],
+    ids=["softmax", "convolutions"],
+)
+def test_gradients_through_two_steps_pass(tmp_path, model, roles):
+    bundle = export_program(model, out_dir=tmp_path / "out", batch_sizes=dict.fromkeys(roles, (4,)), inner_steps=(2,))
+    assert [m.name for m in bundle.manifest.methods] == [
+        f"{role.value}{'' if role is Role.PER_FEDAVG else '_k2'}_b4" for role in roles
+    ]
+    assert bundle.parity is not None
+    assert bundle.parity.worst.error <= 1e-5
+    assert not any("convolution" in operator or "max_pool" in operator for operator in bundle.manifest.operators)
 
 
 # --- planted bugs ---------------------------------------------------------------------------------------------
@@ -174,6 +216,87 @@ def _reparametrised(function):
     forward = model.forward
     model.forward = lambda x: function(forward(x))
     return model
+
+
+@pytest.fixture(scope="module")
+def adapting(tmp_path_factory) -> ProgramBundle:
+    """A perceptron with all methods of meta-learning."""
+    return meta_bundle(tmp_path_factory.mktemp("meta") / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("role", "output", "instead"),
+    [
+        # First order in place of second, and the other way round.
+        (Role.MAML, "grad_sum", lambda program, call: program.run(call(Role.FOMAML), *call.inputs)),
+        (Role.FOMAML, "grad_sum", lambda program, call: program.run(call(Role.MAML), *call.inputs)),
+        # One step too few.
+        (Role.ADAPT, "w", lambda program, call: program.run(call(Role.ADAPT), *call.inputs[:4], call.fewer())),
+        (Role.REPTILE, "delta", lambda program, call: program.run(call(Role.REPTILE), *call.inputs[:4], call.fewer())),
+        # Without the Hessian: its examples are masked.
+        (
+            Role.PER_FEDAVG,
+            "w",
+            lambda program, call: program.run(call(Role.PER_FEDAVG), *call.inputs[:-1], 0 * call.inputs[-1]),
+        ),
+    ],
+)
+def test_a_weakened_method_of_meta_learning_is_found(adapting, role, output, instead):
+    class Call:
+        def __init__(self, inputs):
+            self.inputs = inputs
+
+        def __call__(self, role):
+            return adapting.manifest.method(role).name
+
+        def fewer(self):
+            mask = self.inputs[4].copy()
+            mask[-1] = 0
+            return mask
+
+    class Weakened(Spy):
+        def run(self, method, *inputs):
+            right = self.program.run(method, *inputs)
+            if method != adapting.manifest.method(role).name:
+                return right
+            wrong = instead(self.program, Call(inputs))
+            return (wrong[0], *right[1:])
+
+    bundle = SpiedBundle(adapting.path, adapting.manifest, program=Weakened(load_program(adapting.path)))
+    with pytest.raises(ParityError) as refusal:
+        check_parity(bundle, meta_model())
+    assert (refusal.value.method, refusal.value.output.partition("[")[0]) == (
+        adapting.manifest.method(role).name,
+        output,
+    )
+
+
+def test_steps_are_drawn_with_masks_of_their_own_and_rates_that_do_not_explode(adapting):
+    bundle = spied(adapting)
+    report = check_parity(bundle, meta_model())
+    assert report.worst.error <= 1e-5
+    [spy] = bundle.spies
+    names = {role: adapting.manifest.method(role) for role in META_ROLES}
+    runs = {
+        role: [dict(zip((t.name for t in m.inputs), i, strict=True)) for n, i in spy.calls if n == m.name]
+        for role, m in names.items()
+    }
+    for role, drawn in runs.items():
+        assert len(drawn) >= 4
+        assert not drawn[-1]["inner_mask"].any()
+        assert drawn[0]["inner_mask"].all()
+        if role is not Role.PER_FEDAVG:
+            kept = [d["inner_mask"].sum(axis=1) for d in drawn]
+            assert any(0 in k and k.any() for k in kept)  # a whole step is masked among others
+            assert any(((k > 0) & (k < 8)).all() for k in kept)
+        assert any(not np.isfinite(d["inner_x"]).all() for d in drawn)
+    rates = [d["rates"] for d in runs[Role.ADAPT]]
+    assert all(len(set(r.tolist())) == len(r) for r in rates)
+    assert any((r == 0).sum() == 1 for r in rates)
+    eager = EagerProgram(meta_model(), adapting.manifest)
+    for d in runs[Role.REPTILE][:-1]:
+        delta, _ = eager.run(names[Role.REPTILE].name, *(d[t.name] for t in names[Role.REPTILE].inputs))
+        assert 0.2 < np.linalg.norm(delta) / np.linalg.norm(d["w"]) < 20
 
 
 # --- how the gate runs ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from client_sdk.protocol.errors import PROBLEM_PREFIX, ProtocolError, from_probl
 from client_sdk.protocol.program import Manifest
 from client_sdk.session import DeviceSession
 from client_sdk.session_state import Abandon, Discard, Enrol, Phase, RetryPolicy, SessionState, Sleep, Stop
+from mobile_export.meta_methods import META_INPUT_NAMES, META_OUTPUT_NAMES
 from mobile_export.methods import INPUT_NAMES, OUTPUT_NAMES
 from simulator.cli import given_settings
 from simulator.config import SimulationConfig
@@ -154,10 +155,17 @@ def test_the_fields_of_the_manifest_are_listed():
     assert names(page("export.md"), "| field | holds |") == list(Manifest.model_fields)
 
 
-def test_the_methods_are_listed_with_their_signatures():
-    table = rows(page("export.md"), "| role | inputs | outputs | used for |")
+@pytest.mark.parametrize(
+    ("header", "inputs", "outputs"),
+    [
+        ("| role | inputs | outputs | used for |", INPUT_NAMES, OUTPUT_NAMES),
+        ("| role of several batches | inputs | outputs | used for |", META_INPUT_NAMES, META_OUTPUT_NAMES),
+    ],
+)
+def test_the_methods_are_listed_with_their_signatures(header: str, inputs: Any, outputs: Any):
+    table = rows(page("export.md"), header)
     assert {role: (tuple(ins.split(", ")), tuple(outs.split(", "))) for role, ins, outs, _ in table} == {
-        role.value: (INPUT_NAMES[role], OUTPUT_NAMES[role]) for role in INPUT_NAMES
+        role.value: (inputs[role], outputs[role]) for role in inputs
     }
 
 

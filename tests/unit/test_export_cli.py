@@ -69,6 +69,19 @@ def test_it_writes_a_bundle_and_prints_what_it_is(tmp_path, capsys):
     assert captured.err.strip()  # progress, however it is drawn
 
 
+def test_methods_of_several_steps(tmp_path, capsys):
+    out = tmp_path / "bundle"
+    sizes = ("--batch-sizes", "adapt=2", "per_fedavg=2")
+    assert export("softmax", *SMALL[:4], *sizes, "--inner-steps", "2,1", "--out", str(out)) == 0
+    assert [(m.name, m.inner_steps) for m in ProgramBundle.open(out).manifest.methods] == [
+        ("adapt_k1_b2", 1),
+        ("adapt_k2_b2", 2),
+        ("per_fedavg_b2", None),
+    ]
+    assert export("softmax", *SMALL[:4], *sizes, "--out", str(tmp_path / "none")) == 2
+    assert "say how many" in capsys.readouterr().err
+
+
 def test_the_same_export_comes_from_the_cache(tmp_path, capsys):
     for name in ("a", "b"):
         assert export("softmax", *SMALL, "--out", str(tmp_path / name)) == 0

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from client_sdk.native.adapter import NativeProgram
-from client_sdk.protocol.errors import ManifestError
+from client_sdk.protocol.errors import ConfigurationError, ManifestError
 from client_sdk.protocol.program import PROGRAM_FILE, WEIGHTS_FILE, Role
 from mobile_export import ProgramBundle, export_program
-from mobile_export.blueprint import draw_blueprint
+from mobile_export.blueprint import draw_blueprint, method_kinds
 from mobile_export.decompositions import decomposition_table
 from mobile_export.manifest import build_manifest, read_methods
 from mobile_export.methods import cross_entropy
 from mobile_export.toolchain import read_plans
-from tests.bundles import BATCH_SIZES, tiny_bundle, tiny_model
+from tests.bundles import BATCH_SIZES, meta_bundle, tiny_bundle, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,57 @@ def test_planned_memory_is_what_the_runtime_would_reserve(mlp):
     for m in mlp.manifest.methods:
         assert m.planned_memory_bytes == program.planned_memory_bytes(m.name) > 0
     program.close()
+
+
+def test_methods_of_several_steps_say_how_many_and_what_they_reserve(tmp_path):
+    bundle = meta_bundle(tmp_path / "meta")
+    methods = {m.name: m for m in bundle.manifest.methods}
+    assert [name for name, m in methods.items() if m.inner_steps is not None] == [
+        "adapt_k3_b8",
+        "reptile_k3_b8",
+        "maml_k3_b8",
+        "fomaml_k3_b8",
+    ]
+    assert {m.inner_steps for m in methods.values()} == {None, 3}
+    assert bundle.manifest.adapting_method(Role.MAML, 8, 2).name == "maml_k3_b8"
+    maml = {t.name: (t.dtype, t.shape) for t in methods["maml_k3_b8"].inputs}
+    assert list(maml) == ["w", "lr", "inner_x", "inner_y", "inner_mask", "x", "y", "mask"]
+    assert (maml["inner_x"], maml["inner_y"]) == (("float32", (3, 8, 8, 8)), ("int64", (3, 8)))
+    program = bundle.load("native")
+    assert isinstance(program, NativeProgram)
+    for name, m in methods.items():
+        assert m.planned_memory_bytes == program.planned_memory_bytes(name) > 0
+    program.close()
+    # The graph of every inner step is kept for the second derivative.
+    assert methods["maml_k3_b8"].planned_memory_bytes > methods["fomaml_k3_b8"].planned_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "steps", "message"),
+    [
+        ({Role.MAML: (4,)}, (), r"maml take several steps .* inner_steps=\(5,\) or --inner-steps 5"),
+        ({Role.TRAIN: (4,)}, (5,), "inner_steps are for the roles adapt, fomaml, maml, reptile"),
+        ({Role.PER_FEDAVG: (4,)}, (5,), "inner_steps are for the roles"),
+        ({Role.ADAPT: (4,)}, (0, 5), r"1 \.\. 100, not \[0, 5\]"),
+        ({Role.ADAPT: (4,)}, (101,), r"1 \.\. 100"),
+    ],
+)
+def test_steps_that_fit_no_method_are_refused(tmp_path, sizes, steps, message):
+    with pytest.raises(ConfigurationError, match=message):
+        export_program(tiny_model("softmax"), out_dir=tmp_path / "b", batch_sizes=sizes, inner_steps=steps)
+    assert not (tmp_path / "b").exists()
+
+
+def test_each_number_of_steps_goes_with_each_batch_size():
+    kinds = method_kinds({Role.TRAIN: (4,), Role.ADAPT: (8, 2), Role.PER_FEDAVG: (4,)}, (5, 1))
+    assert [kind.name for kind in kinds] == [
+        "train_b4",
+        "adapt_k1_b2",
+        "adapt_k1_b8",
+        "adapt_k5_b2",
+        "adapt_k5_b8",
+        "per_fedavg_b4",
+    ]
 
 
 def test_operators_are_those_of_all_methods_and_the_runtime_has_them(mlp):
