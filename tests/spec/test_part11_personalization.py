@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 from torch import nn
 
-from client_sdk.protocol.program import ParameterSpec, Role
+from client_sdk.protocol.program import Float32Array, ParameterSpec, Role
 from mobile_export.models import build_model
+from server_ref.aggregation.server_optim import Adam
+from simulator.cohort.adaptation import AdaptationCurves, adaptation_curves
 from simulator.config import SimulationConfig
 from simulator.folder import RunFolder
+from simulator.languages import write_corpus
+from simulator.personal_study.training import Method, Trained, World
+from simulator.personalization.held_out import device_tests
 from simulator.personalization.operations import operations_of
 from simulator.results import PersonalizationResult
 from simulator.run import RunOptions, run_simulation
 from tests.personal_digits import DigitsWorld
+from tests.texts import small_corpus
 
 NEWCOMERS = 15
 """Devices that are looked at together: ten examples of one say little."""
@@ -147,3 +153,94 @@ def _table(model: nn.Module) -> tuple[ParameterSpec, ...]:
         ParameterSpec(name=name, shape=tuple(p.shape), offset=offset)
         for (name, p), offset in zip(model.named_parameters(), offsets, strict=True)
     )
+
+
+def _curves(
+    trained: Trained,
+    weights: Float32Array,
+    devices: range,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    per_device: int,
+    shifted: int = 0,
+) -> AdaptationCurves:
+    """Devices adapt, and are judged by examples of the test split: their own, or those of the device so much later."""
+    fleet = trained.fleet
+    tests = device_tests(fleet, devices, split="test", per_device=per_device)
+    return adaptation_curves(
+        trained.model,
+        fleet.honest_data,
+        [fleet.parts[d] for d in devices],
+        weights,
+        [*tests.rows[shifted:], *tests.rows[:shifted]],
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=1,
+        test_data=tests.data,
+    )
+
+
+def test_meta_learning_convergence():
+    """Test: Train global model with MAML for 500 rounds.
+
+    Expected: New devices can adapt in fewer steps as training progresses. Devices that never took part start from the
+    models of four rounds; what falls is the number of steps after which nine in ten of their answers are right. It has
+    a floor, which MAML reaches long before the last round: then it only stays there.
+    """
+    world = World("meta", "digits", "mlp", "shards:2", devices=20, newcomers=10, cohort=2, batch_size=8)
+    maml = Method("maml", "maml", 0.03, Adam(learning_rate=0.003))
+    trained = Trained.of(world, maml, rounds=500, seed=1, keep=(0, 20, 500))
+    needed, after_all = [], []
+    for number in (0, 20, 500):
+        curves = _curves(
+            trained, trained.by_round[number], range(20, 30), steps=10, learning_rate=0.03, batch_size=8, per_device=50
+        )
+        accuracy = curves.accuracy.mean(axis=0)
+        needed.append(int(np.argmax(accuracy >= 0.85)) if (accuracy >= 0.85).any() else 11)
+        after_all.append(accuracy[5])
+    assert needed[0] == 11, "an untrained model needs more steps than were taken"
+    assert needed[0] >= needed[1] > needed[2]
+    assert needed[2] <= 4
+    assert after_all[0] < after_all[1] < after_all[2], "as does what the five steps lead to that MAML trains for"
+
+
+def test_heterogeneous_personalization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Test: Devices with very different data distributions (e.g., English vs. Chinese text).
+
+    Expected: Personalized models specialize correctly, global model maintains both. Each device speaks one of three
+    languages: its own model tells the next byte of that better than the global one, and of another language worse,
+    while the global model has learned all of them.
+    """
+    monkeypatch.setenv("POCKETFED_CACHE", str(tmp_path))
+    write_corpus(tmp_path / "data" / "manpages", small_corpus(page_bytes=6000, pages=6).texts)
+    world = World("three", "manpages", "byte-mlp", "by-group", devices=12, newcomers=3, cohort=6, batch_size=32)
+    averaged = Method("averaged", "fedavg", 0.3, Adam(learning_rate=0.01))
+    trained = Trained.of(world, averaged, rounds=30, seed=1)
+    assert trained.fleet.dataset.group_names == ("en", "de", "zh")
+    own, other = (
+        _curves(
+            trained,
+            trained.weights,
+            range(12),
+            steps=5,
+            learning_rate=0.3,
+            batch_size=256,
+            per_device=100,
+            shifted=shifted,
+        )
+        for shifted in (0, 1)
+    )
+    nats, nats_elsewhere = (curves.loss_sum / curves.count[:, None] for curves in (own, other))
+    test = trained.fleet.dataset.test
+    for language in range(3):
+        mine = slice(language, None, 3)  # the devices that speak it
+        before, after = own.accuracy[mine, 0].mean(), own.accuracy[mine, 5].mean()
+        assert after > before, "personal models specialise"
+        assert nats[mine, 5].mean() < nats[mine, 0].mean() - 0.03
+        shares = np.bincount(test.y[test.groups == language]) / (test.groups == language).sum()
+        frequencies = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+        assert nats[mine, 0].mean() < frequencies - 0.1, "who knew the language and its bytes' shares would do worse"
+    assert nats_elsewhere[:, 5].mean() > nats_elsewhere[:, 0].mean(), "at the cost of the others"
