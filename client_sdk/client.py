@@ -12,15 +12,16 @@ from typing import Any
 from client_sdk import events
 from client_sdk.checkpoint import CheckpointManager
 from client_sdk.data import as_examples
-from client_sdk.errors import IllegalTransition, Interrupted
+from client_sdk.errors import Interrupted
 from client_sdk.executor import ActionExecutor
 from client_sdk.footprint import BASELINE_BYTES
+from client_sdk.halves import asked, performed
 from client_sdk.local_training import LocalTraining, Weights
 from client_sdk.planner import MEMORY_FRACTION
 from client_sdk.power import PowerMonitor
 from client_sdk.privacy import LocalPrivacy
 from client_sdk.programs import EmbeddedProgram, ProgramProvider
-from client_sdk.protocol.errors import ConfigurationError, PocketfedError, StaleReport
+from client_sdk.protocol.errors import ConfigurationError, PocketfedError
 from client_sdk.protocol.messages import Assigned, Assignment, Finished, ReportReply, VirtualTiming, Wait
 from client_sdk.protocol.profile import DeviceProfile
 from client_sdk.protocol.program import Program
@@ -28,10 +29,6 @@ from client_sdk.protocol.training import TrainingPlan
 from client_sdk.protocol.updates import WorkerGradient
 from client_sdk.session import DeviceSession
 from client_sdk.session_state import (
-    WITH_ASSIGNMENT,
-    Action,
-    CheckIn,
-    Discard,
     Phase,
     RetryPolicy,
     SessionState,
@@ -302,26 +299,7 @@ class MobileClient:
                 come again.
             PocketfedError: The server refuses the device, or cannot be reached in the policy's number of attempts.
         """
-        executor = self._revived()
-        never = Stopper()
-        state = executor.session.state
-        if state.assignment is not None and (
-            state.phase in {Phase.SEALED, Phase.UPLOADING} or executor.recover_sealed()
-        ):
-            return Assigned(assignment=state.assignment)
-        if state.phase in WITH_ASSIGNMENT and state.phase is not Phase.DONE:
-            executor.session.on_assignment_over("the device checks in again")
-        action = executor.session.next_action()
-        if isinstance(action, Discard):
-            executor.execute(action, never)
-        if isinstance(executor.session.next_action(), Sleep):
-            executor.session.on_slept()
-        while True:
-            reply = executor.execute(self._proceed(executor), never, virtual)
-            if reply is not None:
-                return reply
-            if executor.held_back is not None:
-                raise executor.held_back
+        return asked(self._revived(), virtual)
 
     def perform(self, assignment: Assignment, stop: threading.Event | None = None) -> ReportReply:
         """Fulfil an assignment: download, train, seal, upload; returns when the server holds the report.
@@ -339,21 +317,7 @@ class MobileClient:
             TrainingPaused: The app or the device's conditions do not allow to go on now; likewise.
             PocketfedError: Anything else that waiting did not help.
         """
-        executor = self._revived()
-        stopper = Stopper(stop)
-        self._take_over(executor, assignment)
-        executor.cause = None
-        if isinstance(executor.session.next_action(), Sleep):
-            executor.session.on_slept()  # the caller decides when to come
-        while True:
-            action = self._proceed(executor)
-            executor.execute(action, stopper)
-            if executor.held_back is not None:
-                raise executor.held_back
-            if isinstance(action, Discard):
-                if action.accepted:
-                    return ReportReply(report_id=action.report_id, assignment_id=assignment.assignment_id)
-                raise executor.cause or StaleReport(action.detail)
+        return performed(self._revived(), assignment, Stopper(stop))
 
     def run(self, max_reports: int | None = None, stop: threading.Event | None = None) -> RunSummary:
         """Take part until the task is finished, ``max_reports`` are accepted, or ``stop`` is set.
@@ -455,29 +419,6 @@ class MobileClient:
             policy=self._policy,
             max_reports=max_reports,
         )
-
-    @staticmethod
-    def _proceed(executor: ActionExecutor) -> Action:
-        action = executor.session.next_action()
-        if isinstance(action, Stop):
-            raise action.error or executor.cause or PocketfedError(action.detail)
-        return action
-
-    def _take_over(self, executor: ActionExecutor, assignment: Assignment) -> None:
-        held = executor.session.state.assignment
-        if held is not None and held.assignment_id != assignment.assignment_id:
-            raise IllegalTransition(
-                f"the device holds assignment {held.assignment_id}; check in before performing "
-                f"{assignment.assignment_id}"
-            )
-        while executor.session.state.phase not in WITH_ASSIGNMENT:
-            action = self._proceed(executor)
-            if isinstance(action, CheckIn):
-                executor.session.on_check_in(Assigned(assignment=assignment))
-            elif isinstance(action, Sleep):
-                executor.session.on_slept()
-            else:
-                executor.execute(action, Stopper())
 
 
 def _wait(delay_s: float, stop: threading.Event) -> None:
