@@ -141,7 +141,7 @@ def test_a_masked_example_contributes_exactly_nothing_whatever_it_holds(call):
 @settings(max_examples=25)
 @given(calls(), st.data())
 def test_a_masked_step_is_no_step(call, data):
-    """So one method serves fewer steps than its K, to the last bit."""
+    """So one method serves every number of steps up to its K."""
     name, kind, values = call
     if kind.inner_steps is None or kind.inner_steps == 1:
         return
