@@ -18,7 +18,7 @@ from simulator.cohort.adaptation import AdaptationCurves, adapt_devices, adaptat
 from simulator.config import SimulationConfig
 from simulator.folder import RunFolder
 from simulator.personal_study.settings import PROTECTED, PROTECTIONS, Cell, StudySettings
-from simulator.personal_study.training import INNER_STEPS, Method, Trained, World
+from simulator.personal_study.training import Method, Trained, World
 from simulator.personalization.distribution import lowest_tenth
 from simulator.personalization.held_out import DeviceTests, device_tests
 from simulator.run import RunOptions, run_simulation
@@ -36,7 +36,7 @@ class Outcome(BaseModel):
         curve: After 0 .. steps of adaptation, of devices that took part; with personal layers they start from those.
         of_all: Of the global model.
         worst_of_all: Of the tenth of the devices that the global model serves worst.
-        worst: Likewise, of the personal models after ``INNER_STEPS``.
+        worst: Likewise, of the personal models, after the world's ``adaptation_steps``.
         losing: Share of the devices that the personal model serves worse than the global one.
         newcomers: As ``curve``, of devices that never took part and have few examples.
         kept: Merge policy -> share of the gain that is left when a new global model has come; None where there was no
@@ -84,9 +84,9 @@ def outcome_of(cell: Cell, settings: StudySettings) -> Outcome:
 def _judged(world: World, method: Method, trained: Trained, before: int, settings: StudySettings) -> Outcome:
     devices = range(world.devices)
     crowd = _Crowd(trained, method, world, devices, seed=trained.fleet.population.seed)
-    found = crowd.curves(trained.starts(devices), settings.adaptation)
+    found = crowd.curves(trained.starts(devices), max(settings.adaptation, world.adaptation_steps))
     curves = found.accuracy
-    of_all, own = crowd.accuracy(trained.weights), curves[:, INNER_STEPS]
+    of_all, own = crowd.accuracy(trained.weights), curves[:, world.adaptation_steps]
     newcomers = range(world.devices, world.devices + world.newcomers)
     few = _Crowd(trained, method, world, newcomers, seed=crowd.seed, examples=settings.few)
     outcome = Outcome(
@@ -103,7 +103,7 @@ def _judged(world: World, method: Method, trained: Trained, before: int, setting
         return outcome
     group = np.arange(world.devices) % len(names)
     by_name = {name: (float(of_all[group == i].mean()), float(own[group == i].mean())) for i, name in enumerate(names)}
-    own_bits = found.loss_sum[:, INNER_STEPS] / found.count / math.log(2)
+    own_bits = found.loss_sum[:, world.adaptation_steps] / found.count / math.log(2)
     bits_of_all = crowd.bits(trained.weights)
     bits = {
         name: (float(bits_of_all[group == i].mean()), float(own_bits[group == i].mean()))
@@ -181,7 +181,8 @@ class _Crowd:
         self._data = fleet.honest_data
         self._rows = [fleet.parts[d][:examples] for d in devices]
         self._tests: DeviceTests = device_tests(fleet, devices, split="test", per_device=world.tests)
-        self._rate = method.learning_rate
+        self._rate = method.learning_rate if world.adaptation_rate is None else world.adaptation_rate
+        self._steps = world.adaptation_steps
         self._batch_size = world.adaptation_batch or world.batch_size
 
     def curves(self, starts: Float32Array, steps: int) -> AdaptationCurves:
@@ -199,19 +200,19 @@ class _Crowd:
         )
 
     def adapted(self, starts: Float32Array) -> Float32Array:
-        """Every device's model after ``INNER_STEPS``, float32[n, d]."""
+        """Every device's personal model, float32[n, d]."""
         found = np.empty((len(self._rows), self._model.num_parameters), np.float32)
         for devices, step, weights in adapt_devices(
             self._model,
             self._data,
             self._rows,
             starts,
-            steps=INNER_STEPS,
+            steps=self._steps,
             learning_rate=self._rate,
             batch_size=self._batch_size,
             seed=self.seed,
         ):
-            if step == INNER_STEPS:
+            if step == self._steps:
                 found[devices] = weights
         return found
 

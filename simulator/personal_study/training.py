@@ -28,7 +28,7 @@ from simulator.prepare import INITIAL_WEIGHTS_SEED, Fleet
 Int64Array = npt.NDArray[np.int64]
 
 INNER_STEPS: Final = 5
-"""Steps of every device in every round, and of adaptation: all methods do as many."""
+"""Steps of every device in every round, and of adaptation unless a world says otherwise: all methods do as many."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class World:
         cohort: That train in a round.
         batch_size: Of every step of training.
         adaptation_batch: Of every step of adaptation; None: the same.
+        adaptation_rate: Likewise; None: that of the method.
+        adaptation_steps: That make a personal model.
         tests: Examples that judge each device.
         skew: How pictures differ; None: they do not.
     """
@@ -58,6 +60,8 @@ class World:
     cohort: int
     batch_size: int
     adaptation_batch: int | None = None
+    adaptation_rate: float | None = None
+    adaptation_steps: int = INNER_STEPS
     tests: int = 50
     skew: str | None = None
 

@@ -17,11 +17,13 @@ from simulator.personal_study.training import INNER_STEPS, Trained, World
 SMALL = StudySettings(seeds=(1, 2), rounds=2, long_rounds=10, language_rounds=2, protected_rounds=2)
 CURVE = tuple(0.3 + 0.05 * step for step in range(SMALL.adaptation + 1))
 
+LONG_CURVE = tuple(0.3 + 0.03 * step for step in range(SPEAKERS.adaptation_steps + 1))
+
 
 def invented(cell: Cell, settings: StudySettings) -> Outcome:
     """An outcome that could be, without any training."""
     return Outcome(
-        curve=CURVE,
+        curve=LONG_CURVE if cell.part == "languages" else CURVE,
         of_all=0.3,
         worst_of_all=0.1,
         worst=0.2,
