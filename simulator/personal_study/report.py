@@ -51,8 +51,8 @@ def as_markdown(study: Study) -> str:
         f"it is, *personal* is what {INNER_STEPS} steps of adaptation make of it on a device; every method trains with "
         f"{INNER_STEPS} steps a device and round. Rates were chosen with one seed, by few trials, on the validation "
         "split for the languages and for MAML on fashion-mnist's labels, else on test examples: no method had a "
-        "search, and small differences mean nothing. The global model of FedPer has an output layer that nobody trained: its "
-        "personal models are what counts."
+        "search, and small differences mean nothing. The global model of FedPer has an output layer that nobody "
+        "trained: its personal models are what counts."
     )
     lines = [
         "# Figures of personalisation",

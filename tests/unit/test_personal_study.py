@@ -90,7 +90,7 @@ def test_the_page_has_every_fleet_method_and_protection():
     assert all(world.name in page for world in WORLDS)
     assert all(f"| {name} |" in page for name in PROTECTIONS)
     assert "| 55.0 [55.0, 55.0] | +25.0 [+25.0, +25.0] |" in page, "personal accuracy, and gain over the global model"
-    assert "| 30.0 40.0 | 20.0 35.0 | 30.0 55.0 |" in page
+    assert "| 30.0 40.0 | 20.0 35.0 | 30.0 90.0 |" in page
     assert "| 3.00 2.50 | 4.00 3.00 | 3.50 4.50 |" in page
     assert "| 8.0 | 10.0 | - |" in page, "steps to 70 % and to 80 % on a curve of 5 points a step; 90 % is not reached"
     pictures = as_pictures(study)
