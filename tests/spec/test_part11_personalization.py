@@ -97,6 +97,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Persona
             {
                 "algorithm": algorithm, "engine": "cohort", "dataset": "digits", "model": "softmax", "devices": 100,
                 "rounds": 20, "partition": "shards:2", "skew": "rotation:45", "adapt_steps": 5,
+                # A linear model stands longer steps than those by default.
+                **({"learning_rate": 0.2, "meta": {"meta_learning_rate": 2.0}} if algorithm == "maml" else {}),
             }
         )  # fmt: skip
         with RunFolder.begin(tmp_path_factory.mktemp(algorithm) / "run", config) as folder:
