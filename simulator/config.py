@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -26,33 +25,10 @@ from server_ref.protection import PrivacyConfig, SecureConfig
 from simulator.adversaries.registry import parse_attack
 from simulator.errors import ResumeMismatch
 from simulator.partition import parse_partition
-from simulator.personalization.settings import DEFAULT_STEPS, META_RECIPES, Adaptation
+from simulator.personalization.settings import DEFAULT_STEPS, Adaptation
 from simulator.profiles import FleetProfiles, read_profiles
+from simulator.recipes import recipe_of
 from simulator.skew import parse_skew
-
-# Local training that suits a data set's size and difficulty, tuned on its validation split with 100 and 200 devices and
-# a Dirichlet(0.5) partition.
-RECIPES: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
-    {
-        "digits": {"epochs": 5, "batch_size": 8, "learning_rate": 0.5},
-        "fashion-mnist": {"epochs": 5, "batch_size": 16, "learning_rate": 0.1},
-        # One step on all of a device's few images: clipping wants small updates of about one norm.
-        "fashion-mnist-14": {"model": "softmax", "epochs": 1, "batch_size": 8, "learning_rate": 1.0},
-        # Each device speaks one language.
-        "manpages": {
-            "model": "byte-mlp",
-            "partition": "by-group",
-            "epochs": 1,
-            "batch_size": 16,
-            "learning_rate": 0.3,
-        },
-    }
-)
-
-
-def recipe_of(dataset: str, algorithm: str) -> dict[str, Any]:
-    """What is not given, nested like the configuration; the rest are its defaults."""
-    return merged(dict(RECIPES.get(dataset, {})), dict(META_RECIPES.get(dataset, {}).get(algorithm, {})))
 
 
 def default_cohort(devices: int) -> int:

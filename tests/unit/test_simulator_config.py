@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_sdk.protocol.errors import ConfigurationError
-from simulator.config import RECIPES, SimulationConfig, default_cohort
+from simulator.config import SimulationConfig, default_cohort
 from simulator.datasets import DATASETS
 from simulator.errors import PartitionError
 from simulator.personalization.settings import META_RECIPES, Adaptation
+from simulator.recipes import RECIPES
 
 
 def test_nothing_given_is_a_run_that_works():
