@@ -241,6 +241,7 @@ class SimulationConfig(BaseModel):
                 "--local-work out with --server"
             )
         self._check_protection()
+        self._check_meta_learning()
         try:
             _ = self.plan
         except ValidationError as e:
@@ -259,6 +260,28 @@ class SimulationConfig(BaseModel):
             raise ConfigurationError(
                 "what devices train and adapt is the other server's plan: leave --personalize, --personal-layers and "
                 "--adapt-steps out with --server"
+            )
+
+    def _check_meta_learning(self) -> None:
+        """What the plan would refuse too, told by flags."""
+        if self.algorithm not in META_ALGORITHMS:
+            if self.meta is not None:
+                given = [flag_of(("meta", name)) for name in sorted(self.meta.model_fields_set)]
+                raise ConfigurationError(
+                    f"{', '.join(given) or 'meta'}: {self.algorithm} does not adapt; add --personalize maml, or "
+                    "another of " + ", ".join(META_ALGORITHMS)
+                )
+            return
+        asked = {
+            "--prox-mu": self.prox_mu > 0,
+            "--local-work adaptive": self.local_work == "adaptive",
+            "--max-steps": self.max_steps is not None,
+        }
+        idle = [flag for flag, given in asked.items() if given]
+        if idle:
+            raise ConfigurationError(
+                f"--personalize {self.algorithm} takes --inner-steps steps on every device: leave "
+                f"{' and '.join(idle)} out"
             )
 
     def _check_protection(self) -> None:
