@@ -80,8 +80,9 @@ def export_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namesp
         nargs="+",
         type=_batch_sizes,
         metavar="ROLE=N[,N...]",
-        help="batch sizes for each of grad, train, evaluate, infer, and of adapt, reptile, maml, fomaml, per_fedavg; a "
-        "role that is not named is left out (default: grad=8,32 train=8,32 evaluate=256 infer=1,32)",
+        help="batch sizes for each of grad, train, evaluate, infer, of adapt, reptile, maml, fomaml, per_fedavg, and "
+        "of infer_int8 (see --int8-head); a role that is not named is left out (default: grad=8,32 train=8,32 "
+        "evaluate=256 infer=1,32)",
     )
     parser.add_argument(
         "--inner-steps",

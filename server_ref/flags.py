@@ -26,8 +26,13 @@ ASYNC_STALENESS: Final = 10
 """Staleness that ``--async`` accepts unless told."""
 
 
-def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, in six groups. Every default is None: what is not given stays as the configuration has it."""
+def add_aggregation_flags(parser: argparse.ArgumentParser, *, meta_rate: str = "0.05") -> None:
+    """Add the flags, in six groups. Every default is None: what is not given stays as the configuration has it.
+
+    Args:
+        parser: Of the command.
+        meta_rate: What the configuration has for ``--meta-lr``, in words.
+    """
     add = parser.add_argument_group("aggregation").add_argument
     add(
         "--rule",
@@ -75,7 +80,7 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
         help="topk:0.01, randomk:0.1, threshold:1e-3, sketch:0.05 or quantize:8; more after commas: topk:0.01,bits=8 "
         "or quantize:4,rotate (default: none)",
     )
-    _add_personal_flags(parser)
+    _add_personal_flags(parser, meta_rate)
     add = parser.add_argument_group("asynchronous rounds").add_argument
     add(
         "--async",
@@ -119,7 +124,7 @@ def add_aggregation_flags(parser: argparse.ArgumentParser) -> None:
     _add_privacy_flags(parser)
 
 
-def _add_personal_flags(parser: argparse.ArgumentParser) -> None:
+def _add_personal_flags(parser: argparse.ArgumentParser, meta_rate: str) -> None:
     add = parser.add_argument_group("models that adapt").add_argument
     add(
         "--personalize",
@@ -137,7 +142,8 @@ def _add_personal_flags(parser: argparse.ArgumentParser) -> None:
         "--meta-lr",
         type=float,
         metavar="RATE",
-        help="of per-fedavg's local meta steps, and of the server with maml, fomaml and per-fedavg (default: 0.05)",
+        help="of per-fedavg's local meta steps, and of the server with maml, fomaml and per-fedavg "
+        f"(default: {meta_rate})",
     )
     add(
         "--personal-layers",

@@ -70,6 +70,7 @@ def simulate_command(  # noqa: PLR0915 - one statement a flag
 ) -> Callable[[argparse.Namespace], int]:
     """Fill the parser of ``pocketfed simulate``, and return the function that runs it."""
     from server_ref.flags import add_aggregation_flags  # noqa: PLC0415 - `pocketfed --help` loads no server
+    from simulator.recipes import told_meta_rates, told_rates  # noqa: PLC0415 - as above
 
     parser.description = (
         "Train a model on a simulated fleet, and write a report.\n\n"
@@ -93,7 +94,8 @@ def simulate_command(  # noqa: PLR0915 - one statement a flag
     add(
         "--model",
         choices=("softmax", "mlp", "cnn", "byte-mlp", "byte-gru"),
-        help="reference model; byte-mlp and byte-gru are for text (default: mlp, for manpages byte-mlp)",
+        help="reference model; byte-mlp and byte-gru are for text (default: mlp, for fashion-mnist-14 softmax, "
+        "for manpages byte-mlp)",
     )
     add("--devices", type=int, metavar="N", help="size of the fleet (default: 100)")
     add(
@@ -136,9 +138,19 @@ def simulate_command(  # noqa: PLR0915 - one statement a flag
     add("--lease", type=float, metavar="S", help="seconds that the server waits for a report (default: by the slowest)")
     local = parser.add_argument_group("local training")
     add = local.add_argument
-    add("--epochs", type=int, metavar="E", help="passes over a device's examples (default: 5)")
-    add("--batch-size", type=int, metavar="B", help="examples per step (default: 8 for digits, else 16)")
-    add("--lr", dest="learning_rate", type=float, metavar="X", help="learning rate (default: 0.5 for digits, else 0.1)")
+    add(
+        "--epochs",
+        type=int,
+        metavar="E",
+        help="passes over a device's examples (default: 5 for digits and fashion-mnist, else 1)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help="examples per step (default: 16 for fashion-mnist and manpages, else 8)",
+    )
+    add("--lr", dest="learning_rate", type=float, metavar="X", help=f"learning rate (default: {told_rates()})")
     add(
         "--local-work",
         choices=("planned", "adaptive"),
@@ -167,7 +179,7 @@ def simulate_command(  # noqa: PLR0915 - one statement a flag
         metavar="F",
         help="fraction of the fleet that is dishonest, and that the --rule is built to stand (default: 0)",
     )
-    add_aggregation_flags(parser)
+    add_aggregation_flags(parser, meta_rate=told_meta_rates())
     other = parser.add_argument_group("another server")
     add = other.add_argument
     add("--server", metavar="URL", help="use a running server: its clock, rounds, model and plan; not repeatable")
@@ -277,14 +289,16 @@ def data_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespac
         "Fetch a data set for simulations.\n\n"
         "fashion-mnist comes from Debian's package dataset-fashion-mnist (31 MB), without root; every file's SHA-256\n"
         "is compared with a pinned one. manpages is text in eight languages, of the manual pages that Debian's\n"
-        "packages manpages, manpages-de, ... carry (19 MB); the hash of what was made of them is kept with it.\n"
-        "digits needs no fetching: scikit-learn brings it."
+        "packages manpages, manpages-de, ... carry (19 MB); the hash of what was made of them is kept with it\n"
+        "(docs/languages.md). digits needs no fetching: scikit-learn brings it."
     )
     parser.epilog = (
         "examples:\n"
         "  pocketfed data fashion-mnist\n"
         "  pocketfed data fashion-mnist --from ~/Downloads/fashion    (the four *-ubyte.gz files, from elsewhere)\n"
         "  pocketfed data manpages --from ~/Downloads/debs            (the packages, or a finished corpus)\n"
+        "  pocketfed data manpages && pocketfed simulate --dataset manpages --devices 80 --engine cohort \\\n"
+        "      --rounds 100 --out runs/languages\n"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("dataset", choices=("digits", "fashion-mnist", "manpages"), help="which data set")

@@ -8,7 +8,8 @@ from typing import Any, Final
 from client_sdk.protocol.meta_learning import META_ALGORITHMS, MetaPlan
 from server_ref.aggregation.staleness import StalenessPolicy, StalenessWeighting
 from server_ref.protection import SecureConfig
-from simulator.config import SimulationConfig, flag_of, flat, recipe_of
+from simulator.config import SimulationConfig, flag_of, flat
+from simulator.recipes import recipe_of
 
 # Shown even where they are the default: what a run is about.
 _ALWAYS: Final = frozenset({"dataset", "devices", "rounds", "model", "partition", "seed"})

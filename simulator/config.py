@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -26,33 +25,10 @@ from server_ref.protection import PrivacyConfig, SecureConfig
 from simulator.adversaries.registry import parse_attack
 from simulator.errors import ResumeMismatch
 from simulator.partition import parse_partition
-from simulator.personalization.settings import DEFAULT_STEPS, META_RECIPES, Adaptation
+from simulator.personalization.settings import DEFAULT_STEPS, Adaptation
 from simulator.profiles import FleetProfiles, read_profiles
+from simulator.recipes import recipe_of
 from simulator.skew import parse_skew
-
-# Local training that suits a data set's size and difficulty, tuned on its validation split with 100 and 200 devices and
-# a Dirichlet(0.5) partition.
-RECIPES: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
-    {
-        "digits": {"epochs": 5, "batch_size": 8, "learning_rate": 0.5},
-        "fashion-mnist": {"epochs": 5, "batch_size": 16, "learning_rate": 0.1},
-        # One step on all of a device's few images: clipping wants small updates of about one norm.
-        "fashion-mnist-14": {"model": "softmax", "epochs": 1, "batch_size": 8, "learning_rate": 1.0},
-        # Each device speaks one language.
-        "manpages": {
-            "model": "byte-mlp",
-            "partition": "by-group",
-            "epochs": 1,
-            "batch_size": 16,
-            "learning_rate": 0.3,
-        },
-    }
-)
-
-
-def recipe_of(dataset: str, algorithm: str) -> dict[str, Any]:
-    """What is not given, nested like the configuration; the rest are its defaults."""
-    return merged(dict(RECIPES.get(dataset, {})), dict(META_RECIPES.get(dataset, {}).get(algorithm, {})))
 
 
 def default_cohort(devices: int) -> int:
@@ -265,6 +241,7 @@ class SimulationConfig(BaseModel):
                 "--local-work out with --server"
             )
         self._check_protection()
+        self._check_meta_learning()
         try:
             _ = self.plan
         except ValidationError as e:
@@ -283,6 +260,28 @@ class SimulationConfig(BaseModel):
             raise ConfigurationError(
                 "what devices train and adapt is the other server's plan: leave --personalize, --personal-layers and "
                 "--adapt-steps out with --server"
+            )
+
+    def _check_meta_learning(self) -> None:
+        """What the plan would refuse too, told by flags."""
+        if self.algorithm not in META_ALGORITHMS:
+            if self.meta is not None:
+                given = [flag_of(("meta", name)) for name in sorted(self.meta.model_fields_set)]
+                raise ConfigurationError(
+                    f"{', '.join(given) or 'meta'}: {self.algorithm} does not adapt; add --personalize maml, or "
+                    "another of " + ", ".join(META_ALGORITHMS)
+                )
+            return
+        asked = {
+            "--prox-mu": self.prox_mu > 0,
+            "--local-work adaptive": self.local_work == "adaptive",
+            "--max-steps": self.max_steps is not None,
+        }
+        idle = [flag for flag, given in asked.items() if given]
+        if idle:
+            raise ConfigurationError(
+                f"--personalize {self.algorithm} takes --inner-steps steps on every device: leave "
+                f"{' and '.join(idle)} out"
             )
 
     def _check_protection(self) -> None:

@@ -60,8 +60,8 @@ def scatter(result: PersonalizationResult) -> Figure:
     return {
         "data": [diagonal, *(marks(*kind) for kind in kinds if kind[2])],
         "layout": {
-            "xaxis": axis("accuracy with the global model (%)", range=[low, 101]),
-            "yaxis": axis("accuracy with its own model (%)", range=[low, 101]),
+            "xaxis": axis("accuracy, global model (%)", range=[low, 101]),
+            "yaxis": axis("accuracy, own model (%)", range=[low, 101]),
             "hovermode": "closest",
             "showlegend": True,
         },
@@ -122,7 +122,7 @@ def curves(result: PersonalizationResult) -> Figure:
     return {
         "data": [line(index) for index in range(len(result.curves))],
         "layout": {
-            "xaxis": axis("steps on the device's own examples", range=[-0.2, result.steps + 0.2], **ticks),
+            "xaxis": axis("steps of adaptation", range=[-0.2, result.steps + 0.2], **ticks),
             "yaxis": axis("mean accuracy (%)"),
             "showlegend": True,
         },

@@ -235,8 +235,14 @@ def _settings(config: SimulationConfig) -> dict[str, object]:
     defaults = flat(type(config)().model_dump(mode="json"))
     found: dict[str, object] = {}
     for path, value in flat(config.model_dump(mode="json", exclude={"format", "server", "profiles"})).items():
-        if value is not None and (len(path) == 1 or value != defaults.get(path)):
-            found[" ".join(path).replace("_", " ")] = value
+        if value in (None, []) or (len(path) > 1 and value == defaults.get(path)):
+            continue
+        # A name that says its section itself: meta_learning_rate.
+        name = path[1:] if len(path) > 1 and path[1].startswith(f"{path[0]}_") else path
+        found[" ".join(name).replace("_", " ")] = value
+    if config.plan.meta is not None:
+        # Its steps are counted.
+        del found["epochs"]
     found["cohort"] = config.cohort_size
     found["profiles"] = config.fleet_profiles.title or "your own"
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from client_sdk.protocol.meta_learning import META_ALGORITHMS
 from simulator import figures_personalization as figures
 from simulator.report_page import Page, pairs
 from simulator.results import PersonalizationResult, SimulationResults
@@ -13,6 +14,11 @@ def section(page: Page, results: SimulationResults) -> None:
     if found is None:
         return
     page.section("Personalisation")
+    if results.config.algorithm in META_ALGORITHMS:
+        page.add(
+            f"<p>The global model of {results.config.algorithm} is meant to be adapted: what counts is how good it is "
+            "after the steps, and its own accuracy may be low.</p>"
+        )
     page.row(
         page.figure("adaptation", "Adaptation, step by step", figures.curves(found), _curve_words(found)),
         page.figure("personal", "Global beside personal models", figures.scatter(found), _pair_words(found)),
@@ -29,7 +35,10 @@ def cards(results: SimulationResults) -> list[tuple[str, str, str, str]]:
     found = results.personalization
     if found is None:
         return []
-    note = f"{points(found.personalization_gain)} over the global one, on what each device will see next"
+    gain = round(100 * found.personalization_gain, 1)
+    size = f"{abs(gain):.1f}\N{NO-BREAK SPACE}points"
+    beside = f"{size} above" if gain > 0 else f"{size} below" if gain < 0 else "as good as"
+    note = f"{beside} the global one, on what each device will see next"
     return [("personal models", percent(found.personalized_accuracy), note, "")]
 
 
@@ -41,7 +50,10 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """A difference of shares in words."""
-    return f"{100 * difference:+.1f}\N{NO-BREAK SPACE}points"
+    rounded = round(100 * difference, 1)
+    if rounded == 0:
+        return "no change"
+    return f"{rounded:+.1f}\N{NO-BREAK SPACE}points".replace("-", "\N{MINUS SIGN}")
 
 
 def merged(share: float) -> str:
@@ -73,10 +85,10 @@ def _pair_words(found: PersonalizationResult) -> str:
 
 def _gain_words(found: PersonalizationResult) -> str:
     fair, worst = found.fairness, found.worst_decile
-    who = "The device that gains least gains" if worst.devices == 1 else f"The {worst.devices} that gain least gain"
+    who = "The device that gains least" if worst.devices == 1 else f"The {worst.devices} that gain least, on average"
     return (
-        f"{who} {points(fair.worst_decile_gain)} on average; {percent(fair.losing)} of the devices are worse off with "
-        "their own model than with the global one."
+        f"{who}: {points(fair.worst_decile_gain)}; {percent(fair.losing)} of the devices are worse off with their own "
+        "model than with the global one."
     )
 
 

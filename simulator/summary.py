@@ -117,7 +117,8 @@ def _personalization(results: SimulationResults) -> list[str]:
     words = f"{after} on {found.devices} devices after {found.steps} steps, {before} before"
     tenth = f"worst tenth {_percent(worst.personalized_accuracy)}, {_percent(worst.global_accuracy)} before"
     losing = f"{_percent(found.fairness.losing)} of the devices lose"
-    gain = points(found.personalization_gain).replace("\N{NO-BREAK SPACE}", " ")
+    # A console may know neither of the two characters.
+    gain = points(found.personalization_gain).replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
     return [_line("personal models", f"{words} ({gain})"), _line("  spread", f"{tenth}; {losing}")]
 
 

@@ -1,10 +1,12 @@
 """What personalisation gave: in a run's results, its report and its last words, and only where devices adapt."""
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from simulator import report_personalization
 from simulator.config import SimulationConfig
 from simulator.results import AdaptationCurve, FairnessResult, ForgettingResult, PersonalizationResult, WorstDecile
 from simulator.summary import summary_of
@@ -63,14 +65,46 @@ def test_a_report_of_devices_that_do_not_adapt_has_no_section_of_it(tmp_path):
 
 def test_the_figures_are_told_in_words(page):
     words = words_of(page).replace("\N{NO-BREAK SPACE}", " ")
-    assert "personal models 81.0 % +17.2 points over the global one" in words
+    assert "personal models 81.0 % 17.2 points above the global one" in words
     assert "model of round 3: 60.0 % before the first step, 70.0 % after one, 80.0 % after 2." in words
     assert "From the initial model, after as many: 40.0 %." in words
     assert "5 devices, each judged by 50 test examples of its own classes and in its own style: 63.8 %" in words
-    assert "The device that gains least gains -20.0 points on average; 20.0 % of the devices are worse off" in words
+    assert "The device that gains least: \N{MINUS SIGN}20.0 points; 20.0 % of the devices are worse off" in words
     assert "serves worst: 29.0 % with the global one, 55.0 % with their own" in words
     assert "with 50 % of their own 85.0 % of +20.0 points" in words
     assert "with all of their own nothing was gained" in words
+
+
+@pytest.mark.parametrize(
+    ("gain", "beside", "told"),
+    [
+        (-0.011, "1.1 points below the global one", "\N{MINUS SIGN}1.1 points"),
+        (0.0004, "as good as the global one", "no change"),
+        (-0.0004, "as good as the global one", "no change"),
+        (0.1, "10.0 points above the global one", "+10.0 points"),
+    ],
+)
+def test_a_gain_is_told_with_its_direction(gain, beside, told):
+    assert report_personalization.points(gain).replace("\N{NO-BREAK SPACE}", " ") == told
+    facts = results(personalization=personalization(personalization_gain=gain))
+    [(_, _, note, _)] = report_personalization.cards(facts)
+    assert note.replace("\N{NO-BREAK SPACE}", " ").startswith(beside + ",")
+
+
+def test_a_model_that_is_meant_to_be_adapted_is_called_so(tmp_path):
+    config = SimulationConfig.parse({"algorithm": "fomaml", "devices": 4, "cohort": 2})
+    (tmp_path / "meta").mkdir()
+    told = words_of(report(tmp_path / "meta", results(config=config, personalization=personalization())))
+    assert "The global model of fomaml is meant to be adapted" in told
+    assert "meant to be adapted" not in words_of(report(tmp_path, results(personalization=personalization())))
+
+
+def test_the_configuration_tells_settings_once_and_none_without_effect(tmp_path):
+    given = {"algorithm": "maml", "devices": 4, "cohort": 2, "meta": {"meta_learning_rate": 0.25}}
+    words = words_of(report(tmp_path, results(config=SimulationConfig.parse(given))))
+    configuration = words[words.rindex("Configuration") : words.rindex("Repeat it")]
+    assert " meta learning rate 0.25 " in configuration
+    assert not re.findall(r"meta meta|epochs|personal \[\]", configuration)
 
 
 def test_devices_at_one_place_are_one_mark_whose_area_tells_how_many(page):
@@ -131,5 +165,7 @@ def test_the_last_words_tell_what_adaptation_gave():
 
     told = lines(results(personalization=personalization()))
     assert told["personal models"] == "81.0 % on 5 devices after 2 steps, 63.8 % before (+17.2 points)"
+    worse = lines(results(personalization=personalization(personalization_gain=-0.011)))
+    assert worse["personal models"].endswith("(-1.1 points)")
     assert told["spread"] == "worst tenth 55.0 %, 29.0 % before; 20.0 % of the devices lose"
     assert "personal models" not in lines(results())

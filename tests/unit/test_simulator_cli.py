@@ -6,9 +6,11 @@ import sys
 import pytest
 
 from client_sdk.cli import main
-from client_sdk.protocol.meta_learning import META_ALGORITHMS
+from client_sdk.protocol.meta_learning import META_ALGORITHMS, MetaPlan
 from server_ref import flags
 from simulator import fetch
+from simulator.config import SimulationConfig
+from simulator.recipes import RECIPES
 
 
 def fails(capsys, *arguments):
@@ -29,9 +31,17 @@ def fails(capsys, *arguments):
         (["--model", "transformer"], "--model"),
         (["--dataset", "imagenet"], "--dataset"),
         (["--personalize", "maml", "--epochs", "3"], "--inner-steps steps: leave --epochs out"),
-        (["--personalize", "maml", "--max-steps", "3"], "leave prox_mu, adaptive, max_steps"),
+        (
+            ["--personalize", "maml", "--max-steps", "3"],
+            "takes --inner-steps steps on every device: leave --max-steps out",
+        ),
         (["--personalize", "maml", "--algorithm", "scaffold"], "leave one of them out"),
-        (["--inner-steps", "3"], "fedavg has no meta settings"),
+        (["--inner-steps", "3"], "--inner-steps: fedavg does not adapt; add --personalize maml"),
+        (["--meta-lr", "0.1", "--query-fraction", "0.5"], "--meta-lr, --query-fraction: fedavg does not adapt"),
+        (
+            ["--personalize", "reptile", "--prox-mu", "1", "--local-work", "adaptive"],
+            "leave --prox-mu and --local-work",
+        ),
         (["--adapt-lr", "0.1"], "--adapt-steps 5"),
         (["--adapt-steps", "many"], "--adapt-steps"),
         (["--resume"], "no run to resume"),
@@ -64,7 +74,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     [
         ("simulate", ["examples:", "--resume --out", "dirichlet:0.5", "report.html"]),
         ("simulate", ["examples:", "--epsilon 8 --max", "--secure 3of5"]),
-        ("data", ["examples:", "--from", "Debian"]),
+        ("data", ["examples:", "--from", "Debian", "simulate --dataset manpages", "docs/languages.md"]),
     ],
 )
 def test_help_teaches_by_example(capsys, command, words):
@@ -72,6 +82,21 @@ def test_help_teaches_by_example(capsys, command, words):
     text = capsys.readouterr().out
     for word in words:
         assert word in text
+
+
+def test_help_tells_the_rates_that_a_run_takes(capsys):
+    assert main(["simulate", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    rates = text.split("--lr X ")[1].split("--local-work")[0]
+    meta = text.split("--meta-lr RATE ")[1].split("--personal-layers")[0]
+    for dataset in RECIPES:
+        assert f"{SimulationConfig.parse({'dataset': dataset}).learning_rate:g} for {dataset}" in rates
+    for algorithm in META_ALGORITHMS:
+        config = SimulationConfig.parse({"algorithm": algorithm})
+        assert f" {algorithm} {config.learning_rate:g}" in rates
+        if algorithm != "reptile":
+            assert f" {algorithm} {config.plan.meta.meta_learning_rate:g}" in meta
+    assert f"else {MetaPlan().meta_learning_rate:g})" in meta
 
 
 def test_help_loads_neither_torch_nor_numpy():

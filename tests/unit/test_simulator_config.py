@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client_sdk.protocol.errors import ConfigurationError
-from simulator.config import RECIPES, SimulationConfig, default_cohort
+from simulator.config import SimulationConfig, default_cohort
 from simulator.datasets import DATASETS
 from simulator.errors import PartitionError
 from simulator.personalization.settings import META_RECIPES, Adaptation
+from simulator.recipes import RECIPES
 
 
 def test_nothing_given_is_a_run_that_works():
@@ -55,9 +56,9 @@ def test_there_is_a_recipe_for_every_data_set_and_the_defaults_are_that_of_the_d
         ({"algorithm": "scaffold", "prox_mu": 0.1}, "^prox_mu has no meaning with scaffold; set it to 0"),
         ({"algorithm": "fednova", "prox_mu": 10.0, "learning_rate": 0.1}, "learning_rate . prox_mu < 1"),
         ({"algorithm": "fedprox"}, "--algorithm.*'fedavg'"),
-        ({"algorithm": "maml", "prox_mu": 0.1}, "^maml takes meta.inner_steps steps.*leave prox_mu"),
+        ({"algorithm": "maml", "prox_mu": 0.1}, "^--personalize maml takes --inner-steps steps.*leave --prox-mu out"),
         ({"algorithm": "maml", "meta": {"inner_steps": 0}}, "--inner-steps"),
-        ({"meta": {"inner_steps": 3}}, "^fedavg has no meta settings"),
+        ({"meta": {"inner_steps": 3}}, "^--inner-steps: fedavg does not adapt"),
         ({"algorithm": "maml", "personal": ["output"]}, "^personal layers go with fedavg and reptile, not with maml"),
         ({"adapt_steps": -1}, "--adapt-steps"),
         ({"adapt_learning_rate": 0.1}, "--adapt-lr.*--adapt-steps 5"),
