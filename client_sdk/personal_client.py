@@ -179,6 +179,7 @@ class PersonalizedMobileClient(MobileClient):
 
         Raises:
             ConfigurationError: There is no program yet.
+            CheckpointKeyError: It was written with another key, or with one where none is given.
             StateDirUnusable: It cannot be read.
         """
         return self._former(self._program_now().manifest)

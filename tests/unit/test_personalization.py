@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from client_sdk import PersonalizedMobileClient, events
 from client_sdk.conditions import Conditions
 from client_sdk.descent import Descent
-from client_sdk.errors import NoPersonalModel, StateDirUnusable, TrainingPaused
+from client_sdk.errors import CheckpointKeyError, NoPersonalModel, StateDirUnusable, TrainingPaused
 from client_sdk.identity import DeviceIdentity
 from client_sdk.inference import PersonalInference
 from client_sdk.memory import DeviceMemory
@@ -320,6 +320,24 @@ def test_a_later_process_serves_what_was_kept(tmp_path: Path):
     x = DATA[0]
     assert later.infer_with_personalized_model(x).tobytes() == toy_logits(model.weights, x).tobytes()
     assert later.evaluate(*DATA) == judge(ServingProgram(), model.weights, *DATA)
+
+
+@pytest.mark.parametrize("key", [None, bytes(32)])
+def test_a_wrong_key_is_an_error_and_costs_the_owner_nothing(tmp_path: Path, key: bytes | None):
+    right = bytes(range(32))
+    model = client(personal_models=PersonalModelStore(tmp_path, key=right)).personalize(
+        global_weights=WEIGHTS, model_version=3
+    )
+    store = PersonalModelStore(tmp_path, key=key)
+    device = client(personal_models=store)
+    with pytest.raises(CheckpointKeyError):
+        _ = device.personal_model
+    for version in range(3):
+        with pytest.raises(CheckpointKeyError, match="give that key, or clear"):
+            device.personalize(global_weights=NEWER, model_version=version)
+    assert bits(client(personal_models=PersonalModelStore(tmp_path, key=right)).personal_model) == bits(model)
+    store.clear()
+    assert device.personalize(global_weights=NEWER, model_version=4).record.model_version == 4
 
 
 def test_without_a_personal_model_the_global_one_serves_and_without_that_there_is_an_error():
