@@ -39,7 +39,7 @@ from client_sdk.protocol.meta_learning import ExampleSplit, MetaAlgorithm, MetaB
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.store import MemoryDeviceStore
-from tests.devices import BATCH, NUM_PARAMETERS, PARAMETERS, ToyServer, make_model
+from tests.devices import BATCH, NUM_PARAMETERS, PARAMETERS, ToyServer, make_manifest, make_model
 from tests.faults import DiskModel, FaultyFiles, disk_full
 from tests.personal import ServingProgram, bits, labelled, serving_manifest, toy_logits
 
@@ -167,6 +167,7 @@ def test_what_cannot_be_adapted_to_is_a_typed_error_and_the_old_model_stays():
         ((x * np.float32(np.nan), y), WEIGHTS, ProgramInputError),
         ((x, y + 3), WEIGHTS, ProgramInputError),
         ((x[:, :1], y), WEIGHTS, ProgramInputError),
+        ((x, y[:3]), WEIGHTS, ProgramInputError),
         (DATA, WEIGHTS[:-1], ProgramInputError),
         (DATA, WEIGHTS * np.float32(np.inf), ProgramInputError),
         ((x * np.float32(1e30), y), WEIGHTS, TrainingDiverged),
@@ -222,6 +223,8 @@ def test_what_the_app_has_not_chosen_follows_the_task():
     chosen = PersonalizationConfig(inner_steps=5, inner_lr=0.01)
     assert (chosen.for_task(plan).inner_steps, chosen.for_task(plan).inner_lr) == (5, 0.01)
     assert chosen.for_task(TrainingPlan()) == chosen
+    of_averaging = PersonalizationConfig().for_task(TrainingPlan(learning_rate=0.1))
+    assert (of_averaging.inner_steps, of_averaging.inner_lr) == (5, 0.1)
 
 
 # --- merging -------------------------------------------------------------------------------------------------
@@ -565,3 +568,23 @@ def test_an_algorithm_that_the_program_was_not_exported_for_is_named(algorithm: 
     with pytest.raises(UnknownMethod, match=algorithm.replace("-", "_")):
         device.train_with_personalization(DATA, WEIGHTS, algorithm)
     assert device.personal_model is None
+
+
+def test_an_unknown_algorithm_or_precision_and_a_missing_method_are_named():
+    device = client()
+    with pytest.raises(ConfigurationError, match=r"maml.*fomaml.*reptile.*per-fedavg"):
+        device.train_with_personalization(DATA, WEIGHTS, "mamml")  # type: ignore[arg-type]
+    with pytest.raises(UnknownMethod, match=f"maml={BATCH} "):
+        device.train_with_personalization(DATA, WEIGHTS, "maml")
+    with pytest.raises(ConfigurationError, match="int9"):
+        client(precision="int9")
+    with pytest.raises(UnknownMethod, match="no infer method: export it with --batch-sizes infer=1,32"):
+        PersonalInference(ServingProgram(make_manifest()), WEIGHTS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_answered(value: float):
+    device = client()
+    device.personalize(global_weights=WEIGHTS, model_version=0)
+    with pytest.raises(ProgramInputError, match="NaN or infinite"):
+        device.infer_with_personalized_model(DATA[0] * np.float32(value))
