@@ -174,7 +174,9 @@ def device_command(parser: argparse.ArgumentParser) -> Run:
         "    pocketfed device --server http://127.0.0.1:8470 --data shard.npz --state-dir state/device-1\n"
         "  send one update and leave, pretending to be a low-end phone:\n"
         "    pocketfed device --server http://127.0.0.1:8470 --data shard.npz --state-dir state/device-2 "
-        "--tier low --once"
+        "--tier low --once\n"
+        "  keep a model of its own as well, adapted after its rounds:\n"
+        "    pocketfed device --server http://127.0.0.1:8470 --data shard.npz --state-dir state/device-3 --personalize"
     )
     parser.add_argument("--server", required=True, metavar="URL", help="base address of the server")
     parser.add_argument(
@@ -302,9 +304,7 @@ def _add_personal_flags(parser: argparse.ArgumentParser) -> None:
     personal.add_argument(
         "--personal-steps", type=int, metavar="K", help="steps of adaptation (default: the task's, else 5)"
     )
-    personal.add_argument(
-        "--personal-lr", type=float, metavar="X", help="learning rate of each (default: the task's, else 0.01)"
-    )
+    personal.add_argument("--personal-lr", type=float, metavar="X", help="learning rate of each (default: the task's)")
     personal.add_argument(
         "--personal-layers", metavar="NAMES", help="adapt these layers alone, with commas between them (default: all)"
     )

@@ -57,7 +57,7 @@ def as_examples(local_data: Any) -> Examples:  # noqa: ANN401 - arrays, tensors 
         local_data: A pair ``(x, y)`` of arrays (or CPU tensors), or an iterable of such pairs, batch by batch.
 
     Raises:
-        ProgramInputError: Nothing in it, or not numbers.
+        ProgramInputError: Nothing in it, not numbers, or not as many labels as examples.
     """
     if isinstance(local_data, tuple | list) and len(local_data) == 2 and all(hasattr(a, "shape") for a in local_data):
         batches: Iterable[Any] = [local_data]
@@ -68,6 +68,10 @@ def as_examples(local_data: Any) -> Examples:  # noqa: ANN401 - arrays, tensors 
         for x, y in batches:
             xs.append(np.asarray(x, np.float32))
             ys.append(np.asarray(y).astype(np.int64, casting="safe", copy=False))
+            if xs[-1].shape[:1] != ys[-1].shape:
+                raise ProgramInputError(
+                    f"features and labels must be as many: {list(xs[-1].shape)} and {list(ys[-1].shape)}"
+                )
         if not xs:
             raise ProgramInputError("there is no training data")
         # One batch stays the caller's memory: a fleet of devices holds views, not copies.

@@ -207,7 +207,10 @@ def personal_summary(record: PersonalRecord) -> str:
     of_all, own = record.of_global, record.of_personal
     if of_all is None or own is None:
         return f"{made}; no example is left to judge it"
-    figures = f"global {of_all.accuracy:.1%}, personal {own.accuracy:.1%}"
+    # The loss decides which serves: without it a model of lower accuracy that does would read as a mistake.
+    figures = (
+        f"global {of_all.accuracy:.1%} (loss {of_all.loss:.3f}), personal {own.accuracy:.1%} (loss {own.loss:.3f})"
+    )
     kept = None if record.retention is None else record.retention.loss_kept
     return (
         f"{made}; accuracy on {own.examples} own held-out examples: {figures}"

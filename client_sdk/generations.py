@@ -20,6 +20,7 @@ from client_sdk.checkpoint_file import Buffer, CheckpointKey, is_plain, pack, pa
 from client_sdk.errors import (
     CheckpointCorrupted,
     CheckpointError,
+    CheckpointKeyError,
     CheckpointTooLarge,
     CheckpointTruncated,
     StateDirUnusable,
@@ -142,6 +143,26 @@ class GenerationFolder:
             except StateDirUnusable as e:
                 _log.warning("%s does not serve: %s", path, e)
         return None
+
+    def check_key(self) -> None:
+        """Ask whether what is there was written with this key; with one, plain files are removed first.
+
+        Raises:
+            CheckpointKeyError: A file was written with another key, or with one where none is given now.
+            StateDirUnusable: The folder cannot be read.
+        """
+        self._remove_plain()
+        for generation in self.saved():
+            path = self.file(generation)
+            try:
+                self.read(path)
+            except CheckpointKeyError as e:
+                raise CheckpointKeyError(
+                    f"{self._what} in {self.path} have another key than the one given now ({path.name}: {e}); "
+                    "give that key, or clear the folder on purpose"
+                ) from e
+            except (CheckpointError, StateDirUnusable):
+                continue  # of what does not serve at all, its reading says why
 
     def read(self, path: Path) -> Buffer:
         """The content of one file.

@@ -99,12 +99,7 @@ class PersonalInference:
             ProgramInputError: Weights that are not finite float32 ``[d]``.
             ConfigurationError: An unknown precision.
         """
-        try:
-            wanted = Precision(precision)
-        except ValueError as e:
-            raise ConfigurationError(
-                f"unknown precision {precision!r}; choose one of {[p.value for p in Precision]}"
-            ) from e
+        wanted = known_precision(precision)
         self._program = program
         self._monotonic = monotonic
         manifest = program.manifest
@@ -123,8 +118,9 @@ class PersonalInference:
                     raise
                 self.refusal = e
         self._role = Role.INFER_INT8 if self.precision is Precision.INT8 else Role.INFER
-        manifest.method(self._role)
         self._sizes = manifest.batch_sizes(self._role)
+        if not self._sizes:
+            raise UnknownMethod(f"{manifest.model_name} has no infer method: export it with --batch-sizes infer=1,32")
 
     def logits(self, x: npt.ArrayLike) -> Float32Array:
         """Logits of examples.
@@ -229,7 +225,21 @@ class PersonalInference:
         shape = self._program.manifest.feature_shape
         if examples.ndim != len(shape) + 1 or examples.shape[1:] != shape:
             raise ProgramInputError(f"examples must be float32 {['n', *shape]}, got {list(examples.shape)}")
+        if not np.isfinite(examples).all():
+            raise ProgramInputError("examples hold NaN or infinite values")
         return examples
+
+
+def known_precision(name: str) -> Precision:
+    """A precision by its name.
+
+    Raises:
+        ConfigurationError: There is none of it.
+    """
+    try:
+        return Precision(name)
+    except ValueError as e:
+        raise ConfigurationError(f"unknown precision {name!r}; choose one of {[p.value for p in Precision]}") from e
 
 
 def batches(n: int, sizes: tuple[int, ...]) -> Iterator[int]:

@@ -15,7 +15,7 @@ from client_sdk.client import MobileClient, RunSummary
 from client_sdk.data import Examples, Int64Array, as_examples
 from client_sdk.errors import NoPersonalModel, TrainingPaused
 from client_sdk.global_model import GlobalModel, ModelSource
-from client_sdk.inference import PersonalInference, Precision
+from client_sdk.inference import PersonalInference, Precision, known_precision
 from client_sdk.local_training import Weights, flat
 from client_sdk.personal_model import PersonalModel, weights_hash
 from client_sdk.personal_store import PersonalModelStore
@@ -68,11 +68,14 @@ class PersonalizedMobileClient(MobileClient):
             personal_models: Where the personal model is kept; None keeps it in memory, for as long as the client lives.
             precision: What it is served in, see ``PersonalInference``: float, int8, or auto.
             settings: All others of ``MobileClient``.
+
+        Raises:
+            ConfigurationError: An unknown precision, or see ``MobileClient``.
         """
         super().__init__(program, device_profile, **settings)
         self.personalization_config = personalization_config or PersonalizationConfig()
         self._models = personal_models
-        self._precision = precision
+        self._precision = known_precision(precision)
         self._newest: GlobalModel | None = None
         self._own: PersonalModel | None = None
         self._own_is_for: str | None = None
@@ -108,6 +111,8 @@ class PersonalizedMobileClient(MobileClient):
             UnknownMethod: The program was not exported for it; the message says how to.
             ConfigurationError, ProgramError, MemoryBudgetExceeded, TrainingDiverged: See ``train_local_model``.
         """
+        if algorithm not in _METHODS:
+            raise ConfigurationError(f"unknown algorithm {algorithm!r}; choose one of {list(_METHODS)}")
         examples = as_examples(local_data)
         config = self.personalization_config
         plan = TrainingPlan(
@@ -179,6 +184,7 @@ class PersonalizedMobileClient(MobileClient):
 
         Raises:
             ConfigurationError: There is no program yet.
+            CheckpointKeyError: It was written with another key, or with one where none is given.
             StateDirUnusable: It cannot be read.
         """
         return self._former(self._program_now().manifest)
@@ -341,5 +347,6 @@ class PersonalizedMobileClient(MobileClient):
 
 
 def _sizes(manifest: Manifest, algorithm: MetaAlgorithm) -> set[int]:
-    """Batch sizes that the program has for an algorithm; where it has none, one for which the trainer says so."""
-    return {size for role in _METHODS[algorithm] for size in manifest.batch_sizes(role)} or {1}
+    """Batch sizes that the program has for an algorithm; where it has none, those that its export is to be told."""
+    own = {size for role in _METHODS[algorithm] for size in manifest.batch_sizes(role)}
+    return own or {size for role in (Role.GRAD, Role.TRAIN) for size in manifest.batch_sizes(role)} or {8}

@@ -82,18 +82,22 @@ class PersonalModelStore:
             Its generation.
 
         Raises:
+            CheckpointKeyError: A model of another key is there, or an encrypted one where no key is given: give its
+                key, or ``clear`` the store on purpose. Nothing was written, and it stays.
             CheckpointTooLarge: It would be larger than ``max_bytes``; nothing was written.
             StateDirUnusable: It could not be written; those that were there are there.
         """
+        self._folder.check_key()
         return self._folder.save(model.to_bytes())
 
     def load(self, manifest: Manifest) -> PersonalModel | None:
         """The newest good model of this very program; None where there is none.
 
-        Damaged files are set aside (``*.damaged``); those of another program, key or format are left alone until newer
-        models displace them.
+        Damaged files are set aside (``*.damaged``); those of another program or format are left alone until newer
+        models displace them, those of another key for good.
 
         Raises:
+            CheckpointKeyError: None serves, and one was written with another key, or with one where none is given.
             StateDirUnusable: The folder cannot be read.
         """
 
@@ -103,15 +107,16 @@ class PersonalModelStore:
                 raise PersonalModelMismatch(model.record.program_sha256)
             return model
 
-        return self._folder.newest(parse)
+        return self._newest(parse)
 
     def newest(self) -> PersonalModel | None:
         """The newest good model, whichever program it is of.
 
         Raises:
+            CheckpointKeyError: See ``load``.
             StateDirUnusable: The folder cannot be read.
         """
-        return self._folder.newest(self._read)
+        return self._newest(self._read)
 
     def versions(self) -> list[PersonalVersion]:
         """Every model, newest first, and why it cannot be used; changes nothing.
@@ -154,6 +159,12 @@ class PersonalModelStore:
             StateDirUnusable: They could not be removed.
         """
         self._folder.clear()
+
+    def _newest(self, parse: Callable[[Path], PersonalModel]) -> PersonalModel | None:
+        found = self._folder.newest(parse)
+        if found is None:
+            self._folder.check_key()
+        return found
 
     def _read(self, path: Path) -> PersonalModel:
         return PersonalModel.from_bytes(self._folder.read(path), self._options.max_bytes)

@@ -72,16 +72,15 @@ class PersonalizationConfig(BaseModel):
         """These choices, where what was not chosen follows a server's task, which says how its model is to be adapted.
 
         Args:
-            plan: The task's; without ``meta`` it says nothing.
+            plan: The task's; without ``meta`` it says nothing but the rate by which its model learns.
         """
-        if plan.meta is None:
-            return self
-        of_task = {
-            "inner_steps": plan.meta.inner_steps,
-            "inner_lr": plan.learning_rate,
-            "meta_lr": plan.meta.meta_learning_rate,
-            "val_split": plan.meta.query_fraction,
-        }
+        of_task: dict[str, float] = {"inner_lr": plan.learning_rate}
+        if plan.meta is not None:
+            of_task |= {
+                "inner_steps": plan.meta.inner_steps,
+                "meta_lr": plan.meta.meta_learning_rate,
+                "val_split": plan.meta.query_fraction,
+            }
         return self.model_copy(update={k: v for k, v in of_task.items() if k not in self.model_fields_set})
 
 

@@ -51,6 +51,8 @@ _FLOOR = 1e-6
 _PARAMETER_FLOOR = 1e-2
 _LONG_STEP = 10.0
 _INNER_STEP = 0.5
+_SHORTER = 0.25
+_NOT_FINITE = "eager PyTorch itself computes NaN or infinity on the gate's inputs"
 _GARBAGE = (np.nan, np.inf, -np.inf, 1e30)
 
 
@@ -90,7 +92,8 @@ class ParityReport(BaseModel):
     Attributes:
         tolerance: Relative error that was allowed.
         repeats: Runs of each method, without the extra one on a masked batch.
-        redrawn: Inputs that were replaced because eager PyTorch itself is not determined to ``tolerance`` on them.
+        redrawn: Inputs that were replaced because on them eager PyTorch itself is not finite, or not determined to
+            ``tolerance``.
         outputs: Worst error of each output.
         int8: Of int8 methods, which are not held to ``tolerance``.
     """
@@ -165,7 +168,8 @@ def check_parity(
     Inputs come from a fixed seed. A draw on which float32 itself does not determine the answer (a pre-activation, a
     maximum or two logits so close that rounding decides) proves nothing: when the difference exceeds the tolerance
     *and* changing the weights by an ulp or two changes eager PyTorch's own answer by more than the tolerance, the draw
-    is replaced by another one with half as many unmasked examples. What counts in the end meets ``tolerance``.
+    is replaced by another one with half as many unmasked examples, and inner steps a quarter as long. So is a draw on
+    which eager PyTorch overflows, as gradients through long steps do. What counts in the end meets ``tolerance``.
 
     Args:
         bundle: The exported program.
@@ -227,8 +231,15 @@ class _Gate:
         """Run one method once and compare; replace draws that float32 does not determine."""
         kept = 0 if fully_masked else method.batch_size if variant == 0 else -(-method.batch_size * 2 // 3)
         for redraw in range(_MAX_REDRAWS + 1):
-            inputs = self._draw(method, variant, kept)
+            inputs = self._draw(method, variant, kept, _INNER_STEP * _SHORTER**redraw)
             expected = self._eager.run(method.name, *inputs)
+            if not all(np.isfinite(e).all() for e in expected):
+                # Gradients through steps that are too long overflow; where nothing is unmasked, only garbage could.
+                if kept == 0 or redraw == _MAX_REDRAWS:
+                    raise ParityError(method.name, "", np.inf, self._tolerance, (), failure=_NOT_FINITE)
+                self.redrawn += 1
+                kept = max(1, kept // 2)
+                continue
             try:
                 actual = self.program.run(method.name, *inputs)
             except ProgramExecutionError as e:
@@ -281,8 +292,11 @@ class _Gate:
                 return True
         return False
 
-    def _draw(self, method: MethodSpec, variant: int, kept: int) -> Arrays:
-        """Inputs for a method: ``kept`` unmasked examples in each batch, garbage in the masked ones."""
+    def _draw(self, method: MethodSpec, variant: int, kept: int, inner_step: float) -> Arrays:
+        """Inputs for a method: ``kept`` unmasked examples in each batch, garbage in the masked ones.
+
+        ``inner_step`` is the length of the first inner step, of methods with such steps, in lengths of ``w``.
+        """
         if method.role is Role.SHARE:
             return self._draw_split(method, variant)
         values: dict[str, Array] = {"w": self._initial.copy() if variant == 0 else self._nearby_weights()}
@@ -293,7 +307,7 @@ class _Gate:
         if method.role is Role.INFER:
             values["x"] = self._features((method.batch_size,), variant)
         if "inner_x" in values:
-            values |= self._inner_rates(method, values, variant)
+            values |= self._inner_rates(method, values, variant, inner_step)
         if method.role is Role.TRAIN:
             values["lr"] = self._long_rate(method, values, "lr")
         if method.role is Role.PER_FEDAVG:
@@ -350,15 +364,17 @@ class _Gate:
         stepped = self._eager.run(method.name, *({**values, name: unit}[s.name] for s in method.inputs))[0]
         return _rate(_LONG_STEP, values["w"], stepped - values["w"])
 
-    def _inner_rates(self, method: MethodSpec, values: dict[str, Array], variant: int) -> dict[str, Array]:
-        """A rate that makes the first step ``_INNER_STEP`` times as long as ``w``; of several, all differ, one is 0.
+    def _inner_rates(
+        self, method: MethodSpec, values: dict[str, Array], variant: int, inner_step: float
+    ) -> dict[str, Array]:
+        """A rate that makes the first step ``inner_step`` times as long as ``w``; of several, all differ, one is 0.
 
         After a longer step, the next ones' gradients are determined by rounding alone.
         """
         x, y, mask = (values[f"inner_{name}"] for name in ("x", "y", "mask"))
         if method.inner_steps is not None:
             x, y, mask = x[0], y[0], mask[0]
-        lr = _rate(_INNER_STEP, values["w"], self._eager.mean_gradient(values["w"], x, y, mask))
+        lr = _rate(inner_step, values["w"], self._eager.mean_gradient(values["w"], x, y, mask))
         if method.role is not Role.ADAPT:
             return {"lr": lr}
         rates = (lr * self._rng.uniform(0.5, 1.5, len(self._manifest.parameters))).astype(np.float32)

@@ -62,3 +62,15 @@ def test_the_program_learns_what_follows(exported):
     after, correct, _ = program.run(f"evaluate_b{BATCH}", w, *batch)
     assert after.item() < 0.1 * before.item()
     assert correct.item() == BATCH
+
+
+def test_adapting_to_a_text_passes_the_parity_gate(tmp_path):
+    roles = (Role.ADAPT, Role.REPTILE, Role.MAML, Role.FOMAML)
+    bundle = export_program(
+        build_model("byte-mlp", (CONTEXT,), IDS, seed=0, hidden=(6,)),
+        out_dir=tmp_path / "out",
+        batch_sizes=dict.fromkeys(roles, (BATCH,)),
+        inner_steps=(2,),
+    )
+    assert bundle.parity is not None
+    assert bundle.parity.worst.error <= 1e-5

@@ -172,7 +172,10 @@ def test_a_wrong_key_is_told_apart_from_damage_and_nothing_is_lost(tmp_path: Pat
         (sealed, None, "gives no key"),
     ]:
         store = PersonalModelStore(path.parent, key=key)
-        assert store.load(MANIFEST) is None
+        for use in (lambda s: s.load(MANIFEST), PersonalModelStore.newest, lambda s: s.save(make_personal(1))):
+            for _ in range(3):
+                with pytest.raises(CheckpointKeyError, match=f"{message}.*; give that key, or clear"):
+                    use(store)
         problem = store.versions()[0].problem
         assert isinstance(problem, CheckpointKeyError)
         assert message in str(problem)

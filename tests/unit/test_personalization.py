@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from client_sdk import PersonalizedMobileClient, events
 from client_sdk.conditions import Conditions
 from client_sdk.descent import Descent
-from client_sdk.errors import NoPersonalModel, StateDirUnusable, TrainingPaused
+from client_sdk.errors import CheckpointKeyError, NoPersonalModel, StateDirUnusable, TrainingPaused
 from client_sdk.identity import DeviceIdentity
 from client_sdk.inference import PersonalInference
 from client_sdk.memory import DeviceMemory
@@ -39,7 +39,7 @@ from client_sdk.protocol.meta_learning import ExampleSplit, MetaAlgorithm, MetaB
 from client_sdk.protocol.profile import DeviceProfile, DeviceTier
 from client_sdk.protocol.training import TrainingPlan
 from client_sdk.store import MemoryDeviceStore
-from tests.devices import BATCH, NUM_PARAMETERS, PARAMETERS, ToyServer, make_model
+from tests.devices import BATCH, NUM_PARAMETERS, PARAMETERS, ToyServer, make_manifest, make_model
 from tests.faults import DiskModel, FaultyFiles, disk_full
 from tests.personal import ServingProgram, bits, labelled, serving_manifest, toy_logits
 
@@ -167,6 +167,7 @@ def test_what_cannot_be_adapted_to_is_a_typed_error_and_the_old_model_stays():
         ((x * np.float32(np.nan), y), WEIGHTS, ProgramInputError),
         ((x, y + 3), WEIGHTS, ProgramInputError),
         ((x[:, :1], y), WEIGHTS, ProgramInputError),
+        ((x, y[:3]), WEIGHTS, ProgramInputError),
         (DATA, WEIGHTS[:-1], ProgramInputError),
         (DATA, WEIGHTS * np.float32(np.inf), ProgramInputError),
         ((x * np.float32(1e30), y), WEIGHTS, TrainingDiverged),
@@ -222,6 +223,8 @@ def test_what_the_app_has_not_chosen_follows_the_task():
     chosen = PersonalizationConfig(inner_steps=5, inner_lr=0.01)
     assert (chosen.for_task(plan).inner_steps, chosen.for_task(plan).inner_lr) == (5, 0.01)
     assert chosen.for_task(TrainingPlan()) == chosen
+    of_averaging = PersonalizationConfig().for_task(TrainingPlan(learning_rate=0.1))
+    assert (of_averaging.inner_steps, of_averaging.inner_lr) == (5, 0.1)
 
 
 # --- merging -------------------------------------------------------------------------------------------------
@@ -320,6 +323,24 @@ def test_a_later_process_serves_what_was_kept(tmp_path: Path):
     x = DATA[0]
     assert later.infer_with_personalized_model(x).tobytes() == toy_logits(model.weights, x).tobytes()
     assert later.evaluate(*DATA) == judge(ServingProgram(), model.weights, *DATA)
+
+
+@pytest.mark.parametrize("key", [None, bytes(32)])
+def test_a_wrong_key_is_an_error_and_costs_the_owner_nothing(tmp_path: Path, key: bytes | None):
+    right = bytes(range(32))
+    model = client(personal_models=PersonalModelStore(tmp_path, key=right)).personalize(
+        global_weights=WEIGHTS, model_version=3
+    )
+    store = PersonalModelStore(tmp_path, key=key)
+    device = client(personal_models=store)
+    with pytest.raises(CheckpointKeyError):
+        _ = device.personal_model
+    for version in range(3):
+        with pytest.raises(CheckpointKeyError, match="give that key, or clear"):
+            device.personalize(global_weights=NEWER, model_version=version)
+    assert bits(client(personal_models=PersonalModelStore(tmp_path, key=right)).personal_model) == bits(model)
+    store.clear()
+    assert device.personalize(global_weights=NEWER, model_version=4).record.model_version == 4
 
 
 def test_without_a_personal_model_the_global_one_serves_and_without_that_there_is_an_error():
@@ -547,3 +568,23 @@ def test_an_algorithm_that_the_program_was_not_exported_for_is_named(algorithm: 
     with pytest.raises(UnknownMethod, match=algorithm.replace("-", "_")):
         device.train_with_personalization(DATA, WEIGHTS, algorithm)
     assert device.personal_model is None
+
+
+def test_an_unknown_algorithm_or_precision_and_a_missing_method_are_named():
+    device = client()
+    with pytest.raises(ConfigurationError, match=r"maml.*fomaml.*reptile.*per-fedavg"):
+        device.train_with_personalization(DATA, WEIGHTS, "mamml")  # type: ignore[arg-type]
+    with pytest.raises(UnknownMethod, match=f"maml={BATCH} "):
+        device.train_with_personalization(DATA, WEIGHTS, "maml")
+    with pytest.raises(ConfigurationError, match="int9"):
+        client(precision="int9")
+    with pytest.raises(UnknownMethod, match="no infer method: export it with --batch-sizes infer=1,32"):
+        PersonalInference(ServingProgram(make_manifest()), WEIGHTS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_answered(value: float):
+    device = client()
+    device.personalize(global_weights=WEIGHTS, model_version=0)
+    with pytest.raises(ProgramInputError, match="NaN or infinite"):
+        device.infer_with_personalized_model(DATA[0] * np.float32(value))
