@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
@@ -13,10 +14,13 @@ from client_sdk.data import Examples, Int64Array
 from client_sdk.inference import PersonalInference
 from client_sdk.personal_merge import merged, steps_after
 from client_sdk.personal_model import PersonalModel, weights_hash
-from client_sdk.personalization import Judgement, PersonalRecord, Retention
+from client_sdk.personalization import Judgement, MergePolicy, PersonalRecord, Retention
 from client_sdk.protocol.errors import ProgramInputError, TrainingDiverged
 from client_sdk.protocol.meta_learning import ExampleSplit
 from client_sdk.protocol.program import Float32Array, Program
+
+_CLEARLY: Final = 2.0
+"""So many times the loss of the former personal model is clearly worse, if fewer answers are right as well."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,18 @@ class Personalizer:
     def merge(self, base: GlobalWeights, examples: Examples, old: PersonalModel) -> PersonalModel:
         """Bring a personal model together with a newer global one, as the policy says, and measure what is kept.
 
+        A global model may be worse than the one before, by accident or by somebody's intent. So the former personal
+        model stays, but with ``replace``, where the best that can be made of the new global model is clearly worse on
+        the examples that judge: fewer right answers, and twice the loss. (Few examples judge roughly: were the lower
+        loss enough, chance would hold devices back. New examples may have moved some there that once adapted it.)
+
         Args:
             base: The newer one.
             examples: The device's, of now.
             old: Of the same program.
+
+        Returns:
+            A new personal model; or ``old`` itself.
 
         Raises:
             See ``personalize``.
@@ -73,12 +85,16 @@ class Personalizer:
         config = self.adaptation.config
         start = merged(old, base.weights, config)
         new, query = self._chosen(base, examples, start=start, steps=steps_after(config))
-        if not len(query[0]):
+        # What a refitted model had is unknown: the examples that would judge have adapted it.
+        if not len(query[0]) or config.refit or old.record.config.refit:
             return new
         old_global, old_personal, new_global, of_start, served = (
             judge(self.adaptation.local.program, weights, *query)
             for weights in (old.global_weights, old.weights, base.weights, start, new.weights)
         )
+        worse = served.correct < old_personal.correct and served.loss > _CLEARLY * old_personal.loss
+        if worse and config.merge is not MergePolicy.REPLACE:
+            return old
         retention = Retention(
             before=old_personal.gain_over(old_global),
             renewed=new_global.gain_over(old_global),
