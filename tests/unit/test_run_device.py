@@ -13,7 +13,7 @@ import pytest
 
 from client_sdk import cli, device, events
 from client_sdk.device import ProgressLines, run_device
-from client_sdk.errors import InvalidDataFile, StateDirLocked
+from client_sdk.errors import CheckpointKeyError, InvalidDataFile, StateDirLocked
 from client_sdk.personal_store import PersonalModelStore
 from client_sdk.personalization import chosen_config
 from client_sdk.protocol.errors import ConfigurationError, PocketfedError, UnsupportedVersion
@@ -232,7 +232,12 @@ def test_a_device_that_personalises_keeps_its_model_and_says_how_it_does(server,
     assert "personal model: 3 steps from version 0 on 8 examples; accuracy on 2 own held-out" in capsys.readouterr().err
     store = PersonalModelStore(tmp_path / "state" / "personal", key=bytes.fromhex("ab" * 32))
     assert store.load(serving_manifest()) is not None
-    assert PersonalModelStore(tmp_path / "state" / "personal").newest() is None, "it is encrypted"
+    assert run(data, tmp_path, personalization=choices) == 0, "without the key its rounds go on"
+    assert "no new personal model: the personal models in" in (said := capsys.readouterr().err)
+    assert "give that key, or clear the folder on purpose" in said
+    assert len(list((tmp_path / "state" / "personal").iterdir())) == 1, "nothing lies beside it in the clear"
+    with pytest.raises(CheckpointKeyError):
+        PersonalModelStore(tmp_path / "state" / "personal").newest()
 
 
 @pytest.mark.parametrize(
