@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from client_sdk.adaptation import Adaptation, best_size, check_conditions
 from client_sdk.checkpoint import data_fingerprint
 from client_sdk.client import MobileClient, RunSummary
 from client_sdk.data import Examples, Int64Array, as_examples
-from client_sdk.errors import NoPersonalModel, TrainingPaused
+from client_sdk.errors import NoPersonalModel, PrivacyRefusal, TrainingPaused
 from client_sdk.global_model import GlobalModel, ModelSource
 from client_sdk.inference import PersonalInference, Precision, known_precision
 from client_sdk.local_training import Weights, flat
@@ -104,7 +105,7 @@ class PersonalizedMobileClient(MobileClient):
 
         Returns:
             The update per parameter; None if the device's conditions did not allow to train, and then nothing has
-            changed.
+            changed. Where the update is there and adapting the personal model then fails, an event says why.
 
         Raises:
             NotEnoughExamples: Fewer than two different ones; reptile needs one.
@@ -128,7 +129,9 @@ class PersonalizedMobileClient(MobileClient):
             examples, model_version, weights=global_model_state, plan=plan, shuffle_seed=config.seed
         )
         if update is not None:
-            self.personalize(examples, global_weights=global_model_state, model_version=model_version)
+            # The update is done, and the server's: nothing that fails from here on takes it away.
+            with self._reporting():
+                self.personalize(examples, global_weights=global_model_state, model_version=model_version)
         return update
 
     def personalize(
@@ -245,13 +248,14 @@ class PersonalizedMobileClient(MobileClient):
 
     def _run(self, stop: Stopper, max_reports: int | None) -> RunSummary:
         summary = super()._run(stop, max_reports)
-        if summary.error is None and not stop.is_set():
+        # Who will not send, its own budget being spent say, may still receive: adapting tells nobody anything.
+        if (summary.error is None or isinstance(summary.error, PrivacyRefusal)) and not stop.is_set():
             self._renew(stop)
         return summary
 
     def _renew(self, stop: Stopper) -> None:
         """Bring the personal model up to date. The run has done its work: nothing that fails here undoes it."""
-        try:
+        with self._reporting():
             check_conditions(self._power, self._conditions)
             newest = self.fetch_global_model()
             program = self._program_now()
@@ -259,6 +263,12 @@ class PersonalizedMobileClient(MobileClient):
             base = GlobalWeights(newest.weights, newest.version)
             if not self._is_up_to_date(personalizer, base):
                 self._merge(personalizer, base, self._examples(None))
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """What keeps the device from a new personal model is told, and nothing worse."""
+        try:
+            yield
         except TrainingPaused as e:
             self._on_event(events.Paused("adaptation", e.reason, str(e)))
         except MemoryError:
@@ -320,7 +330,15 @@ class PersonalizedMobileClient(MobileClient):
         if former is None or former.record.global_sha256 == weights_hash(base.weights):
             # Of the same global model there is nothing to merge: new examples, or other choices, adapt it anew.
             return self._keep(personalizer.personalize(base, examples))
-        return self._keep(personalizer.merge(base, examples, former))
+        model = personalizer.merge(base, examples, former)
+        if model is former:
+            self._on_event(
+                events.NotPersonalized(
+                    f"the device's examples speak against model {base.version}: the former one serves"
+                )
+            )
+            return former
+        return self._keep(model)
 
     def _keep(self, model: PersonalModel) -> PersonalModel:
         newest = self._newest
