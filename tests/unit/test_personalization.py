@@ -23,7 +23,7 @@ from client_sdk.inference import PersonalInference
 from client_sdk.memory import DeviceMemory
 from client_sdk.personal_merge import interpolated
 from client_sdk.personal_store import PersonalModelStore
-from client_sdk.personalization import Gain, PersonalizationConfig, Retention
+from client_sdk.personalization import Gain, MergePolicy, PersonalizationConfig, Retention
 from client_sdk.personalizer import judge
 from client_sdk.power import PowerMonitor, PowerPolicy
 from client_sdk.protocol.errors import (
@@ -273,6 +273,38 @@ def test_readapting_is_adapting_the_new_model_with_what_is_kept_on_record():
     assert retention.loss_own == pytest.approx((losses[2] - losses[3]) / (losses[0] - losses[1]))
     assert retention.loss_kept == pytest.approx((losses[0] - losses[3]) / (losses[0] - losses[1]))
     assert retention.loss_kept > 0.8
+
+
+@pytest.mark.parametrize("merge", ["readapt", "interpolate", "replace"])
+def test_a_global_model_gone_bad_does_not_take_the_place_of_a_good_personal_one(merge: str):
+    seen: list[events.Event] = []
+    device = client(config=CHOICES.model_copy(update={"merge": MergePolicy(merge)}), on_event=seen.append)
+    good = device.personalize(global_weights=WEIGHTS, model_version=1)
+    bad = (-100 * good.weights).astype(np.float32)
+    found = device.on_global_model(bad, 2)
+    if merge == "replace":
+        assert found.weights.tobytes() == bad.tobytes(), "that is what the app has asked for"
+        return
+    assert found is good
+    assert device.personal_model is good
+    assert isinstance(seen[-1], events.NotPersonalized)
+    assert "model 2" in seen[-1].detail
+    better = device.on_global_model(NEWER, 3)
+    assert better.record.model_version == 3, "the next good one is welcome"
+
+
+def test_what_a_refitted_model_keeps_is_not_measured_on_what_it_was_fitted_to():
+    _, _, new = renewed(refit=True)
+    assert new.record.retention is None
+
+
+def test_an_update_that_is_done_is_not_lost_with_the_adaptation_after_it():
+    seen: list[events.Event] = []
+    device = client(conditions=lambda: "somebody is on the phone", on_event=seen.append)
+    update = device.train_with_personalization(DATA, WEIGHTS, "fomaml")
+    assert update is not None
+    assert any(isinstance(event, events.Paused) for event in seen)
+    assert device.personal_model is None
 
 
 @pytest.mark.parametrize("steps", [0, 3])
