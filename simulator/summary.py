@@ -114,8 +114,10 @@ def _personalization(results: SimulationResults) -> list[str]:
         return []
     points, worst = report_personalization.points, found.worst_decile
     before, after = _percent(found.global_accuracy), _percent(found.personalized_accuracy)
-    words = f"{after} on {found.devices} devices after {found.steps} steps, {before} before"
-    tenth = f"worst tenth {_percent(worst.personalized_accuracy)}, {_percent(worst.global_accuracy)} before"
+    # Of layers that all devices keep, the common model has but the initial values.
+    common = "by the common layers alone" if results.config.personal else "before"
+    words = f"{after} on {found.devices} devices after {found.steps} steps, {before} {common}"
+    tenth = f"worst tenth {_percent(worst.personalized_accuracy)}, {_percent(worst.global_accuracy)} {common}"
     losing = f"{_percent(found.fairness.losing)} of the devices lose"
     # A console may know neither of the two characters.
     gain = points(found.personalization_gain).replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
