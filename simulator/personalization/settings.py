@@ -10,8 +10,8 @@ from typing import Any, Final
 DEFAULT_STEPS: Final = 5
 """Of adaptation, where no plan says how many."""
 
-# Data set -> algorithm -> rates, from few trials: 60 rounds of 100 devices, with two classes each and pictures turned by
-# up to 45 degrees, and with a Dirichlet(0.5) partition. Those of maml and fomaml are smaller than what suits softmax
+# Data set -> algorithm -> rates, from few trials: 60 rounds of 100 devices, with two classes each and pictures turned
+# by up to 45 degrees, and with a Dirichlet(0.5) partition. Those of maml and fomaml are smaller than what suits softmax
 # regression best, with which a perceptron's training diverges. The meta rate is the server's too, of those that send
 # gradients.
 META_RECIPES: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = MappingProxyType(
