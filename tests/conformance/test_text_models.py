@@ -75,3 +75,17 @@ def test_adapting_to_a_text_passes_the_parity_gate(tmp_path):
     )
     assert bundle.parity is not None
     assert bundle.parity.worst.error <= 1e-5
+
+
+@pytest.mark.slow
+def test_adapting_to_all_bytes_passes_the_parity_gate(tmp_path):
+    """Few rows of a large embedding see a batch: steps as long as the gate's first ones lead to where float32 ends."""
+    bundle = export_program(
+        build_model("byte-mlp", (16,), 256, seed=0),
+        out_dir=tmp_path / "out",
+        batch_sizes={Role.MAML: (16,)},
+        inner_steps=(5,),
+    )
+    assert bundle.parity is not None
+    assert bundle.parity.worst.error <= 1e-5
+    assert bundle.parity.redrawn > 0
