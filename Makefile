@@ -114,8 +114,9 @@ demo: setup ## train a digit classifier on a simulated fleet of 100 devices, and
 	@$(BIN)/pocketfed simulate --dataset digits --devices 100 --partition dirichlet:0.5 --model mlp --rounds 100 --seed 1 --out $(DEMO_OUT) --overwrite
 	@echo 'demo: open $(CURDIR)/$(DEMO_OUT)/report.html'
 
+# Long tests stand next to one another: a worker that has none left takes over from the other.
 test: setup ## run the test suite
-	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not slow' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
 # --- the rest --------------------------------------------------------------------------------------------------
 
